@@ -1,0 +1,26 @@
+"""Fused losses for Rep-MTL: representation-level task saliency for multi-task learning."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from repmtl_kernels import reference
+from repmtl_kernels.backends import available_backends, backend_report
+from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
+from repmtl_kernels.modules import CSALoss, RepMTLLoss, TSRLoss
+
+try:
+    __version__ = version("repmtl-kernels")
+except PackageNotFoundError:  # a source tree that is on the path but not installed
+    __version__ = "0+uninstalled"
+
+__all__ = [
+    "CSALoss",
+    "RepMTLLoss",
+    "RepMTLLosses",
+    "TSRLoss",
+    "available_backends",
+    "backend_report",
+    "csa_loss",
+    "reference",
+    "rep_mtl_loss",
+    "tsr_loss",
+]

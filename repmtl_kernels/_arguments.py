@@ -1,0 +1,169 @@
+"""The checks of each loss's arguments: one place for the public functions, modules and reference."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OVER = ("tasks", "space")
+NORMALIZERS = ("abs", "softmax")
+
+
+def check_saliencies(saliencies: Tensor | Sequence[Tensor], channel_dim: int) -> tuple[Tensor, ...]:
+    """The operands of the losses: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
+
+    Raises ``TypeError`` or ``ValueError`` for anything that the losses are not defined on.
+    """
+    if isinstance(saliencies, Tensor):
+        if not 3 <= saliencies.ndim <= 6:
+            raise ValueError(
+                "saliencies: one tensor must be stacked, (T, B, C, *spatial) with 0 to 3 spatial "
+                f"dimensions; got shape {tuple(saliencies.shape)}. Pass a list for single tasks."
+            )
+        operands, task_ndim = (saliencies,), saliencies.ndim - 1
+    elif isinstance(saliencies, Sequence) and not isinstance(saliencies, str | bytes):
+        operands = tuple(saliencies)
+        if not operands:
+            raise ValueError("saliencies: expected at least one task, got an empty sequence")
+        for t, s in enumerate(operands):
+            if not isinstance(s, Tensor):
+                raise TypeError(f"saliencies[{t}]: expected a Tensor, got {type(s).__name__}")
+        first = operands[0]
+        for t, s in enumerate(operands):
+            for what in ("shape", "dtype", "device"):
+                if getattr(s, what) != getattr(first, what):
+                    raise ValueError(
+                        f"saliencies[{t}]: every task must have the {what} of task 0, "
+                        f"{_show(getattr(first, what))}; got {_show(getattr(s, what))}"
+                    )
+        if not 2 <= first.ndim <= 5:
+            raise ValueError(
+                "saliencies: each task must be (B, C, *spatial) with 0 to 3 spatial dimensions; "
+                f"got shape {tuple(first.shape)}"
+            )
+        task_ndim = first.ndim
+    else:
+        raise TypeError(
+            "saliencies: expected a sequence of T tensors (B, C, *spatial) or one tensor "
+            f"(T, B, C, *spatial); got {type(saliencies).__name__}"
+        )
+    first = operands[0]
+    if first.dtype not in DTYPES:
+        raise TypeError(
+            f"saliencies: expected float64, float32, bfloat16 or float16; got {first.dtype}"
+        )
+    if first.layout != torch.strided:
+        raise TypeError(f"saliencies: expected strided tensors, got layout {first.layout}")
+    for size in first.shape:
+        if size == 0:
+            raise ValueError(
+                f"saliencies: every dimension must be at least 1; got shape {tuple(first.shape)}"
+            )
+    if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
+        raise TypeError(f"channel_dim: expected an int, got {type(channel_dim).__name__}")
+    if not -task_ndim <= channel_dim < task_ndim or channel_dim % task_ndim == 0:
+        raise ValueError(
+            f"channel_dim: expected a dimension of one task's {task_ndim}-dimensional saliency "
+            f"other than 0, the batch; got {channel_dim}"
+        )
+    return operands
+
+
+def _show(value: object) -> str:
+    return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_number(name: str, value: float, *, minimum: float, exclusive: bool = False) -> float:
+    """``value`` as a float, finite and at least (or above) ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
+        raise ValueError(f"{name}: expected a finite number {bound}; got {value!r}")
+    return float(value)
+
+
+def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.device) -> None:
+    if present is None:
+        return
+    if not isinstance(present, Tensor):
+        raise TypeError(f"present: expected a bool Tensor or None, got {type(present).__name__}")
+    if present.dtype != torch.bool:
+        raise TypeError(f"present: expected a bool Tensor, got {present.dtype}")
+    if tuple(present.shape) != (tasks, batch):
+        raise ValueError(
+            f"present: expected shape (T, B) = {(tasks, batch)}; got {tuple(present.shape)}"
+        )
+    if present.device != device:
+        raise ValueError(f"present: expected device {device}; got {present.device}")
+
+
+def check_tsr_options(
+    *, over: str, normalizer: str, temperature: float, eps: float, prefix: str = ""
+) -> None:
+    check_choice("over", over, OVER)
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
+    check_number("eps", eps, minimum=0)
+
+
+def check_csa_options(*, temperature: float, eps: float, group: None, prefix: str = "") -> None:
+    check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
+    check_number("eps", eps, minimum=0)
+    if group is not None:
+        raise ValueError(
+            "group: negatives from other ranks are not supported in this version; pass None "
+            f"(negatives from this process), got {group!r}"
+        )
+
+
+def check_csa_batch(operands: Sequence[Tensor], stacked: bool, present: Tensor | None) -> None:
+    shape = operands[0].shape
+    tasks, batch = (shape[0], shape[1]) if stacked else (len(operands), shape[0])
+    if batch == 1:
+        raise ValueError(
+            "saliencies: CSA contrasts a sample with the other samples of the batch and needs at "
+            "least 2; got B = 1. Use a larger batch, drop the last short batch "
+            "(DataLoader(drop_last=True)), or use tsr_loss alone."
+        )
+    check_present(present, tasks, batch, operands[0].device)
+
+
+def tsr_arguments(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    over: str,
+    normalizer: str,
+    temperature: float,
+    eps: float,
+    channel_dim: int,
+) -> tuple[tuple[Tensor, ...], bool]:
+    """Checked operands of TSR and whether they are one stacked tensor."""
+    check_tsr_options(over=over, normalizer=normalizer, temperature=temperature, eps=eps)
+    return check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+
+
+def csa_arguments(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    temperature: float,
+    eps: float,
+    present: Tensor | None,
+    channel_dim: int,
+    group: None,
+) -> tuple[tuple[Tensor, ...], bool]:
+    """Checked operands of CSA and whether they are one stacked tensor."""
+    check_csa_options(temperature=temperature, eps=eps, group=group)
+    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    check_csa_batch(operands, stacked, present)
+    return operands, stacked

@@ -1,0 +1,37 @@
+"""The canonical view of task saliencies, shared by every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, similarities and losses for saliencies of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def canonical(saliency: Tensor, channel_dim: int) -> Tensor:
+    """One task's saliency as a ``(B, C, *spatial)`` view with at least one spatial dimension."""
+    view = saliency.movedim(channel_dim, 1)
+    return view if view.ndim > 2 else view.unsqueeze(-1)
+
+
+def canonical_tasks(operands: Sequence[Tensor], stacked: bool, channel_dim: int) -> list[Tensor]:
+    """The T canonical views of the operands of :func:`check_saliencies`."""
+    tasks = operands[0].unbind(0) if stacked else operands
+    return [canonical(s, channel_dim) for s in tasks]
+
+
+def positions_to_saliency(values: Tensor, saliency: Tensor, channel_dim: int) -> Tensor:
+    """``(B, N)`` values expanded (not copied) along the channels to the shape of ``saliency``.
+
+    Leading dimensions of ``values`` before B are kept (stacked tasks).
+    """
+    lead = values.ndim - 2
+    task_shape = list(saliency.shape[lead:])
+    channel = channel_dim % len(task_shape)
+    task_shape[channel] = 1
+    return values.reshape(*values.shape[:lead], *task_shape).expand(saliency.shape)

@@ -1,0 +1,151 @@
+"""The stage contract, which backends exist on this machine, and which one to use.
+
+A backend is a module with five functions, the stages of the losses. They run outside autograd, on
+the T canonical views ``(B, C, *spatial)`` of the saliencies (any strides, one dtype and device), and
+return tensors of the accumulation dtype (float32; float64 for float64) unless noted. ``N`` is the
+number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix is
+``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled operands:
+``S^ = scale * S``. No stage writes its arguments.
+
+``statistics(saliencies, *, positions, channels) -> Statistics``
+    One read of the saliencies.
+``entropy(x, *, over, normalizer, temperature, eps, with_grad) -> Entropy``
+    TSR of the position means (eq. 5 and 6) and its gradient.
+``contrast(a, *, temperature, eps, with_grad) -> Contrast``
+    Unit anchors (eq. 8) and the negatives' half of CSA (eq. 9).
+``gram(saliencies, scale, anchors, *, eps, with_grad) -> Gram``
+    Similarity of each task's affinity (eq. 7) with its anchor, without a ``C x C`` matrix unless
+    that is the smaller one.
+``saliency_grad(saliencies, outputs, csa, position_grad)``
+    Writes the gradient of each task into ``outputs`` (views like the saliencies, or None where no
+    gradient is wanted).
+
+With ``eps`` the norms are ``max(norm, eps)``; without, a zero norm gives similarity and gradient 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Statistics(NamedTuple):
+    """Means and scales of the saliencies; None where not asked for."""
+
+    positions: Tensor | None  # (T, B, N): x, mean over the channels
+    channels: Tensor | None  # (T, B, C): a, mean over the positions
+    scale: Tensor | None  # (T, B): power of two, max |scale * S_bt| in [0.5, 2); with `channels`
+
+
+class Entropy(NamedTuple):
+    value: Tensor  # (): mean entropy
+    grad: Tensor | None  # (T, B, N): d value / d x
+
+
+class Contrast(NamedTuple):
+    """Unit anchors ``u_bt = factor_b a_bt``: the anchor matrix ``sum_t u u^T`` has Frobenius norm 1."""
+
+    anchors: Tensor  # (T, B, C): u
+    factor: Tensor  # (B,): 0 where the anchor is exactly zero
+    logsumexp: Tensor  # (B,): logsumexp over k != b of r_bk / temperature
+    pull: Tensor | None  # (T, B, C): sum_v (u_t . u_v) u_v, what normalisation takes out of a
+    #                      gradient; 0 where the norm is clamped by eps
+    grad: Tensor | None  # (T, B, C): d mean_b logsumexp / d a (through the normalisation)
+
+
+class Gram(NamedTuple):
+    similarity: Tensor  # (T, B): s = p / max(m, eps), p = sum_u |S^T u|^2, m = Frobenius norm
+    inverse: Tensor  # (T, B): 1 / max(m^, eps scale^2), 0 where m is 0
+    slope: Tensor  # (T, B): d s / d m^ = -s * inverse, 0 where m is clamped by eps
+    projection: (
+        Tensor | None
+    )  # (T, B, T, R): S^^T u_u (N side) or S^ S^^T u_u (C side), u over tasks
+    matrix: (
+        Tensor | None
+    )  # (T, B, R, R) in the saliencies' dtype: backend's multiple of S^^T S^ / S^ S^^T
+
+
+class CSAGradient(NamedTuple):
+    """What ``saliency_grad`` needs of CSA: with ``u`` the unit anchors and per (task, sample)
+
+    ``dS^ = rank sum_u u_u (u_u^T S^) + curl S^ (S^^T S^)``, times ``scale``, plus ``da 1^T / N``,
+    ``da_u = negatives * contrast.grad_u + factor (sum_t rank_t S^_t S^_t^T u_u - tug pull_u)``.
+    """
+
+    scale: Tensor  # (T, B)
+    contrast: Contrast
+    gram: Gram
+    rank: Tensor  # (T, B): 2 (dL/ds) inverse
+    curl: Tensor  # (T, B): rank * slope
+    tug: Tensor  # (B,): sum_t 2 (dL/ds) s
+    negatives: Tensor  # (): dL / d mean_b logsumexp
+
+
+KNOWN = ("reference", "eager", "triton")
+
+
+def backend_report() -> dict[str, str]:
+    """Each known backend's name to ``"ok"``, or to the reason why it can't be used here."""
+    return {"reference": "ok", "eager": "ok", "triton": _triton_status()}
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that work on this machine."""
+    return tuple(name for name, status in backend_report().items() if status == "ok")
+
+
+def _triton_status() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if torch.cuda.is_available() or _interpreting():
+        return "ok"
+    return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def resolve(backend: str, saliency: Tensor) -> str:
+    """The name of the backend to run: never ``"auto"``.
+
+    ``"auto"`` is REPMTL_BACKEND if that is set, else ``"triton"`` for CUDA tensors that it supports,
+    else ``"eager"``. A backend asked for by name that can't run raises instead of falling back.
+    """
+    source = "backend"
+    if backend == "auto":
+        backend = os.environ.get("REPMTL_BACKEND", "auto")
+        source = "REPMTL_BACKEND"
+    if backend not in ("auto", *KNOWN):
+        expected = ", ".join(map(repr, ("auto", *KNOWN)))
+        raise ValueError(f"{source}: expected one of {expected}; got {backend!r}")
+    if backend == "auto":
+        usable = saliency.is_cuda and _triton_refusal(saliency) is None
+        return "triton" if usable else "eager"
+    if backend == "triton" and (refusal := _triton_refusal(saliency)) is not None:
+        raise ValueError(f"{source}: 'triton' cannot run here: {refusal}")
+    return backend
+
+
+def _triton_refusal(saliency: Tensor) -> str | None:
+    """Why the Triton backend can't take this tensor, or None."""
+    if saliency.dtype == torch.float64:
+        return "float64 saliencies are for the 'eager' and 'reference' backends"
+    status = _triton_status()
+    if status != "ok":
+        return status
+    if not saliency.is_cuda and not _interpreting():
+        return f"saliencies are on {saliency.device}, expected a CUDA device"
+    return None
+
+
+def load(name: str) -> ModuleType:
+    """The stages of backend ``name``. Imported on first use: Triton is not needed before."""
+    return importlib.import_module(f"repmtl_kernels.backends.{name}")

@@ -1,0 +1,246 @@
+"""The stages in plain PyTorch, on any device: the CPU fallback. Contract: ``backends/__init__.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels._saliency import accumulation_dtype
+from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram, Statistics
+
+# Rows of one block of the Gram matrix: small enough to skip most of the upper half, large enough
+# for the matrix product to run at full speed.
+GRAM_BLOCK = 256
+# Elements of one block of anchor products: bounds the memory of the contrast stage.
+CONTRAST_BLOCK = 1 << 22
+# Products of operands with max in [2^-30, 2^30] neither overflow nor underflow in float32.
+SAFE_EXPONENT = 30
+
+
+def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> Statistics:
+    dtype = accumulation_dtype(saliencies[0].dtype)
+    flat = [s.flatten(2) for s in saliencies]
+    x = a = scale = None
+    if positions:
+        x = torch.stack([s.sum(1, dtype=dtype) for s in flat]).div_(flat[0].shape[1])
+    if channels:
+        a = torch.stack([s.sum(2, dtype=dtype) for s in flat]).div_(flat[0].shape[2])
+        largest = [torch.linalg.vector_norm(s, float("inf"), dim=(1, 2), dtype=dtype) for s in flat]
+        scale = _power_of_two(torch.stack(largest))
+    return Statistics(x, a, scale)
+
+
+def _power_of_two(largest: Tensor) -> Tensor:
+    """The power of two that brings ``largest`` into [0.5, 1), exactly; 1 for 0."""
+    bits, bias, mantissa = (
+        (torch.int32, 127, 23) if largest.dtype == torch.float32 else (torch.int64, 1023, 52)
+    )
+    exponent = torch.frexp(largest).exponent.to(bits).clamp(1 - bias, bias - 1)
+    return ((bias - exponent) << mantissa).view(largest.dtype)
+
+
+def entropy(
+    x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
+) -> Entropy:
+    dim = 0 if over == "tasks" else 2
+    count = x.numel() // x.shape[dim]
+    if normalizer == "abs":
+        magnitude = x.abs()
+        total = magnitude.sum(dim, keepdim=True) + eps
+        total = total.where(total != 0, 1)
+        p = magnitude / total
+        log_p = magnitude.where(magnitude != 0, total).log() - total.log()
+    else:
+        p = torch.softmax(x / temperature, dim)
+        log_p = torch.log_softmax(x / temperature, dim)
+    h = -(p * log_p).sum(dim, keepdim=True)
+    grad = None
+    if with_grad:
+        if normalizer == "abs":
+            # d h / d |x| with sum p = 1 - eps / total
+            grad = (p.sum(dim, keepdim=True) - 1 - h - log_p) * x.sign() / total
+        else:
+            grad = p * (-h - log_p) / temperature
+        grad = grad / count
+    return Entropy(h.mean(), grad)
+
+
+def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
+    tasks, batch, channels = a.shape
+    scale = _power_of_two(a.abs().amax((0, 2)))  # (B,)
+    scaled = a * scale[:, None]
+    products = torch.einsum("tbc,ubc->btu", scaled, scaled)
+    norm = torch.linalg.vector_norm(products, dim=(1, 2))
+    inverse, free = _guarded_inverse(norm, eps * scale.square())
+    factor = scale * inverse.sqrt()
+    u = scaled * inverse.sqrt()[:, None]
+    rows = u.transpose(0, 1).reshape(batch * tasks, channels)
+    step = max(1, CONTRAST_BLOCK // (tasks * len(rows)))
+    blocks = range(0, batch, step)
+
+    def similarity(b: int) -> tuple[Tensor, Tensor]:
+        """u_bt . u_ku of one block of samples, and r_bk / temperature with -inf for k = b."""
+        dots = (rows[b * tasks : (b + step) * tasks] @ rows.T).view(-1, tasks, batch, tasks)
+        r = dots.square().sum((1, 3)) / temperature
+        r[torch.arange(len(r)), torch.arange(b, b + len(r))] = float("-inf")
+        return dots, r
+
+    lse = torch.cat([torch.logsumexp(similarity(b)[1], 1) for b in blocks])
+    if not with_grad:
+        return Contrast(u, factor, lse, None, None)
+
+    du = torch.empty_like(rows)
+    for b in blocks:
+        dots, r = similarity(b)
+        # r_bk is a negative of sample b and of sample k
+        weight = torch.exp(r - lse[b : b + step, None]) + torch.exp(r - lse)
+        dots *= (weight * (2 / (temperature * batch)))[:, None, :, None]
+        torch.mm(dots.view(-1, len(rows)), rows, out=du[b * tasks : (b + step) * tasks])
+    du = du.view(batch, tasks, channels).transpose(0, 1)
+    pull = torch.einsum("btu,ubc->tbc", products * (inverse * free)[:, None, None], u)
+    tug = (du * u).sum((0, 2))
+    grad = factor[:, None] * (du - tug[:, None] * pull)
+    return Contrast(u, factor, lse, pull, grad)
+
+
+def _guarded_inverse(norm: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 / max(norm, floor)``, 0 for a zero norm without floor; and 1 where the norm is not clamped."""
+    clamped = torch.maximum(norm, floor)
+    return clamped.reciprocal().where(clamped != 0, 0), (norm >= floor).to(norm.dtype)
+
+
+def gram(
+    saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
+) -> Gram:
+    n_side = _is_n_side(saliencies[0])
+    norms, positives, projections, matrices = [], [], [], []
+    prescale = _needs_prescale(saliencies[0], scale)
+    for t, s in enumerate(saliencies):
+        x, rest = _operand(s, scale[t], prescale)  # (B, C, N)
+        u = anchors.permute(1, 2, 0)  # (B, C, T)
+        matrix, norm = _half_gram(x.mT if n_side else x, rest.square())
+        if n_side:
+            v = (x.mT @ u.to(x.dtype)).to(scale.dtype) * rest[:, None, None]  # (B, N, T)
+            positives.append(v.square().sum((1, 2)))
+        else:
+            v = (matrix @ u.to(x.dtype)).to(scale.dtype)  # (B, C, T)
+            positives.append((u * v).sum((1, 2)))
+        norms.append(norm)
+        if with_grad:
+            projections.append(v.mT)
+            matrices.append(matrix.to(s.dtype))
+    norm = torch.stack(norms)
+    inverse, free = _guarded_inverse(norm, eps * scale.square())
+    similarity = torch.stack(positives) * inverse
+    slope = -similarity * inverse * free
+    if not with_grad:
+        return Gram(similarity, inverse, slope, None, None)
+    return Gram(similarity, inverse, slope, torch.stack(projections), torch.stack(matrices))
+
+
+def _is_n_side(saliency: Tensor) -> bool:
+    """Whether positions, not channels, are the smaller side of ``S_bt``."""
+    return saliency.shape[2:].numel() <= saliency.shape[1]
+
+
+def _needs_prescale(saliency: Tensor, scale: Tensor) -> bool:
+    """Whether products of unscaled saliencies may leave the range of their dtype.
+
+    Read on the CPU only, where it costs no synchronisation; elsewhere operands are always scaled.
+    """
+    if not saliency.is_cpu:
+        return True
+    bound = 2.0**SAFE_EXPONENT
+    return not bool(((scale <= bound) & (scale >= 1 / bound)).all())
+
+
+def _operand(saliency: Tensor, scale: Tensor, prescale: bool) -> tuple[Tensor, Tensor]:
+    """``x`` (B, C, N) in the dtype of the matrix products, and ``rest`` (B,): ``x * rest = S^``."""
+    x = saliency.flatten(2)
+    # 16-bit matrix products of a CPU are slow and round their sums.
+    x = x.to(scale.dtype) if x.is_cpu else x
+    if not prescale:
+        return x, scale
+    return (x * scale[:, None, None]).to(x.dtype), torch.ones_like(scale)
+
+
+def _half_gram(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """``factor * x x^T`` (B, R, R) from the lower half of its blocks, and its Frobenius norms (B,)."""
+    rows = x.shape[1]
+    factor = factor[:, None, None]
+    matrix = x.new_empty(x.shape[0], rows, rows)
+    square = 0.0
+    for i in range(0, rows, GRAM_BLOCK):
+        j = min(i + GRAM_BLOCK, rows)
+        block = (x[:, i:j] @ x[:, :j].mT).mul_(factor)
+        matrix[:, i:j, :j] = block
+        if i:
+            matrix[:, :i, i:j] = block[:, :, :i].mT
+            square = square + 2 * _norm(block[:, :, :i], factor.dtype).square()
+        square = square + _norm(block[:, :, i:], factor.dtype).square()
+    return matrix, square.sqrt()
+
+
+def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=dtype)
+
+
+def saliency_grad(
+    saliencies: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+) -> None:
+    prescale = _needs_prescale(saliencies[0], csa.scale)
+    anchors = csa.contrast.anchors.permute(1, 2, 0)  # (B, C, T)
+    anchor_grad = _anchor_grad(saliencies, csa, prescale)
+    for t, (s, output) in enumerate(zip(saliencies, outputs, strict=True)):
+        if output is None:
+            continue
+        x, rest = _operand(s, csa.scale[t], prescale)
+        rank, curl = csa.rank[t] * csa.scale[t], csa.curl[t] * csa.scale[t] * rest
+        matrix = csa.gram.matrix[t].to(x.dtype) * curl[:, None, None]
+        # All but the product with the Gram matrix is a sum of few outer products (C) x (N).
+        ones = rank.new_ones(len(s), 1, 1)
+        left, right = [anchor_grad[t][:, :, None]], [ones.expand(-1, 1, x.shape[2])]
+        if position_grad is not None:
+            left.append(ones.expand(-1, x.shape[1], 1))
+            right.append(position_grad[t][:, None])
+        if _is_n_side(s):
+            left.append(anchors)
+            right.append(csa.gram.projection[t] * rank[:, None, None])
+        else:
+            weighted = anchors * (rank * rest)[:, None, None]
+            matrix.baddbmm_(weighted.to(x.dtype), anchors.mT.to(x.dtype))
+        outer = torch.cat(left, 2).to(x.dtype), torch.cat(right, 1).to(x.dtype)
+        _write_sum(output, outer, (x, matrix) if _is_n_side(s) else (matrix, x))
+
+
+def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> Tensor:
+    """``da / N`` (T, B, C)."""
+    positive = torch.zeros_like(csa.contrast.anchors)  # sum_t rank_t S^_t S^_t^T u
+    for t, s in enumerate(saliencies):
+        v = csa.gram.projection[t] * csa.rank[t][:, None, None]  # (B, T, R)
+        if _is_n_side(s):
+            x, rest = _operand(s, csa.scale[t], prescale)
+            v = ((v * rest[:, None, None]).to(x.dtype) @ x.mT).to(v.dtype)
+        positive += v.transpose(0, 1)
+    contrast = csa.contrast
+    through = contrast.factor[:, None] * (positive - csa.tug[:, None] * contrast.pull)
+    return (csa.negatives * contrast.grad + through) / saliencies[0].shape[2:].numel()
+
+
+def _write_sum(output: Tensor, *products: tuple[Tensor, Tensor]) -> None:
+    """Writes ``sum of a @ b`` (B, C, N) into the view ``output`` (B, C, *spatial)."""
+    target = output.flatten(2)
+    channels_last = target.stride(1) == 1 and target.stride(2) != 1
+    if channels_last:  # matrix products write rows
+        products = tuple((b.mT, a.mT) for a, b in products)
+    (a, b), *others = products
+    direct = target.data_ptr() == output.data_ptr() and target.dtype == a.dtype
+    out = target.mT if channels_last else target
+    total = torch.bmm(a, b, out=out) if direct else torch.bmm(a, b)
+    for a, b in others:
+        total.baddbmm_(a, b)
+    if not direct:
+        output.copy_((total.mT if channels_last else total).view(output.shape))

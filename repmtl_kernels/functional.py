@@ -1,0 +1,247 @@
+"""The losses as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels import backends, reference
+from repmtl_kernels._arguments import (
+    check_csa_batch,
+    check_csa_options,
+    check_number,
+    check_saliencies,
+    check_tsr_options,
+    csa_arguments,
+    tsr_arguments,
+)
+from repmtl_kernels._autograd import Config, evaluate
+
+
+class RepMTLLosses(NamedTuple):
+    """Result of :func:`rep_mtl_loss`: three scalars."""
+
+    total: Tensor
+    """``lambda_tsr * tsr + lambda_csa * csa``, the regulariser of eq. 10."""
+    tsr: Tensor
+    csa: Tensor
+
+
+def tsr_loss(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    over: str = "tasks",
+    normalizer: str = "abs",
+    temperature: float = 1.0,
+    eps: float = 0.0,
+    channel_dim: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Task-specific saliency regulation (TSR) of Rep-MTL, arXiv 2507.21049, eq. 4 to 6.
+
+    The mean entropy (natural logarithm) of a distribution made from the channel means
+    ``x_t = mean_c S_t``:
+
+    ============ ============= ==========================================================
+    ``over``     ``normalizer``  distribution
+    ============ ============= ==========================================================
+    ``"tasks"``  ``"abs"``     ``|x_t| / sum_k |x_k|`` at each position (the paper, eq. 5)
+    ``"space"``  ``"softmax"`` ``softmax_i(x_i / temperature)`` of each sample and task
+    ``"tasks"``  ``"softmax"`` ``softmax_t(x_t / temperature)`` at each position
+    ``"space"``  ``"abs"``     ``|x_i| / sum_j |x_j|`` of each sample and task
+    ============ ============= ==========================================================
+
+    Args:
+        saliencies: gradients of the T task losses with respect to the shared representation: a
+            sequence of T tensors ``(B, C, *spatial)``, or one tensor ``(T, B, C, *spatial)``, with 0
+            to 3 spatial dimensions and any strides; float64, float32, bfloat16 or float16.
+        over: axis of the distribution, ``"tasks"`` or ``"space"``.
+        normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``.
+        temperature: of the softmax, above 0; not used by ``"abs"``.
+        eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution that
+            is zero everywhere has entropy 0 and gradient 0.
+        channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
+            ``(B, N, D)``. Not 0, the batch.
+        backend: ``"auto"``, ``"reference"``, ``"eager"`` or ``"triton"``.
+
+    Returns:
+        Scalar in nats, float32 (float64 for float64 saliencies). Its gradient is constant along the
+        channels and comes as an expanded view. Differentiable once; twice with ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    operands, stacked = tsr_arguments(
+        saliencies,
+        over=over,
+        normalizer=normalizer,
+        temperature=temperature,
+        eps=eps,
+        channel_dim=channel_dim,
+    )
+    name = backends.resolve(backend, operands[0])
+    options = {"over": over, "normalizer": normalizer, "temperature": temperature, "eps": eps}
+    if name == "reference":
+        return reference.tsr_loss(saliencies, channel_dim=channel_dim, **options)
+    config = Config(
+        backend=name,
+        tsr=True,
+        csa=False,
+        stacked=stacked,
+        channel_dim=channel_dim,
+        over=over,
+        normalizer=normalizer,
+        tsr_temperature=float(temperature),
+        csa_temperature=1.0,
+        eps=float(eps),
+        with_grad=_grad_wanted(operands),
+    )
+    return evaluate(config, operands, None).tsr
+
+
+def csa_loss(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    temperature: float = 0.5,
+    eps: float = 0.0,
+    present: Tensor | None = None,
+    channel_dim: int = 1,
+    group: None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-task saliency alignment (CSA) of Rep-MTL, arXiv 2507.21049, eq. 7 to 9.
+
+    With the affinity ``M_bt = S_bt S_bt^T`` and the anchor ``A_b A_b^T`` of the position means
+    ``a_bt``, both Frobenius-normalised, ``s_bt`` their inner product and ``r_bk`` that of the anchors
+    of samples b and k: ``mean_b(-mean_t s_bt / temperature + logsumexp_{k != b} r_bk / temperature)``.
+
+    Args:
+        saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
+        temperature: above 0 (tau of eq. 9; the paper gives no value).
+        eps: guard of the normalisation: ``max(norm, eps)``. 0, the default, is exact: a sample whose
+            saliency or anchor is exactly zero has similarity 0 and gradient 0.
+        present: bool ``(T, B)``, which task has a label for which sample; positives are averaged over
+            those. None: over all tasks.
+        channel_dim: as for :func:`tsr_loss`.
+        group: None; negatives come from this process.
+        backend: as for :func:`tsr_loss`.
+
+    Returns:
+        Scalar, float32 (float64 for float64 saliencies). Differentiable once; twice with
+        ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    operands, stacked = csa_arguments(
+        saliencies,
+        temperature=temperature,
+        eps=eps,
+        present=present,
+        channel_dim=channel_dim,
+        group=group,
+    )
+    name = backends.resolve(backend, operands[0])
+    if name == "reference":
+        return reference.csa_loss(
+            saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim
+        )
+    config = Config(
+        backend=name,
+        tsr=False,
+        csa=True,
+        stacked=stacked,
+        channel_dim=channel_dim,
+        over="tasks",
+        normalizer="abs",
+        tsr_temperature=1.0,
+        csa_temperature=float(temperature),
+        eps=float(eps),
+        with_grad=_grad_wanted(operands),
+    )
+    return evaluate(config, operands, present).csa
+
+
+def rep_mtl_loss(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    lambda_tsr: float = 0.01,
+    lambda_csa: float = 0.01,
+    over: str = "tasks",
+    normalizer: str = "abs",
+    tsr_temperature: float = 1.0,
+    csa_temperature: float = 0.5,
+    eps: float = 0.0,
+    present: Tensor | None = None,
+    channel_dim: int = 1,
+    group: None = None,
+    backend: str = "auto",
+) -> RepMTLLosses:
+    """Both losses of Rep-MTL in one fused pass: the regulariser of arXiv 2507.21049, eq. 10.
+
+    The saliencies are read once for the statistics of both losses, and one kernel writes both
+    gradients.
+
+    Args:
+        saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
+        lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5).
+        lambda_csa: weight of :func:`csa_loss`, at least 0 (the paper: 0.7 to 1.5).
+        over, normalizer, tsr_temperature: of :func:`tsr_loss`.
+        csa_temperature, present, group: of :func:`csa_loss`.
+        eps: guard of both losses; 0 is exact.
+        channel_dim, backend: as for :func:`tsr_loss`.
+
+    Returns:
+        :class:`RepMTLLosses`: ``total``, ``tsr``, ``csa``; each may be differentiated.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described.
+    """
+    check_number("lambda_tsr", lambda_tsr, minimum=0)
+    check_number("lambda_csa", lambda_csa, minimum=0)
+    check_tsr_options(
+        over=over, normalizer=normalizer, temperature=tsr_temperature, eps=eps, prefix="tsr_"
+    )
+    check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
+    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    check_csa_batch(operands, stacked, present)
+    name = backends.resolve(backend, operands[0])
+    if name == "reference":
+        tsr = reference.tsr_loss(
+            saliencies,
+            over=over,
+            normalizer=normalizer,
+            temperature=tsr_temperature,
+            eps=eps,
+            channel_dim=channel_dim,
+        )
+        csa = reference.csa_loss(
+            saliencies,
+            temperature=csa_temperature,
+            eps=eps,
+            present=present,
+            channel_dim=channel_dim,
+        )
+    else:
+        config = Config(
+            backend=name,
+            tsr=True,
+            csa=True,
+            stacked=stacked,
+            channel_dim=channel_dim,
+            over=over,
+            normalizer=normalizer,
+            tsr_temperature=float(tsr_temperature),
+            csa_temperature=float(csa_temperature),
+            eps=float(eps),
+            with_grad=_grad_wanted(operands),
+        )
+        tsr, csa, *_ = evaluate(config, operands, present)
+    return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)
+
+
+def _grad_wanted(operands: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(s.requires_grad for s in operands)

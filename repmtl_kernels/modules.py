@@ -1,0 +1,122 @@
+"""The losses as modules: the options are given once, the saliencies at each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from repmtl_kernels._arguments import check_csa_options, check_number, check_tsr_options
+from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
+
+
+class _Loss(nn.Module):
+    """Keeps the keyword options of a loss; they are its attributes and its ``repr``."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def options(self) -> dict:
+        return {name: getattr(self, name) for name in self._options}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+
+
+class TSRLoss(_Loss):
+    """Module form of :func:`repmtl_kernels.tsr_loss`, same options."""
+
+    def __init__(
+        self,
+        *,
+        over: str = "tasks",
+        normalizer: str = "abs",
+        temperature: float = 1.0,
+        eps: float = 0.0,
+        channel_dim: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        check_tsr_options(over=over, normalizer=normalizer, temperature=temperature, eps=eps)
+        super().__init__(
+            over=over,
+            normalizer=normalizer,
+            temperature=temperature,
+            eps=eps,
+            channel_dim=channel_dim,
+            backend=backend,
+        )
+
+    def forward(self, saliencies: Tensor | Sequence[Tensor]) -> Tensor:
+        return tsr_loss(saliencies, **self.options())
+
+
+class CSALoss(_Loss):
+    """Module form of :func:`repmtl_kernels.csa_loss`, same options."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.5,
+        eps: float = 0.0,
+        channel_dim: int = 1,
+        group: None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_csa_options(temperature=temperature, eps=eps, group=group)
+        super().__init__(
+            temperature=temperature,
+            eps=eps,
+            channel_dim=channel_dim,
+            group=group,
+            backend=backend,
+        )
+
+    def forward(
+        self, saliencies: Tensor | Sequence[Tensor], present: Tensor | None = None
+    ) -> Tensor:
+        return csa_loss(saliencies, present=present, **self.options())
+
+
+class RepMTLLoss(_Loss):
+    """Module form of :func:`repmtl_kernels.rep_mtl_loss`, same options."""
+
+    def __init__(
+        self,
+        *,
+        lambda_tsr: float = 0.01,
+        lambda_csa: float = 0.01,
+        over: str = "tasks",
+        normalizer: str = "abs",
+        tsr_temperature: float = 1.0,
+        csa_temperature: float = 0.5,
+        eps: float = 0.0,
+        channel_dim: int = 1,
+        group: None = None,
+        backend: str = "auto",
+    ) -> None:
+        check_number("lambda_tsr", lambda_tsr, minimum=0)
+        check_number("lambda_csa", lambda_csa, minimum=0)
+        check_tsr_options(
+            over=over, normalizer=normalizer, temperature=tsr_temperature, eps=eps, prefix="tsr_"
+        )
+        check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
+        super().__init__(
+            lambda_tsr=lambda_tsr,
+            lambda_csa=lambda_csa,
+            over=over,
+            normalizer=normalizer,
+            tsr_temperature=tsr_temperature,
+            csa_temperature=csa_temperature,
+            eps=eps,
+            channel_dim=channel_dim,
+            group=group,
+            backend=backend,
+        )
+
+    def forward(
+        self, saliencies: Tensor | Sequence[Tensor], present: Tensor | None = None
+    ) -> RepMTLLosses:
+        return rep_mtl_loss(saliencies, present=present, **self.options())

@@ -1,0 +1,81 @@
+"""The losses of Rep-MTL exactly as the paper prints them (arXiv 2507.21049, eq. 4 to 9).
+
+Plain PyTorch under autograd, ``C x C`` affinity matrices and all: slow, hungry and easy to read.
+Every backend is judged against these functions in float64, and they are the ones to use where a
+second derivative of the losses is needed. They compute in the dtype they are given and are not
+scale-safe: saliencies below about 1e-9 in float32 underflow here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels._arguments import csa_arguments, tsr_arguments
+from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks
+
+
+def tsr_loss(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    over: str = "tasks",
+    normalizer: str = "abs",
+    temperature: float = 1.0,
+    eps: float = 0.0,
+    channel_dim: int = 1,
+) -> Tensor:
+    """Task-specific saliency regulation, eq. 4 to 6. Arguments as :func:`repmtl_kernels.tsr_loss`."""
+    operands, stacked = tsr_arguments(
+        saliencies, over=over, normalizer=normalizer, temperature=temperature, eps=eps,
+        channel_dim=channel_dim,
+    )  # fmt: skip
+    tasks = canonical_tasks(operands, stacked, channel_dim)
+    x = torch.stack([s.mean(dim=1).flatten(1) for s in tasks])  # (T, B, N), eq. 4
+    dim = 0 if over == "tasks" else 2
+    if normalizer == "abs":
+        total = x.abs().sum(dim, keepdim=True) + eps
+        p = x.abs() / total.where(total != 0, 1)  # eq. 5
+    else:
+        p = torch.softmax(x / temperature, dim)
+    entropy = -(p * p.where(p != 0, 1).log()).sum(dim)
+    return entropy.mean().to(accumulation_dtype(x.dtype))  # eq. 6
+
+
+def csa_loss(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    temperature: float = 0.5,
+    eps: float = 0.0,
+    present: Tensor | None = None,
+    channel_dim: int = 1,
+    group: None = None,
+) -> Tensor:
+    """Cross-task saliency alignment, eq. 7 to 9. Arguments as :func:`repmtl_kernels.csa_loss`."""
+    operands, stacked = csa_arguments(
+        saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim,
+        group=group,
+    )  # fmt: skip
+    s = torch.stack(
+        [task.flatten(2) for task in canonical_tasks(operands, stacked, channel_dim)]
+    )  # (T, B, C, N)
+    affinity = _normalized(s @ s.mT, eps)  # (T, B, C, C), eq. 7
+    a = s.mean(dim=3).permute(1, 2, 0)  # (B, C, T)
+    anchor = _normalized(a @ a.mT, eps)  # (B, C, C), eq. 8
+    positive = (anchor * affinity).sum((2, 3))  # (T, B)
+    negative = anchor.flatten(1) @ anchor.flatten(1).T  # (B, B)
+    own = torch.eye(len(negative), dtype=torch.bool, device=negative.device)
+    negative = (negative / temperature).masked_fill(own, float("-inf")).logsumexp(1)
+    if present is None:
+        positive = positive.mean(0)
+    else:
+        positive = (positive * present).sum(0) / present.sum(0).clamp_min(1)
+    return (negative - positive / temperature).mean().to(accumulation_dtype(s.dtype))  # eq. 9
+
+
+def _normalized(matrices: Tensor, eps: float) -> Tensor:
+    """``(..., C, C)`` divided by ``max(Frobenius norm, eps)``; a zero matrix stays zero."""
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    norm = norm.clamp_min(eps) if eps > 0 else norm.where(norm != 0, 1)
+    return matrices / norm
