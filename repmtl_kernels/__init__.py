@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from repmtl_kernels import reference
+from repmtl_kernels import _operators, reference
 from repmtl_kernels.backends import available_backends, backend_report
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels.modules import CSALoss, RepMTLLoss, TSRLoss

@@ -1,8 +1,8 @@
 """The one differentiable function of the package: stages in order, closed-form gradient.
 
 ``evaluate`` is the way in. In eager mode it runs :class:`Losses`, an ``autograd.Function``; under a
-compiler it calls the registered operators ``repmtl::losses`` and ``repmtl::losses_backward``, which
-share its forward and backward.
+compiler it calls the operator ``repmtl::losses`` (``_operators.py``), which shares its forward and
+backward.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 
 from repmtl_kernels import backends
 from repmtl_kernels._saliency import (
-    accumulation_dtype,
-    canonical,
     canonical_tasks,
     positions_to_saliency,
 )
@@ -39,11 +37,9 @@ class Config(NamedTuple):
     with_grad: bool
 
 
-class Values(NamedTuple):
-    """What the forward returns: the losses, then what the backward needs (empty where unused)."""
+class Saved(NamedTuple):
+    """What the backward needs of the forward, contiguous; empty where the loss was not asked for."""
 
-    tsr: Tensor
-    csa: Tensor
     position_grad: Tensor  # (T, B, N): d tsr / d x
     scale: Tensor
     anchors: Tensor
@@ -65,18 +61,31 @@ NO_SECOND_DERIVATIVE = (
 )
 
 
-def evaluate(config: Config, operands: Sequence[Tensor], present: Tensor | None) -> Values:
-    if torch.compiler.is_compiling():
-        return Values(*torch.ops.repmtl.losses(list(operands), present, *config))
-    return Values(*Losses.apply(config, present, *operands))
+def evaluate(
+    config: Config, operands: Sequence[Tensor], present: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``(tsr, csa)`` of checked operands; a loss that ``config`` leaves out is an empty tensor."""
+    tsr, csa = _apply(present, tuple(config), *operands)
+    return tsr, csa
 
 
-def _forward(config: Config, operands: Sequence[Tensor], present: Tensor | None) -> Values:
+# One node of a compiler's graph: it is traced below the compiler's front end, where autograd and
+# function transforms see an ordinary autograd.Function.
+@torch.compiler.allow_in_graph
+def _apply(present: Tensor | None, config: tuple, *operands: Tensor) -> tuple[Tensor, Tensor]:
+    tsr, csa, *_ = Losses.apply(Config(*config), present, *operands)
+    return tsr, csa
+
+
+def forward(
+    config: Config, operands: Sequence[Tensor], present: Tensor | None
+) -> tuple[Tensor, Tensor, Saved]:
     stages = backends.load(config.backend)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     statistics = stages.statistics(saliencies, positions=config.tsr, channels=config.csa)
     # One tensor each: operators may not return the same tensor twice.
-    values = {name: operands[0].new_empty(0) for name in Values._fields}
+    tsr, csa, *empty = (operands[0].new_empty(0) for _ in range(2 + len(Saved._fields)))
+    saved = Saved(*empty)
     if config.tsr:
         entropy = stages.entropy(
             statistics.positions,
@@ -86,9 +95,9 @@ def _forward(config: Config, operands: Sequence[Tensor], present: Tensor | None)
             eps=config.eps,
             with_grad=config.with_grad,
         )
-        values["tsr"] = entropy.value
+        tsr = entropy.value
         if config.with_grad:
-            values["position_grad"] = entropy.grad
+            saved = saved._replace(position_grad=entropy.grad)
     if config.csa:
         contrast = stages.contrast(
             statistics.channels,
@@ -105,9 +114,9 @@ def _forward(config: Config, operands: Sequence[Tensor], present: Tensor | None)
         )
         weight = _positive_weight(gram.similarity, present, config.csa_temperature)
         positive = (weight * gram.similarity).sum()
-        values["csa"] = contrast.logsumexp.mean() + positive
+        csa = contrast.logsumexp.mean() + positive
         if config.with_grad:
-            values.update(
+            saved = saved._replace(
                 scale=statistics.scale,
                 anchors=contrast.anchors,
                 factor=contrast.factor,
@@ -120,7 +129,7 @@ def _forward(config: Config, operands: Sequence[Tensor], present: Tensor | None)
                 projection=gram.projection,
                 matrix=gram.matrix,
             )
-    return Values(**values)
+    return tsr, csa, Saved(*(value.contiguous() for value in saved))
 
 
 def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: float) -> Tensor:
@@ -132,90 +141,93 @@ def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: fl
     return share.to(similarity.dtype) * (-1 / (batch * temperature))
 
 
-def _backward(
+def backward(
     config: Config,
     wanted: Sequence[bool],
     grad_tsr: Tensor | None,
     grad_csa: Tensor | None,
     operands: Sequence[Tensor],
-    values: Values,
-) -> list[Tensor | None]:
-    """The gradients of the wanted operands; None for the others."""
+    saved: Saved,
+) -> list[Tensor]:
+    """The gradients of the wanted operands."""
     position_grad = None
     if grad_tsr is not None:
         channels = canonical_tasks(operands, config.stacked, config.channel_dim)[0].shape[1]
-        position_grad = values.position_grad * (grad_tsr / channels)
+        position_grad = saved.position_grad * (grad_tsr / channels)
     if grad_csa is None:
-        return _expanded_grads(config, wanted, position_grad, operands)
-    ds = 2 * grad_csa * values.weight
-    rank = ds * values.inverse
+        return expanded_grads(config, wanted, position_grad, operands)
+    ds = 2 * grad_csa * saved.weight
+    rank = ds * saved.inverse
     csa = CSAGradient(
-        scale=values.scale,
-        contrast=Contrast(values.anchors, values.factor, None, values.pull, values.contrast_grad),
-        gram=Gram(
-            values.similarity, values.inverse, values.slope, values.projection, values.matrix
-        ),
+        scale=saved.scale,
+        contrast=Contrast(saved.anchors, saved.factor, None, saved.pull, saved.contrast_grad),
+        gram=Gram(saved.similarity, saved.inverse, saved.slope, saved.projection, saved.matrix),
         rank=rank,
-        curl=rank * values.slope,
-        tug=(ds * values.similarity).sum(0),
+        curl=rank * saved.slope,
+        tug=(ds * saved.similarity).sum(0),
         negatives=grad_csa,
     )
     grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
-    if config.stacked:
-        outputs = canonical_tasks(grads, True, config.channel_dim)
-    else:
-        outputs = [g if g is None else canonical(g, config.channel_dim) for g in grads]
-    saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
-    backends.load(config.backend).saliency_grad(saliencies, outputs, csa, position_grad)
-    return grads
+    tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
+    outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
+    backends.load(config.backend).saliency_grad(tasks, outputs, csa, position_grad)
+    return [g for g in grads if g is not None]
 
 
-def _expanded_grads(
-    config: Config,
-    wanted: Sequence[bool],
-    position_grad: Tensor,
-    operands: Sequence[Tensor],
-) -> list[Tensor | None]:
+def expanded_grads(
+    config: Config, wanted: Sequence[bool], position_grad: Tensor, operands: Sequence[Tensor]
+) -> list[Tensor]:
     """TSR's gradient is constant along the channels: a stride-0 view, nothing of size C is written."""
     per_operand = [position_grad] if config.stacked else position_grad.unbind(0)
     return [
-        positions_to_saliency(g.to(s.dtype, copy=True), s, config.channel_dim) if w else None
+        positions_to_saliency(g.to(s.dtype, copy=True), s, config.channel_dim)
         for g, s, w in zip(per_operand, operands, wanted, strict=True)
+        if w
     ]
 
 
 class Losses(torch.autograd.Function):
-    """``(config, present, *operands) -> Values``; only the losses are differentiable."""
+    """``(config, present, *operands) -> (tsr, csa, *saved)``; the losses are differentiable."""
 
     @staticmethod
     def forward(config: Config, present: Tensor | None, *operands: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_forward(config, operands, present))
+        if torch.compiler.is_compiling():
+            return tuple(torch.ops.repmtl.losses(operands, present, *config))
+        tsr, csa, saved = forward(config, operands, present)
+        return tsr, csa, *saved
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         config, _, *operands = inputs
+        _, _, *saved = output
         ctx.config = config
+        ctx.operands = len(operands)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.save_for_backward(*operands, *output[2:])
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*operands, *saved)
 
     @staticmethod
     def backward(ctx, grad_tsr, grad_csa, *_):
-        saved = ctx.saved_tensors
-        config = ctx.config
-        count = len(saved) - len(Values._fields) + 2
         wanted = tuple(ctx.needs_input_grad[2:])
-        grads = Gradient.apply(config, wanted, count, grad_tsr, grad_csa, *saved)
-        return None, None, *grads
+        saved = ctx.saved_tensors
+        found = Gradient.apply(ctx.config, wanted, ctx.operands, grad_tsr, grad_csa, *saved)
+        found = iter(found)
+        return None, None, *(next(found) if w else None for w in wanted)
 
 
 class Gradient(torch.autograd.Function):
     """The backward of :class:`Losses` as a node of its own, so that a second derivative is refused."""
 
     @staticmethod
-    def forward(config, wanted, count, grad_tsr, grad_csa, *saved):
-        values = Values(saved[0], saved[0], *saved[count:])
-        return tuple(_backward(config, wanted, grad_tsr, grad_csa, saved[:count], values))
+    def forward(config, wanted, count, grad_tsr, grad_csa, *tensors):
+        operands, saved = tensors[:count], Saved(*tensors[count:])
+        if torch.compiler.is_compiling():
+            return tuple(
+                torch.ops.repmtl.losses_backward(
+                    grad_tsr, grad_csa, operands, saved, wanted, *config
+                )
+            )
+        return tuple(backward(config, wanted, grad_tsr, grad_csa, operands, saved))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

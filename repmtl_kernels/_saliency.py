@@ -13,16 +13,17 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def canonical(saliency: Tensor, channel_dim: int) -> Tensor:
-    """One task's saliency as a ``(B, C, *spatial)`` view with at least one spatial dimension."""
+def canonical_tasks(
+    operands: Sequence[Tensor | None], stacked: bool, channel_dim: int
+) -> list[Tensor | None]:
+    """The operands as T ``(B, C, *spatial)`` views with at least one spatial dimension."""
+    tasks = operands[0].unbind(0) if stacked else operands
+    return [None if s is None else _canonical(s, channel_dim) for s in tasks]
+
+
+def _canonical(saliency: Tensor, channel_dim: int) -> Tensor:
     view = saliency.movedim(channel_dim, 1)
     return view if view.ndim > 2 else view.unsqueeze(-1)
-
-
-def canonical_tasks(operands: Sequence[Tensor], stacked: bool, channel_dim: int) -> list[Tensor]:
-    """The T canonical views of the operands of :func:`check_saliencies`."""
-    tasks = operands[0].unbind(0) if stacked else operands
-    return [canonical(s, channel_dim) for s in tasks]
 
 
 def positions_to_saliency(values: Tensor, saliency: Tensor, channel_dim: int) -> Tensor:

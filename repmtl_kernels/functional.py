@@ -99,7 +99,7 @@ def tsr_loss(
         eps=float(eps),
         with_grad=_grad_wanted(operands),
     )
-    return evaluate(config, operands, None).tsr
+    return evaluate(config, operands, None)[0]
 
 
 def csa_loss(
@@ -162,7 +162,7 @@ def csa_loss(
         eps=float(eps),
         with_grad=_grad_wanted(operands),
     )
-    return evaluate(config, operands, present).csa
+    return evaluate(config, operands, present)[1]
 
 
 def rep_mtl_loss(
@@ -239,9 +239,12 @@ def rep_mtl_loss(
             eps=float(eps),
             with_grad=_grad_wanted(operands),
         )
-        tsr, csa, *_ = evaluate(config, operands, present)
+        tsr, csa = evaluate(config, operands, present)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)
 
 
 def _grad_wanted(operands: Sequence[Tensor]) -> bool:
+    # A function transform inside a compiler hides requires_grad.
+    if torch.compiler.is_compiling():
+        return True
     return torch.is_grad_enabled() and any(s.requires_grad for s in operands)

@@ -1,0 +1,78 @@
+"""The registered operators ``repmtl::losses`` and ``repmtl::losses_backward``, for compilers.
+
+Eager calls go to the ``autograd.Function`` directly, which costs less per call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from repmtl_kernels import _autograd
+from repmtl_kernels._autograd import Config, Saved
+from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks
+
+_CONFIG = (
+    "str backend, bool tsr, bool csa, bool stacked, int channel_dim, str over, str normalizer, "
+    "float tsr_temperature, float csa_temperature, float eps, bool with_grad"
+)
+
+
+@torch.library.custom_op(
+    "repmtl::losses",
+    mutates_args=(),
+    schema=f"(Tensor[] operands, Tensor? present, {_CONFIG}) -> Tensor[]",
+)
+def losses(operands, present, *config):
+    tsr, csa, saved = _autograd.forward(Config(*config), operands, present)
+    return [tsr, csa, *saved]
+
+
+@torch.library.custom_op(
+    "repmtl::losses_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_tsr, Tensor? grad_csa, Tensor[] operands, Tensor[] saved, bool[] wanted, "
+    f"{_CONFIG}) -> Tensor[]",
+)
+def losses_backward(grad_tsr, grad_csa, operands, saved, wanted, *config):
+    """The gradients of the wanted operands."""
+    return _autograd.backward(Config(*config), wanted, grad_tsr, grad_csa, operands, Saved(*saved))
+
+
+@losses.register_fake
+def _(operands, present, *config):
+    config = Config(*config)
+    saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
+    tasks, batch, channels = len(saliencies), *saliencies[0].shape[:2]
+    positions = saliencies[0].shape[2:].numel()
+    side = torch.sym_min(channels, positions)
+    shapes = {}
+    if config.tsr:
+        shapes["tsr"] = ()
+        if config.with_grad:
+            shapes["position_grad"] = (tasks, batch, positions)
+    if config.csa:
+        shapes["csa"] = ()
+        if config.with_grad:
+            pair, anchor = (tasks, batch), (tasks, batch, channels)
+            shapes |= dict.fromkeys(("anchors", "pull", "contrast_grad"), anchor)
+            shapes |= dict.fromkeys(("scale", "weight", "similarity", "inverse", "slope"), pair)
+            shapes["factor"] = (batch,)
+            shapes["projection"] = (tasks, batch, tasks, side)
+            shapes["matrix"] = (tasks, batch, side, side)
+    first = operands[0]
+    statistics = accumulation_dtype(first.dtype)
+    return [
+        first.new_empty(
+            shapes.get(name, (0,)),
+            dtype=statistics if name in shapes and name != "matrix" else first.dtype,
+        )
+        for name in ("tsr", "csa", *Saved._fields)
+    ]
+
+
+@losses_backward.register_fake
+def _(grad_tsr, grad_csa, operands, saved, wanted, *config):
+    if grad_csa is None:
+        position_grad = Saved(*saved).position_grad
+        return _autograd.expanded_grads(Config(*config), wanted, position_grad, operands)
+    return [torch.empty_like(s) for s, w in zip(operands, wanted, strict=True) if w]
