@@ -1,0 +1,81 @@
+# CPU: make test, make bench. CUDA machine that has PyTorch, Triton and pytest: make gpu OUT=DIR.
+
+# The interpreter that makes the virtual environment, and where it goes.
+PYTHON ?= python3
+VENV ?= .venv
+# What pip is told to install first; the newest PyTorch would bring gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+# Test processes on the CPU, and the limit for one test in seconds.
+JOBS ?= 2
+TEST_TIMEOUT ?= 300
+# The interpreter of a CUDA machine, used as it is: nothing is installed.
+PYTHON_GPU ?= python3
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# Another TORCH is another stamp, so that it is installed and not passed over.
+TORCH_KEY := $(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
+TORCH_STAMP := $(VENV)/.torch-$(TORCH_KEY)
+TEST_STAMP := $(VENV)/.extra-test
+BENCH_STAMP := $(VENV)/.extra-bench
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint bench bench-quick gpu clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "  variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)' JOBS=$(JOBS) PYTHON_GPU=$(PYTHON_GPU)"
+
+$(TORCH_STAMP):
+	@echo "virtual environment: $(VENV), from $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@rm -f $(VENV)/.torch-* $(TEST_STAMP) $(BENCH_STAMP)
+	@echo "installing: $(TORCH)"
+	@$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py
+	@echo "installing: repmtl-kernels, editable, with what '$*' needs"
+	@$(PIP) install -e ".[$*]"
+	@touch $@
+
+venv: $(TEST_STAMP) ## the virtual environment, with the package and the test tools in it
+
+test: lint ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
+	@OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(TEST_STAMP) ## ruff check and ruff format --check
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: $(BENCH_STAMP) ## the full benchmark of this machine, into benchmarks/results/
+	@$(BIN)/python -m benchmarks
+
+bench-quick: $(BENCH_STAMP) ## a short benchmark; its results are not kept
+	@$(BIN)/python -m benchmarks --quick
+
+# INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
+# The benchmark runs even if tests fail; the exit status tells of both.
+gpu: ## all tests and the full benchmark on a CUDA machine, under 9 minutes: make gpu OUT=DIR
+	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
+	@command -v "$(PYTHON_GPU)" >/dev/null || \
+		{ echo "make gpu: no '$(PYTHON_GPU)' here: set PYTHON_GPU" >&2; exit 2; }
+	@"$(PYTHON_GPU)" -c 'import sys, torch, triton; \
+		torch.cuda.is_available() or sys.exit("PyTorch %s sees no CUDA device" % torch.__version__); \
+		print("%s, PyTorch %s, Triton %s" \
+			% (torch.cuda.get_device_name(), torch.__version__, triton.__version__))' || \
+		{ echo "make gpu: needs CUDA, PyTorch and Triton in '$(PYTHON_GPU)'" >&2; exit 2; }
+	@mkdir -p "$(OUT)"
+	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
+	timeout -s INT -k 5 240 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" \
+		--junitxml="$(OUT)/tests.xml" || failed="$$failed tests($$?)"; \
+	timeout -s INT -k 5 280 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \
+		|| failed="$$failed benchmark($$?)"; \
+	if [ -n "$$failed" ]; then \
+		echo "make gpu: failed, with exit status (124: ran out of time):$$failed" >&2; exit 1; \
+	fi; \
+	echo "make gpu: tests and benchmark done; results in $(OUT)"
+
+clean: ## remove build products and caches; the virtual environment stays
+	@rm -rf build dist repmtl_kernels.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +
