@@ -2,8 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from repmtl_kernels import _operators, reference
+import repmtl_kernels._operators  # noqa: F401  (registers the operators)
+from repmtl_kernels import reference
 from repmtl_kernels.backends import available_backends, backend_report
+from repmtl_kernels.criterion import RepMTL, task_saliencies
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels.modules import CSALoss, RepMTLLoss, TSRLoss
 
@@ -14,6 +16,7 @@ except PackageNotFoundError:  # a source tree that is on the path but not instal
 
 __all__ = [
     "CSALoss",
+    "RepMTL",
     "RepMTLLoss",
     "RepMTLLosses",
     "TSRLoss",
@@ -22,5 +25,6 @@ __all__ = [
     "csa_loss",
     "reference",
     "rep_mtl_loss",
+    "task_saliencies",
     "tsr_loss",
 ]
