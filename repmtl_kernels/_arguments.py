@@ -1,4 +1,4 @@
-"""The checks of each loss's arguments: one place for the public functions, modules and reference."""
+"""The checks of each loss's arguments, for the public functions, modules and reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORMALIZERS = ("abs", "softmax")
 
 
 def check_saliencies(saliencies: Tensor | Sequence[Tensor], channel_dim: int) -> tuple[Tensor, ...]:
-    """The operands of the losses: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
+    """The operands: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
 
     Raises ``TypeError`` or ``ValueError`` for anything that the losses are not defined on.
     """
@@ -87,7 +87,7 @@ def check_number(name: str, value: float, *, minimum: float, exclusive: bool = F
     """``value`` as a float, finite and at least (or above) ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+    if not minimum <= value < math.inf or (exclusive and value == minimum):  # NaN fails too
         bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
         raise ValueError(f"{name}: expected a finite number {bound}; got {value!r}")
     return float(value)

@@ -38,7 +38,7 @@ class Config(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward needs of the forward, contiguous; empty where the loss was not asked for."""
+    """What the backward needs, contiguous; empty where the loss was not asked for."""
 
     position_grad: Tensor  # (T, B, N): d tsr / d x
     scale: Tensor
@@ -65,15 +65,12 @@ def evaluate(
     config: Config, operands: Sequence[Tensor], present: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """``(tsr, csa)`` of checked operands; a loss that ``config`` leaves out is an empty tensor."""
-    tsr, csa = _apply(present, tuple(config), *operands)
-    return tsr, csa
+    if torch.compiler.is_compiling():
+        # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
+        from repmtl_kernels._graph_node import graph_node
 
-
-# One node of a compiler's graph: it is traced below the compiler's front end, where autograd and
-# function transforms see an ordinary autograd.Function.
-@torch.compiler.allow_in_graph
-def _apply(present: Tensor | None, config: tuple, *operands: Tensor) -> tuple[Tensor, Tensor]:
-    tsr, csa, *_ = Losses.apply(Config(*config), present, *operands)
+        return graph_node(present, tuple(config), *operands)
+    tsr, csa, *_ = Losses.apply(config, present, *operands)
     return tsr, csa
 
 
@@ -133,12 +130,12 @@ def forward(
 
 
 def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: float) -> Tensor:
-    """d csa / d s (T, B): minus the mean over the (present) tasks and the batch, over temperature."""
+    """d csa / d s (T, B): minus the mean over (present) tasks and the batch, over temperature."""
     tasks, batch = similarity.shape
     if present is None:
         return torch.full_like(similarity, -1 / (tasks * batch * temperature))
-    share = present / present.sum(0).clamp_min(1)
-    return share.to(similarity.dtype) * (-1 / (batch * temperature))
+    share = present.to(similarity.dtype) / present.sum(0).clamp_min(1)
+    return share * (-1 / (batch * temperature))
 
 
 def backward(
@@ -177,7 +174,7 @@ def backward(
 def expanded_grads(
     config: Config, wanted: Sequence[bool], position_grad: Tensor, operands: Sequence[Tensor]
 ) -> list[Tensor]:
-    """TSR's gradient is constant along the channels: a stride-0 view, nothing of size C is written."""
+    """TSR's gradient is constant along the channels: a stride-0 view, no write of size C."""
     per_operand = [position_grad] if config.stacked else position_grad.unbind(0)
     return [
         positions_to_saliency(g.to(s.dtype, copy=True), s, config.channel_dim)
@@ -209,6 +206,8 @@ class Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_tsr, grad_csa, *_):
         wanted = tuple(ctx.needs_input_grad[2:])
+        if grad_tsr is None and grad_csa is None:
+            return None, None, *(None for _ in wanted)
         saved = ctx.saved_tensors
         found = Gradient.apply(ctx.config, wanted, ctx.operands, grad_tsr, grad_csa, *saved)
         found = iter(found)
@@ -216,7 +215,7 @@ class Losses(torch.autograd.Function):
 
 
 class Gradient(torch.autograd.Function):
-    """The backward of :class:`Losses` as a node of its own, so that a second derivative is refused."""
+    """The backward of :class:`Losses`, a node of its own so that a second derivative is refused."""
 
     @staticmethod
     def forward(config, wanted, count, grad_tsr, grad_csa, *tensors):

@@ -56,13 +56,13 @@ def tsr_loss(
 
     Args:
         saliencies: gradients of the T task losses with respect to the shared representation: a
-            sequence of T tensors ``(B, C, *spatial)``, or one tensor ``(T, B, C, *spatial)``, with 0
-            to 3 spatial dimensions and any strides; float64, float32, bfloat16 or float16.
+            sequence of T tensors ``(B, C, *spatial)``, or one tensor ``(T, B, C, *spatial)``, with
+            0 to 3 spatial dimensions and any strides; float64, float32, bfloat16 or float16.
         over: axis of the distribution, ``"tasks"`` or ``"space"``.
         normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``.
         temperature: of the softmax, above 0; not used by ``"abs"``.
-        eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution that
-            is zero everywhere has entropy 0 and gradient 0.
+        eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution
+            that is zero everywhere has entropy 0 and gradient 0.
         channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
             ``(B, N, D)``. Not 0, the batch.
         backend: ``"auto"``, ``"reference"``, ``"eager"`` or ``"triton"``.
@@ -115,16 +115,17 @@ def csa_loss(
     """Cross-task saliency alignment (CSA) of Rep-MTL, arXiv 2507.21049, eq. 7 to 9.
 
     With the affinity ``M_bt = S_bt S_bt^T`` and the anchor ``A_b A_b^T`` of the position means
-    ``a_bt``, both Frobenius-normalised, ``s_bt`` their inner product and ``r_bk`` that of the anchors
-    of samples b and k: ``mean_b(-mean_t s_bt / temperature + logsumexp_{k != b} r_bk / temperature)``.
+    ``a_bt``, both Frobenius-normalised, ``s_bt`` their inner product and ``r_bk`` that of the
+    anchors of samples b and k, the loss is
+    ``mean_b(-mean_t s_bt / temperature + logsumexp_{k != b} r_bk / temperature)``.
 
     Args:
         saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
         temperature: above 0 (tau of eq. 9; the paper gives no value).
-        eps: guard of the normalisation: ``max(norm, eps)``. 0, the default, is exact: a sample whose
-            saliency or anchor is exactly zero has similarity 0 and gradient 0.
-        present: bool ``(T, B)``, which task has a label for which sample; positives are averaged over
-            those. None: over all tasks.
+        eps: guard of the normalisation: ``max(norm, eps)``. 0, the default, is exact: a sample
+            whose saliency or anchor is exactly zero has similarity 0 and gradient 0.
+        present: bool ``(T, B)``, which task has a label for which sample; positives are averaged
+            over those. None: over all tasks.
         channel_dim: as for :func:`tsr_loss`.
         group: None; negatives come from this process.
         backend: as for :func:`tsr_loss`.

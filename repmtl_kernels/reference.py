@@ -26,11 +26,15 @@ def tsr_loss(
     eps: float = 0.0,
     channel_dim: int = 1,
 ) -> Tensor:
-    """Task-specific saliency regulation, eq. 4 to 6. Arguments as :func:`repmtl_kernels.tsr_loss`."""
+    """Task-specific saliency regulation, eq. 4 to 6, as :func:`repmtl_kernels.tsr_loss`."""
     operands, stacked = tsr_arguments(
-        saliencies, over=over, normalizer=normalizer, temperature=temperature, eps=eps,
+        saliencies,
+        over=over,
+        normalizer=normalizer,
+        temperature=temperature,
+        eps=eps,
         channel_dim=channel_dim,
-    )  # fmt: skip
+    )
     tasks = canonical_tasks(operands, stacked, channel_dim)
     x = torch.stack([s.mean(dim=1).flatten(1) for s in tasks])  # (T, B, N), eq. 4
     dim = 0 if over == "tasks" else 2
@@ -52,11 +56,15 @@ def csa_loss(
     channel_dim: int = 1,
     group: None = None,
 ) -> Tensor:
-    """Cross-task saliency alignment, eq. 7 to 9. Arguments as :func:`repmtl_kernels.csa_loss`."""
+    """Cross-task saliency alignment, eq. 7 to 9, as :func:`repmtl_kernels.csa_loss`."""
     operands, stacked = csa_arguments(
-        saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim,
+        saliencies,
+        temperature=temperature,
+        eps=eps,
+        present=present,
+        channel_dim=channel_dim,
         group=group,
-    )  # fmt: skip
+    )
     s = torch.stack(
         [task.flatten(2) for task in canonical_tasks(operands, stacked, channel_dim)]
     )  # (T, B, C, N)

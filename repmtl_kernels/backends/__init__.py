@@ -1,9 +1,9 @@
 """The stage contract, which backends exist on this machine, and which one to use.
 
 A backend is a module with five functions, the stages of the losses. They run outside autograd, on
-the T canonical views ``(B, C, *spatial)`` of the saliencies (any strides, one dtype and device), and
-return tensors of the accumulation dtype (float32; float64 for float64) unless noted. ``N`` is the
-number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix is
+the T canonical views ``(B, C, *spatial)`` of the saliencies (any strides, one dtype and device),
+and return tensors of the accumulation dtype (float32; float64 for float64) unless noted. ``N`` is
+the number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix is
 ``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled operands:
 ``S^ = scale * S``. No stage writes its arguments.
 
@@ -48,7 +48,7 @@ class Entropy(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """Unit anchors ``u_bt = factor_b a_bt``: the anchor matrix ``sum_t u u^T`` has Frobenius norm 1."""
+    """Unit anchors ``u_bt = factor_b a_bt``: ``sum_t u u^T`` has Frobenius norm 1."""
 
     anchors: Tensor  # (T, B, C): u
     factor: Tensor  # (B,): 0 where the anchor is exactly zero
@@ -116,7 +116,7 @@ def _interpreting() -> bool:
 def resolve(backend: str, saliency: Tensor) -> str:
     """The name of the backend to run: never ``"auto"``.
 
-    ``"auto"`` is REPMTL_BACKEND if that is set, else ``"triton"`` for CUDA tensors that it supports,
+    ``"auto"`` is REPMTL_BACKEND if that is set, else ``"triton"`` for CUDA tensors it supports,
     else ``"eager"``. A backend asked for by name that can't run raises instead of falling back.
     """
     source = "backend"

@@ -1,4 +1,4 @@
-"""The stages in plain PyTorch, on any device: the CPU fallback. Contract: ``backends/__init__.py``."""
+"""The stages in plain PyTorch, for any device. Contract: ``backends/__init__.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram, Statis
 
 # Rows of one block of the Gram matrix: small enough to skip most of the upper half, large enough
 # for the matrix product to run at full speed.
-GRAM_BLOCK = 256
+GRAM_BLOCK = 128
 # Elements of one block of anchor products: bounds the memory of the contrast stage.
 CONTRAST_BLOCK = 1 << 22
 # Products of operands with max in [2^-30, 2^30] neither overflow nor underflow in float32.
@@ -25,8 +25,8 @@ def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> 
         x = torch.stack([s.sum(1, dtype=dtype) for s in flat]).div_(flat[0].shape[1])
     if channels:
         a = torch.stack([s.sum(2, dtype=dtype) for s in flat]).div_(flat[0].shape[2])
-        largest = [torch.linalg.vector_norm(s, float("inf"), dim=(1, 2), dtype=dtype) for s in flat]
-        scale = _power_of_two(torch.stack(largest))
+        largest = [torch.maximum(s.amax((1, 2)), -s.amin((1, 2))) for s in flat]
+        scale = _power_of_two(torch.stack(largest).to(dtype))
     return Statistics(x, a, scale)
 
 
@@ -71,7 +71,7 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
     scaled = a * scale[:, None]
     products = torch.einsum("tbc,ubc->btu", scaled, scaled)
     norm = torch.linalg.vector_norm(products, dim=(1, 2))
-    inverse, free = _guarded_inverse(norm, eps * scale.square())
+    inverse, free = _guarded_inverse(norm, scale, eps)
     factor = scale * inverse.sqrt()
     u = scaled * inverse.sqrt()[:, None]
     rows = u.transpose(0, 1).reshape(batch * tasks, channels)
@@ -103,10 +103,15 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
     return Contrast(u, factor, lse, pull, grad)
 
 
-def _guarded_inverse(norm: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 / max(norm, floor)``, 0 for a zero norm without floor; and 1 where the norm is not clamped."""
-    clamped = torch.maximum(norm, floor)
-    return clamped.reciprocal().where(clamped != 0, 0), (norm >= floor).to(norm.dtype)
+def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``1 / max(norm, eps scale^2)``, 0 for a norm of 0; and 1 where not clamped, else 0.
+
+    ``norm`` is that of products of operands times ``scale``.
+    """
+    if eps == 0:  # scale^2 may overflow
+        return norm.reciprocal().where(norm != 0, 0), torch.ones_like(norm)
+    clamped = norm.clamp_min(eps * scale.square())
+    return clamped.reciprocal(), (norm >= clamped).to(norm.dtype)
 
 
 def gram(
@@ -117,20 +122,20 @@ def gram(
     prescale = _needs_prescale(saliencies[0], scale)
     for t, s in enumerate(saliencies):
         x, rest = _operand(s, scale[t], prescale)  # (B, C, N)
-        u = anchors.permute(1, 2, 0)  # (B, C, T)
+        u = anchors.transpose(0, 1)  # (B, T, C)
         matrix, norm = _half_gram(x.mT if n_side else x, rest.square())
         if n_side:
-            v = (x.mT @ u.to(x.dtype)).to(scale.dtype) * rest[:, None, None]  # (B, N, T)
+            v = (u.to(x.dtype) @ x).to(scale.dtype) * rest[:, None, None]
             positives.append(v.square().sum((1, 2)))
         else:
-            v = (matrix @ u.to(x.dtype)).to(scale.dtype)  # (B, C, T)
+            v = (u.to(x.dtype) @ matrix).to(scale.dtype)
             positives.append((u * v).sum((1, 2)))
         norms.append(norm)
         if with_grad:
-            projections.append(v.mT)
+            projections.append(v)
             matrices.append(matrix.to(s.dtype))
     norm = torch.stack(norms)
-    inverse, free = _guarded_inverse(norm, eps * scale.square())
+    inverse, free = _guarded_inverse(norm, scale, eps)
     similarity = torch.stack(positives) * inverse
     slope = -similarity * inverse * free
     if not with_grad:
@@ -165,7 +170,7 @@ def _operand(saliency: Tensor, scale: Tensor, prescale: bool) -> tuple[Tensor, T
 
 
 def _half_gram(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """``factor * x x^T`` (B, R, R) from the lower half of its blocks, and its Frobenius norms (B,)."""
+    """``factor * x x^T`` (B, R, R) from the lower half of its blocks, and Frobenius norms (B,)."""
     rows = x.shape[1]
     factor = factor[:, None, None]
     matrix = x.new_empty(x.shape[0], rows, rows)

@@ -1,0 +1,16 @@
+"""The losses as one node of a compiler's graph. Importing this module loads TorchDynamo."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels._autograd import Config, Losses
+
+
+@torch.compiler.allow_in_graph
+def graph_node(present: Tensor | None, config: tuple, *operands: Tensor) -> tuple[Tensor, Tensor]:
+    """``Losses`` traced below the compiler's front end, which can't trace an ``autograd.Function``
+    inside ``torch.func.grad``; autograd and function transforms see an ordinary one here."""
+    tsr, csa, *_ = Losses.apply(Config(*config), present, *operands)
+    return tsr, csa

@@ -1,0 +1,213 @@
+"""The one list of shapes, layouts, dtypes, losses and tolerances, for every backend."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import repmtl_kernels
+from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [name for name in repmtl_kernels.available_backends() if name != "reference"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+# Relative errors that rounding alone explains, with float64 as the judge. Larger ones are allowed
+# only where plain PyTorch (the reference in the same dtype) is as far off; see `judge`.
+VALUE_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.bfloat16: 3e-4,
+    torch.float16: 3e-4,
+}
+GRAD_TOLERANCE = {
+    torch.float64: 1e-11,
+    torch.float32: 4e-6,
+    torch.bfloat16: 6e-3,
+    torch.float16: 2e-3,
+}
+
+
+def supports(backend: str, dtype: torch.dtype) -> bool:
+    return not (backend == "triton" and dtype == torch.float64)
+
+
+BACKEND_DTYPES = [(b, d) for b in BACKENDS for d in DTYPES if supports(b, d)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """T tasks of saliencies ``(B, C, *spatial)`` in a memory layout."""
+
+    tasks: int
+    batch: int
+    channels: int
+    spatial: tuple[int, ...] = ()
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        spatial = "x".join(map(str, self.spatial)) or "1"
+        return f"T{self.tasks}-B{self.batch}-C{self.channels}-{spatial}-{self.layout}"
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 if self.layout == "tokens" else 1
+
+    def make(self, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
+        """Leaves that require a gradient: one stacked tensor for "stacked", else T of them."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.tasks, self.batch, self.channels, *self.spatial)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        # Real saliencies are not centred on zero at every position: anchors are not mere noise.
+        values += torch.randn(shape[:3] + (1,) * len(self.spatial), generator=generator)
+        values = (values * scale).to(DEVICE, dtype)
+        if self.layout == "stacked":
+            return [values.requires_grad_()]
+        return [LAYOUTS[self.layout](t, v).requires_grad_() for t, v in enumerate(values)]
+
+    def run(self, loss: Callable, tensors: list[Tensor], **options) -> Tensor:
+        argument = tensors[0] if self.layout == "stacked" else tensors
+        return loss(argument, channel_dim=self.channel_dim, **options)
+
+
+def _dense(t: int, x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _channels_last(t: int, x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _tokens(t: int, x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous()
+
+
+def _crop(t: int, x: Tensor) -> Tensor:
+    """Every dimension strided, nothing collapses."""
+    big = x.new_full([2 * n + 1 for n in x.shape], float("nan"))
+    view = big[tuple(slice(1, None, 2) for _ in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def _transposed(t: int, x: Tensor) -> Tensor:
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _expanded(t: int, x: Tensor) -> Tensor:
+    """Constant over the positions, stride 0: what average pooling sends back."""
+    return x[..., :1, :1].expand(x.shape)
+
+
+def _mixed(t: int, x: Tensor) -> Tensor:
+    return (_dense, _channels_last, _crop)[t % 3](t, x)
+
+
+LAYOUTS = {
+    "contiguous": _dense,
+    "channels_last": _channels_last,
+    "tokens": _tokens,
+    "crop": _crop,
+    "transposed": _transposed,
+    "expanded": _expanded,
+    "mixed": _mixed,
+}
+
+CASES = [
+    Case(3, 2, 8, (5, 6)),  # C < N: the affinities are the smaller Gram matrix
+    Case(2, 3, 40, (4, 5)),  # N < C
+    Case(2, 2, 16, (4, 4)),  # N = C
+    Case(2, 2, 96, (7, 7)),  # Office, 7x7
+    Case(3, 4, 40),  # pooled: no spatial dimension
+    Case(2, 3, 33, (1, 1)),  # pooled, kept dimensions
+    Case(2, 2, 1, (3, 3)),  # one channel
+    Case(1, 3, 20, (3, 3)),  # one task
+    Case(9, 2, 10, (2, 2)),  # more tasks than one launch takes
+    Case(2, 17, 24, (3,)),  # more samples than one tile; a sequence
+    Case(2, 2, 12, (2, 3, 2)),  # a volume
+    Case(2, 2, 150, (10, 13)),  # several tiles of 64, N side
+    Case(2, 2, 70, (9, 10)),  # several tiles of 64, C side
+    Case(2, 2, 40, (4, 5), "channels_last"),
+    Case(2, 2, 18, (6, 7), "channels_last"),
+    Case(2, 2, 40, (30,), "tokens"),
+    Case(2, 2, 16, (4, 6), "tokens"),
+    Case(2, 2, 20, (4, 5), "crop"),
+    Case(2, 2, 11, (2, 3, 4), "crop"),
+    Case(2, 2, 24, (4, 5), "transposed"),
+    Case(2, 2, 24, (4, 5), "expanded"),
+    Case(3, 2, 24, (4, 5), "mixed"),
+    Case(3, 3, 24, (4, 5), "stacked"),
+]
+
+TSR_FORMS = [
+    {"over": over, "normalizer": normalizer, "temperature": 0.3}
+    for over in ("tasks", "space")
+    for normalizer in ("abs", "softmax")
+]
+TSR_IDS = [f"{form['over']}-{form['normalizer']}" for form in TSR_FORMS]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A public function that gives a scalar, and the same from the reference."""
+
+    name: str
+    public: Callable[..., Tensor]
+    literal: Callable[..., Tensor]
+
+
+def _total(saliencies, **options) -> Tensor:
+    return rep_mtl_loss(saliencies, lambda_tsr=0.7, lambda_csa=1.3, **options).total
+
+
+def _literal_total(saliencies, *, channel_dim=1, eps=0.0) -> Tensor:
+    tsr = reference.tsr_loss(saliencies, channel_dim=channel_dim, eps=eps)
+    return 0.7 * tsr + 1.3 * reference.csa_loss(saliencies, channel_dim=channel_dim, eps=eps)
+
+
+LOSSES = [
+    Loss("tsr_loss", tsr_loss, reference.tsr_loss),
+    Loss("csa_loss", csa_loss, reference.csa_loss),
+    Loss("rep_mtl_loss", _total, _literal_total),
+]
+
+
+def value_and_grads(loss: Callable, case: Case, tensors: list[Tensor], **options):
+    value = case.run(loss, tensors, **options)
+    return value, torch.autograd.grad(value, tensors)
+
+
+def doubles(tensors: list[Tensor]) -> list[Tensor]:
+    """The same numbers in float64, dense: what the judge computes with."""
+    return [t.detach().double().clone().requires_grad_() for t in tensors]
+
+
+def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
+    """||found - exact|| / ||exact|| over all tensors; NaN where found has NaN."""
+    difference = torch.stack([(f.double() - e).norm() for f, e in zip(found, exact, strict=True)])
+    return (difference.norm() / torch.stack([e.norm() for e in exact]).norm()).item()
+
+
+def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -> None:
+    """Value and gradient within rounding of the float64 reference, or as near as plain PyTorch."""
+    tensors = case.make(dtype)
+    value, grads = value_and_grads(loss.public, case, tensors, backend=backend, **options)
+    exact, exact_grads = value_and_grads(loss.literal, case, doubles(tensors), **options)
+    plain, plain_grads = value_and_grads(loss.literal, case, tensors, **options)
+
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert value.dtype == expected and value.shape == ()
+    scale = max(1.0, abs(exact.item()))
+    error, plain_error = abs(value.item() - exact.item()), abs(plain.item() - exact.item())
+    assert error <= max(VALUE_TOLERANCE[dtype] * scale, plain_error)
+
+    for grad, tensor in zip(grads, tensors, strict=True):
+        assert grad.dtype == dtype and grad.shape == tensor.shape
+    if max(e.norm() for e in exact_grads) < 1e-14:  # exactly zero but for rounding
+        plain_error = max(g.abs().max().item() for g in plain_grads)
+        assert max(g.abs().max() for g in grads) <= max(GRAD_TOLERANCE[dtype], plain_error)
+        return
+    error = relative_error(grads, exact_grads)
+    plain_error = relative_error(plain_grads, exact_grads)
+    assert error <= max(GRAD_TOLERANCE[dtype], plain_error), (error, plain_error)

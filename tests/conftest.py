@@ -1,0 +1,44 @@
+"""Where the tests run: on CUDA if there is one, else on the CPU with Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_modifyitems(items):
+    if CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and its kind come filled with NaN, and nondeterministic operations raise."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def default_precision():
+    """Float32 products at full precision, and the choice of backend to the test."""
+    torch.set_float32_matmul_precision("highest")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("REPMTL_BACKEND", raising=False)
+        patch.delenv("REPMTL_FP32_PRECISION", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

@@ -1,0 +1,168 @@
+"""Values and gradients of every backend against the reference in float64."""
+
+import pytest
+import torch
+from cases import (
+    BACKEND_DTYPES,
+    BACKENDS,
+    CASES,
+    LOSSES,
+    TSR_FORMS,
+    TSR_IDS,
+    Case,
+    Loss,
+    judge,
+    supports,
+    value_and_grads,
+)
+
+from repmtl_kernels import reference, rep_mtl_loss, tsr_loss
+
+TSR = LOSSES[0]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_every_case(backend: str, dtype: torch.dtype, case: Case, loss: Loss):
+    judge(loss, case, dtype, backend)
+
+
+@pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
+@pytest.mark.parametrize(
+    "case", [Case(3, 2, 8, (5, 6)), Case(2, 3, 5), Case(2, 2, 3, (30, 41))], ids=str
+)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_distributions(backend: str, dtype: torch.dtype, case: Case, form: dict):
+    judge(TSR, case, dtype, backend, **form)
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-2, 1e3])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_eps_is_the_usual_guard(backend: str, dtype: torch.dtype, loss: Loss, eps: float):
+    judge(loss, Case(3, 3, 12, (3, 4)), dtype, backend, eps=eps)
+
+
+@pytest.mark.slow_cpu
+@pytest.mark.parametrize("case", [Case(1, 2, 640, (25, 25)), Case(1, 2, 610, (26, 25))], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_tiles(backend: str, case: Case):
+    judge(LOSSES[1], case, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_the_fused_loss(backend: str):
+    case = Case(3, 4, 10, (3, 4))
+    dtype = torch.float64 if supports(backend, torch.float64) else torch.float32
+    tensors = case.make(dtype)
+    found = rep_mtl_loss(tensors, lambda_tsr=0.7, lambda_csa=1.3, backend=backend)
+    torch.testing.assert_close(found.tsr, reference.tsr_loss(tensors).to(found.tsr.dtype))
+    torch.testing.assert_close(found.csa, reference.csa_loss(tensors).to(found.csa.dtype))
+    torch.testing.assert_close(found.total, 0.7 * found.tsr + 1.3 * found.csa)
+    for part, literal in ((found.tsr, reference.tsr_loss), (found.csa, reference.csa_loss)):
+        grads = torch.autograd.grad(part, tensors, retain_graph=True)
+        torch.testing.assert_close(grads, torch.autograd.grad(literal(tensors), tensors))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_present_averages_over_the_tasks_that_are_there(backend: str):
+    case = Case(3, 4, 10, (3, 4))
+    tensors = case.make(torch.float32)
+    present = torch.tensor(
+        [[1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]], dtype=torch.bool, device=tensors[0].device
+    )
+    with torch.no_grad():  # a task without a label has no saliency there; sample 3 has none at all
+        for t, s in enumerate(tensors):
+            s[~present[t]] = 0
+    found, grads = value_and_grads(
+        LOSSES[1].public, case, tensors, backend=backend, present=present
+    )
+    doubled = [t.detach().double().requires_grad_() for t in tensors]
+    exact, exact_grads = value_and_grads(reference.csa_loss, case, doubled, present=present)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    for g, e in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-6)
+    everywhere = LOSSES[1].public(tensors, backend=backend)
+    assert abs(everywhere - found) > 1e-3  # the mask matters
+
+
+def test_present_by_hand():
+    """Two samples, two tasks, one missing label: eq. 9 with the mean over one task."""
+    s = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    s[1, 1] = 0
+    present = torch.tensor([[True, True], [True, False]])
+    affinity = [[m / m.norm() if m.norm() else m for m in x @ x.mT] for x in s]
+    a = s.mean(-1)
+    anchors = [sum(torch.outer(a[t, b], a[t, b]) for t in range(2)) for b in range(2)]
+    anchors = [m / m.norm() for m in anchors]
+    r = (anchors[0] * anchors[1]).sum()
+    similarity = [[(anchors[b] * affinity[t][b]).sum() for b in range(2)] for t in range(2)]
+    first = -(similarity[0][0] + similarity[1][0]) / 2 / 0.5 + r / 0.5
+    second = -similarity[0][1] / 0.5 + r / 0.5
+    expected = (first + second) / 2
+    torch.testing.assert_close(reference.csa_loss(list(s), present=present), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_grad_gives_the_same_value(backend: str):
+    tensors = Case(2, 3, 20, (4, 5)).make(torch.float32)
+    with_graph = rep_mtl_loss(tensors, backend=backend).total
+    with torch.no_grad():
+        without = rep_mtl_loss(tensors, backend=backend).total
+    assert not without.requires_grad
+    assert torch.equal(without, with_graph.detach())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bitwise_repeatable(backend: str, loss: Loss):
+    case = Case(2, 5, 70, (6, 7))
+    results = []
+    for _ in range(3):
+        value, grads = value_and_grads(loss.public, case, case.make(torch.float32), backend=backend)
+        results.append((value, *grads))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inputs_and_saved_tensors_are_not_written(backend: str):
+    tensors = Case(2, 3, 20, (4, 5), "mixed").make(torch.float32)
+    before = [t.detach().clone() for t in tensors]
+    total = rep_mtl_loss(tensors, backend=backend).total
+    first = torch.autograd.grad(total, tensors, retain_graph=True)
+    second = torch.autograd.grad(total, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(t.detach(), b) for t, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
+def test_reduced_precision_of_float32_products(precision: str, monkeypatch):
+    """tf32x3 is as good as float32; tf32 within its 10 bits."""
+    if "triton" not in BACKENDS:
+        pytest.skip("needs the Triton backend")
+    monkeypatch.setenv("REPMTL_FP32_PRECISION", precision)
+    case = Case(2, 3, 96, (7, 7))
+    tensors = case.make(torch.float32)
+    exact, exact_grads = value_and_grads(
+        reference.csa_loss, case, [t.detach().double().requires_grad_() for t in tensors]
+    )
+    value, grads = value_and_grads(LOSSES[1].public, case, tensors, backend="triton")
+    bound = 1e-5 if precision == "tf32x3" else 2e-3
+    assert abs(value.item() - exact.item()) < bound
+    for g, e in zip(grads, exact_grads, strict=True):
+        assert (g.double() - e).norm() <= bound * e.norm()
+
+
+def test_tsr_of_the_paper_by_hand():
+    """Eq. 4 to 6 by hand: P = (1/4, 3/4) at one position, (1, 0) at the other."""
+    first = torch.tensor([[[1.0, 2.0], [1.0, 4.0]]])  # (B, C, N): means 1 and 3
+    second = torch.tensor([[[-3.0, 0.0], [-3.0, 0.0]]])  # means -3 and 0
+    entropy = -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.75).log())
+    for backend in ("reference", *BACKENDS):
+        if backend == "triton":
+            first, second = first.to("cuda" if torch.cuda.is_available() else "cpu"), second
+            second = second.to(first.device)
+        found = tsr_loss([first, second], backend=backend)
+        torch.testing.assert_close(found.cpu(), entropy / 2)

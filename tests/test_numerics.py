@@ -1,0 +1,160 @@
+"""Scales, zeros and NaN: exact without eps, over the whole range of float32."""
+
+import pytest
+import torch
+from cases import BACKEND_DTYPES, BACKENDS, DEVICE, LOSSES, Case, Loss, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
+
+SHAPES = [Case(2, 3, 24, (4, 4)), Case(3, 3, 9, (5, 4))]  # N side, C side
+
+
+def _normalized_grads(loss: Loss, tensors, backend: str, scale: float):
+    value = loss.public(tensors, backend=backend)
+    return value, [g.double() * scale for g in torch.autograd.grad(value, tensors)]
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e-7, 1e7, 1e20, 1e30])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_do_not_depend_on_the_scale(backend: str, loss: Loss, case: Case, scale: float):
+    unit = loss.literal(case.make(torch.float64))
+    unit_grads = torch.autograd.grad(loss.literal(tensors := case.make(torch.float64)), tensors)
+    value, grads = _normalized_grads(loss, case.make(torch.float32, scale=scale), backend, scale)
+    assert abs(value.item() - unit.item()) < 2e-6
+    assert relative_error(grads, unit_grads) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_has_the_range_of_float32(backend: str, scale: float):
+    case = SHAPES[0]
+    tensors = case.make(torch.bfloat16, scale=scale)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = [g * scale for g in torch.autograd.grad(reference.csa_loss(doubles), doubles)]
+    _, grads = _normalized_grads(LOSSES[1], tensors, backend, scale)
+    assert relative_error(grads, exact) < 1e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_saliencies_that_are_subnormal(backend: str):
+    """Their products are all zero in float16: 1e-6 squared is below its smallest number."""
+    tensors = SHAPES[0].make(torch.float16, scale=1e-6)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = reference.csa_loss(doubles)
+    assert abs(csa_loss(tensors, backend=backend).item() - exact.item()) < 1e-3
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tasks_of_very_different_scales(backend: str, loss: Loss):
+    tensors = [
+        (t.detach() * s).requires_grad_()
+        for t, s in zip(SHAPES[0].make(torch.float32), (1.0, 1e-12), strict=True)
+    ]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = loss.literal(doubles)
+    exact_grads = torch.autograd.grad(exact, doubles)
+    value = loss.public(tensors, backend=backend)
+    grads = torch.autograd.grad(value, tensors)
+    assert abs(value.item() - exact.item()) < 2e-6
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):  # each task on its own scale
+        assert relative_error([grad], [exact_grad]) < 2e-5
+
+
+@pytest.mark.parametrize("samples", [[0], [1, 2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("tasks", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_zero_saliencies(backend, dtype, loss: Loss, tasks: list[int], samples: list[int]):
+    """Similarity, entropy and gradient of what is exactly zero are 0, and nothing is NaN."""
+    tensors = SHAPES[0].make(dtype)
+    with torch.no_grad():
+        for t in tasks:
+            tensors[t][samples] = 0
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = loss.literal(doubles)
+    exact_grads = torch.autograd.grad(exact, doubles)
+    value = loss.public(tensors, backend=backend)
+    grads = torch.autograd.grad(value, tensors)
+    assert abs(value.item() - exact.item()) < (1e-2 if dtype.itemsize == 2 else 2e-6)
+    for t, (grad, exact_grad) in enumerate(zip(grads, exact_grads, strict=True)):
+        assert torch.isfinite(grad).all() and torch.isfinite(exact_grad).all()
+        if t in tasks and loss.name == "csa_loss" and tasks == [0, 1]:
+            assert (grad[samples] == 0).all()
+        bound = 1e-2 if dtype.itemsize == 2 else 1e-5
+        assert (grad.double() - exact_grad).norm() <= bound * max(1e-3, exact_grad.norm())
+
+
+@pytest.mark.parametrize("normalizer", ["abs", "softmax"])
+@pytest.mark.parametrize("over", ["tasks", "space"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_zeros_in_every_distribution(backend: str, over: str, normalizer: str):
+    tensors = [torch.zeros(2, 3, 4, 4, device=DEVICE, requires_grad=True) for _ in range(2)]
+    value = tsr_loss(tensors, over=over, normalizer=normalizer, backend=backend)
+    grads = torch.autograd.grad(value, tensors)
+    uniform = torch.tensor(2.0 if over == "tasks" else 16.0).log()
+    expected = 0.0 if normalizer == "abs" else uniform.item()
+    assert value.item() == pytest.approx(expected, abs=1e-6)
+    assert all(g.abs().max() < 1e-7 for g in grads)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_nan_is_not_hidden(backend, dtype, loss: Loss, case: Case, where: str):
+    tensors = case.make(dtype)
+    with torch.no_grad():
+        tensors[-1].view(-1)[0 if where == "first" else -1] = float("nan")
+    value = loss.public(tensors, backend=backend)
+    assert torch.isnan(value)
+    grads = torch.autograd.grad(value, tensors)
+    assert torch.isnan(grads[-1]).any()
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinity_gives_nan(backend: str, loss: Loss):
+    tensors = SHAPES[0].make(torch.float32)
+    with torch.no_grad():
+        tensors[0].view(-1)[5] = float("inf")
+    assert torch.isnan(loss.public(tensors, backend=backend))
+
+
+@settings(
+    deadline=None,
+    max_examples=25,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    tasks=st.integers(1, 4),
+    batch=st.integers(2, 5),
+    channels=st.integers(1, 40),
+    positions=st.integers(1, 40),
+    exponent=st.integers(-30, 30),
+    spread=st.integers(0, 12),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_shape_and_scale(backend, tasks, batch, channels, positions, exponent, spread, seed):
+    """Value and gradient of the fused loss, each task within `spread` decades of 10^exponent."""
+    case = Case(tasks, batch, channels, (positions,))
+    scales = [10.0 ** max(-30, exponent - spread * t / max(1, tasks - 1)) for t in range(tasks)]
+    unit = case.make(torch.float64, seed=seed)
+    rounded = [(t.detach() * s).float().requires_grad_() for t, s in zip(unit, scales, strict=True)]
+    doubles = [t.detach().double().requires_grad_() for t in rounded]
+    options = {"lambda_tsr": 1.0, "lambda_csa": 1.0}
+    exact = rep_mtl_loss(doubles, backend="reference", **options).total
+    exact_grads = torch.autograd.grad(exact, doubles)
+    value = rep_mtl_loss(rounded, backend=backend, **options).total
+    grads = torch.autograd.grad(value, rounded)
+    assert abs(value.item() - exact.item()) < 5e-6 * max(1.0, abs(exact.item()))
+    for grad, exact_grad, scale in zip(grads, exact_grads, scales, strict=True):
+        found, expected = grad.double() * scale, exact_grad * scale
+        # The floor is rounding's share of the terms that cancel, which are of order 1 / |S|.
+        assert (found - expected).norm() <= 1e-5 * expected.norm() + 3e-6

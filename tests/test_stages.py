@@ -1,0 +1,130 @@
+"""The stage contract: every backend's five functions against the eager ones in float64."""
+
+import pytest
+import torch
+from cases import BACKEND_DTYPES, TSR_FORMS, TSR_IDS, Case
+
+from repmtl_kernels import backends
+from repmtl_kernels._saliency import canonical_tasks
+
+CASES = [
+    Case(2, 3, 40, (4, 5)),
+    Case(3, 2, 8, (5, 6), "channels_last"),
+    Case(9, 2, 17, ()),
+    Case(2, 2, 9, (3, 4), "crop"),
+]
+
+
+def _views(case: Case, dtype: torch.dtype, scale: float = 1.0):
+    tensors = [t.detach() for t in case.make(dtype, scale=scale)]
+    return canonical_tasks(tensors, False, case.channel_dim)
+
+
+def _exact(views):
+    return [v.double() for v in views]
+
+
+def _close(found, exact, dtype, factor: float = 1.0):
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 1e-2)
+    assert torch.isfinite(found).all()
+    error = (found.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    assert error <= factor * tolerance, error
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_statistics(backend: str, dtype: torch.dtype, scale: float, case: Case):
+    if dtype == torch.float16 and scale != 1.0:
+        pytest.skip("not in the range of float16")
+    stages = backends.load(backend)
+    views = _views(case, dtype, scale)
+    found = stages.statistics(views, positions=True, channels=True)
+    exact = backends.load("eager").statistics(_exact(views), positions=True, channels=True)
+    # Sums are kept in float32 at least, whatever the dtype.
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    _close(found.positions, exact.positions, precise)
+    _close(found.channels, exact.channels, precise)
+    largest = torch.stack([v.double().abs().amax((1, 2)) for v in (x.flatten(2) for x in views)])
+    scaled = found.scale.double() * largest
+    assert ((scaled >= 0.5) & (scaled < 2)).all()
+    assert (torch.frexp(found.scale).mantissa == 0.5).all()  # powers of two
+    alone = stages.statistics(views, positions=True, channels=False)
+    assert alone.channels is None and alone.scale is None
+    torch.testing.assert_close(alone.positions, found.positions)
+    alone = stages.statistics(views, positions=False, channels=True)
+    assert alone.positions is None
+    torch.testing.assert_close(alone.channels, found.channels)
+    assert torch.equal(alone.scale, found.scale)
+
+
+@pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 70), (1, 2, 5), (17, 3, 4), (2, 2, 1), (2, 2, 5000)], ids=str
+)
+@pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
+def test_entropy(backend: str, shape: tuple, form: dict):
+    device = Case(1, 2, 2).make(torch.float32)[0].device
+    x = torch.randn(shape, device=device)
+    x[..., 0] = 0
+    for eps in (0.0, 0.3):
+        stage = backends.load(backend).entropy
+        found = stage(x, eps=eps, with_grad=True, **form)
+        exact = backends.load("eager").entropy(x.double(), eps=eps, with_grad=True, **form)
+        torch.testing.assert_close(found.value.double(), exact.value, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(
+            found.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max().item()
+        )
+        assert stage(x, eps=eps, with_grad=False, **form).grad is None
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 1e3])
+@pytest.mark.parametrize(
+    "shape", [(3, 4, 40), (1, 2, 7), (9, 3, 5), (2, 70, 33), (17, 2, 100)], ids=str
+)
+@pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
+def test_contrast(backend: str, shape: tuple, eps: float):
+    device = Case(1, 2, 2).make(torch.float32)[0].device
+    a = torch.randn(shape, device=device) * torch.logspace(-12, 3, shape[1], device=device)[:, None]
+    a[:, 0] = 0
+    stage = backends.load(backend).contrast
+    found = stage(a, temperature=0.3, eps=eps, with_grad=True)
+    exact = backends.load("eager").contrast(a.double(), temperature=0.3, eps=eps, with_grad=True)
+    torch.testing.assert_close(found.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=3e-6)
+    for b in range(shape[1]):  # samples have scales of their own
+        for name in ("anchors", "pull", "grad"):
+            f, e = getattr(found, name)[:, b].double(), getattr(exact, name)[:, b]
+            assert (f - e).norm() <= 2e-5 * e.norm() + 1e-9 * exact.factor[b], (name, b)
+    torch.testing.assert_close(found.factor.double(), exact.factor, rtol=1e-5, atol=0)
+    without = stage(a, temperature=0.3, eps=eps, with_grad=False)
+    assert without.grad is None and without.pull is None
+    assert torch.equal(without.logsumexp, found.logsumexp)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_gram(backend: str, dtype: torch.dtype, case: Case, eps: float):
+    views = _views(case, dtype)
+    eager = backends.load("eager")
+    statistics = eager.statistics(_exact(views), positions=False, channels=True)
+    anchors = eager.contrast(statistics.channels, temperature=0.5, eps=eps, with_grad=False).anchors
+    stage = backends.load(backend).gram
+    precise = anchors.dtype if dtype == torch.float64 else torch.float32
+    scale, unit = statistics.scale.to(precise), anchors.to(precise)
+    found = stage(views, scale, unit, eps=eps, with_grad=True)
+    exact = eager.gram(_exact(views), statistics.scale, anchors, eps=eps, with_grad=True)
+    for name in ("similarity", "inverse", "slope", "projection"):
+        f, e = getattr(found, name), getattr(exact, name)
+        assert f.shape == e.shape and f.dtype == precise
+        if e.norm() > 0:
+            _close(f, e, torch.float32 if dtype.itemsize == 2 else dtype, factor=5)
+        else:
+            assert (f == 0).all()
+    assert found.matrix.shape == exact.matrix.shape and found.matrix.dtype == dtype
+    # The matrix is the backend's own multiple of the exact one: compare directions.
+    f, e = found.matrix.double(), exact.matrix
+    _close(f / f.norm(), e / e.norm(), dtype)
+    without = stage(views, scale, unit, eps=eps, with_grad=False)
+    assert without.matrix is None and without.projection is None
+    torch.testing.assert_close(without.similarity, found.similarity, rtol=1e-6, atol=0)
