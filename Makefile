@@ -55,7 +55,8 @@ bench-quick: $(BENCH_STAMP) ## a short benchmark; its results are not kept
 	@$(BIN)/python -m benchmarks --quick
 
 # INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
-# The benchmark runs even if tests fail; the exit status tells of both.
+# The benchmark runs even if tests fail; the exit status tells of both. Tests spend their time in
+# the compiler, so they run in parallel where pytest-xdist is installed.
 gpu: ## all tests and the full benchmark on a CUDA machine, under 9 minutes: make gpu OUT=DIR
 	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
 	@command -v "$(PYTHON_GPU)" >/dev/null || \
@@ -67,7 +68,8 @@ gpu: ## all tests and the full benchmark on a CUDA machine, under 9 minutes: mak
 		{ echo "make gpu: needs CUDA, PyTorch and Triton in '$(PYTHON_GPU)'" >&2; exit 2; }
 	@mkdir -p "$(OUT)"
 	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
-	timeout -s INT -k 5 240 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" \
+	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
+	timeout -s INT -k 5 240 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
 		--junitxml="$(OUT)/tests.xml" || failed="$$failed tests($$?)"; \
 	timeout -s INT -k 5 280 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \
 		|| failed="$$failed benchmark($$?)"; \

@@ -14,7 +14,9 @@ BACKENDS = [name for name in repmtl_kernels.available_backends() if name != "ref
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # Relative errors that rounding alone explains, with float64 as the judge. Larger ones are allowed
-# only where plain PyTorch (the reference in the same dtype) is as far off; see `judge`.
+# only where plain PyTorch (the reference in the same dtype) is as far off; see `judge`. Both then
+# round the same small differences in another order: a draw that a factor of LUCK covers.
+LUCK = 2.0
 VALUE_TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,
@@ -200,7 +202,7 @@ def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -
     assert value.dtype == expected and value.shape == ()
     scale = max(1.0, abs(exact.item()))
     error, plain_error = abs(value.item() - exact.item()), abs(plain.item() - exact.item())
-    assert error <= max(VALUE_TOLERANCE[dtype] * scale, plain_error)
+    assert error <= max(VALUE_TOLERANCE[dtype] * scale, LUCK * plain_error)
 
     for grad, tensor in zip(grads, tensors, strict=True):
         assert grad.dtype == dtype and grad.shape == tensor.shape
@@ -210,4 +212,4 @@ def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -
         return
     error = relative_error(grads, exact_grads)
     plain_error = relative_error(plain_grads, exact_grads)
-    assert error <= max(GRAD_TOLERANCE[dtype], plain_error), (error, plain_error)
+    assert error <= max(GRAD_TOLERANCE[dtype], LUCK * plain_error), (error, plain_error)

@@ -25,10 +25,10 @@ def compiled(capability: int, mode: str) -> list[dict]:
     """Rows of benchmarks.static_report; a process of its own, since this one may interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     shapes = ["nyuv2", "office49", "vit1024"] if capability == 90 else ["nyuv2", "vit1024"]
+    command = [sys.executable, "-m", "benchmarks.static_report", "--json"]
+    command += ["--capability", str(capability), "--mode", mode, "--layout", "contiguous"]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.static_report", "--json"]
-        + ["--capability", str(capability), "--mode", mode, "--layout", "contiguous"]
-        + ["--shape", *shapes],
+        [*command, "--shape", *shapes],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,

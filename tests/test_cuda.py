@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: capture, streams, devices, no synchronisation, large tensors."""
+"""What only a CUDA device can show: capture, streams, devices, no synchronisation, large sizes."""
 
 import os
 import shutil
@@ -93,7 +93,7 @@ def test_another_device_than_the_current_one(current: int):
 
 
 def test_more_than_2_to_the_31_elements():
-    """Offsets are int64: samples that lie beyond 2^31 elements are read and written as the first."""
+    """Offsets are int64: samples beyond 2^31 elements are read and written as the first."""
     shape = (2, 64, 3 << 23)
     needed = 2 * 4 * 2 * (2 * 64 * (3 << 23)) + 8 * GIB  # two tasks, gradients, and both swapped
     if torch.cuda.mem_get_info()[0] < needed:
@@ -102,7 +102,7 @@ def test_more_than_2_to_the_31_elements():
     tasks = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     assert tasks[0].numel() > 2**31
     for s in tasks:
-        s.normal_().add_(torch.randn(shape[:2] + (1,), device="cuda").to(s.dtype))
+        s.normal_().add_(torch.randn((*shape[:2], 1), device="cuda").to(s.dtype))
         s.requires_grad_()
     total, grads = _step(tasks)
     swapped = [s.detach().flip(0).requires_grad_() for s in tasks]

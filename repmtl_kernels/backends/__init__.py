@@ -3,8 +3,8 @@
 A backend is a module with five functions, the stages of the losses. They run outside autograd, on
 the T canonical views ``(B, C, *spatial)`` of the saliencies (any strides, one dtype and device),
 and return tensors of the accumulation dtype (float32; float64 for float64) unless noted. ``N`` is
-the number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix is
-``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled operands:
+the number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix
+is ``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled operands:
 ``S^ = scale * S``. No stage writes its arguments.
 
 ``statistics(saliencies, *, positions, channels) -> Statistics``

@@ -49,7 +49,9 @@ def entropy(
         total = magnitude.sum(dim, keepdim=True) + eps
         total = total.where(total != 0, 1)
         p = magnitude / total
+        # From p unless that underflows: the logarithms of tiny saliencies nearly cancel.
         log_p = magnitude.where(magnitude != 0, total).log() - total.log()
+        log_p = p.log().where(p >= torch.finfo(p.dtype).tiny, log_p)
     else:
         p = torch.softmax(x / temperature, dim)
         log_p = torch.log_softmax(x / temperature, dim)
