@@ -1,0 +1,31 @@
+"""Result files: ``kernels.json`` and ``training.json`` in one folder per machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.machine import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+HEAD = ("machine", "versions", "commit", "dirty", "date", "measured")
+
+
+def save(folder: Path, what: str, head: dict, rows: list[dict], **more: object) -> Path:
+    """Writes ``folder/what.json``: the head of the run, its rows, and what else belongs to them."""
+    missing = [key for key in HEAD if key not in head]
+    if missing:
+        raise ValueError(f"head: expected the keys {', '.join(HEAD)}; {missing} are missing")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{what}.json"
+    # One row per line: a new measurement is a readable difference.
+    text = json.dumps({**head, **more}, indent=1)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    path.write_text(f'{text[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+    return path
+
+
+def load(folder: Path, what: str) -> dict | None:
+    """The content of ``folder/what.json``, None where it was not measured."""
+    path = folder / f"{what}.json"
+    return json.loads(path.read_text()) if path.exists() else None

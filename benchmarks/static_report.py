@@ -1,0 +1,208 @@
+"""What the compiler made of every Triton kernel, without a GPU: registers, spills, loads, HGMMA.
+
+``python -m benchmarks.static_report [--capability 90] [--dtype bfloat16] [--shape nyuv2]`` compiles
+the kernels through the same launch code that a GPU runs, with a stand-in for the CUDA driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from benchmarks.shapes import SHAPES, Shape
+from repmtl_kernels import backends
+from repmtl_kernels.backends import CSAGradient
+
+CAPABILITIES = (80, 90, 100)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One compiled variant of one kernel."""
+
+    kernel: str
+    capability: int
+    registers: int
+    spill_bytes: int  # local memory of one thread
+    shared_bytes: int
+    warps: int
+    global_loads: dict[str, int]  # width in bits -> instructions, LDG and LDGSTS
+    matrix_instructions: dict[str, int]  # HGMMA, UTCHMMA, HMMA
+
+
+class _AheadOfTimeDriver:
+    """Answers what a launch asks of the active driver; there is no device behind it."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextlib.contextmanager
+def compiled_instead_of_launched(capability: int) -> Iterator[dict[str, object]]:
+    """Within the block a kernel launch only compiles for ``capability``; yields kernels by hash."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels of this process cannot be compiled")
+    compiled: dict[str, object] = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[kernel.hash] = kernel
+        return kernel
+
+    JITFunction.run = compile_only
+    triton.runtime.driver.set_active(_AheadOfTimeDriver(capability))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        triton.runtime.driver._active = None
+
+
+def report(kernel, capability: int) -> KernelReport:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = _cuobjdump("--dump-resource-usage", cubin.name)
+        sass = _cuobjdump("--dump-sass", cubin.name)
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    loads = Counter(
+        "tma" if load.startswith("UTMALDG") else _width(load)
+        for load in re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\.[\w.]*", sass)
+    )
+    matrix = Counter(re.findall(r"\b(HGMMA|QGMMA|UTC\w*MMA|HMMA|IMMA|DMMA)\b", sass))
+    return KernelReport(
+        kernel=kernel.metadata.name,
+        capability=capability,
+        registers=int(numbers["REG"]),
+        spill_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        shared_bytes=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        global_loads=dict(sorted(loads.items())),
+        matrix_instructions=dict(sorted(matrix.items())),
+    )
+
+
+def _width(load: str) -> str:
+    """Bits that one thread loads."""
+    found = re.search(r"\.[US]?(8|16|64|128|256)\b", load)
+    return found[1] if found else "32"
+
+
+def _cuobjdump(*args: str) -> str:
+    return subprocess.run(
+        [str(TOOLS / "cuobjdump"), *args], check=True, capture_output=True, text=True
+    ).stdout
+
+
+# Every path of the kernels: N side with 128 and 64 tiles, N = 1, C side, unaligned rows.
+SPECIMENS = ("nyuv2", "cityscapes", "vit196", "vit1024", "office49", "office1")
+MODES = {
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "ieee": (torch.float32, "ieee"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "tf32": (torch.float32, "tf32"),
+}
+
+
+def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> list[KernelReport]:
+    """Compiles what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code."""
+    stages = backends.load("triton")
+    dtype, precision = MODES[mode]
+    if precision is not None:
+        os.environ["REPMTL_FP32_PRECISION"] = precision
+    size = (shape.batch, shape.channels, shape.positions)
+    if layout == "channels_last":
+        size = (shape.batch, shape.positions, shape.channels)
+    saliencies = [torch.empty(size, dtype=dtype) for _ in range(shape.tasks)]
+    if layout == "channels_last":
+        saliencies = [s.mT for s in saliencies]
+    with compiled_instead_of_launched(capability) as compiled:
+        statistics = stages.statistics(saliencies, positions=True, channels=True)
+        for over in ("tasks", "space"):
+            for normalizer in ("abs", "softmax"):
+                entropy = stages.entropy(
+                    statistics.positions,
+                    over=over,
+                    normalizer=normalizer,
+                    temperature=1.0,
+                    eps=0.0,
+                    with_grad=True,
+                )
+        contrast = stages.contrast(statistics.channels, temperature=0.5, eps=0.0, with_grad=True)
+        gram = stages.gram(saliencies, statistics.scale, contrast.anchors, eps=0.0, with_grad=True)
+        pairs = gram.similarity
+        csa = CSAGradient(
+            scale=statistics.scale,
+            contrast=contrast,
+            gram=gram,
+            rank=pairs,
+            curl=pairs,
+            tug=pairs[0],
+            negatives=pairs[0, 0],
+        )
+        outputs = [torch.empty_like(s) for s in saliencies]
+        stages.saliency_grad(saliencies, outputs, csa, entropy.grad)
+    return [report(kernel, capability) for kernel in compiled.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=CAPABILITIES)
+    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
+    parser.add_argument("--layout", nargs="+", default=["contiguous", "channels_last"])
+    parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
+    options = parser.parse_args()
+    rows = []
+    for capability, mode, name, layout in itertools.product(
+        options.capability, options.mode, options.shape, options.layout
+    ):
+        for found in compile_stages(SHAPES[name], mode, layout, capability):
+            rows.append({"shape": name, "layout": layout, "mode": mode, **asdict(found)})
+            if not options.json:
+                _print_row(rows[-1])
+    if options.json:
+        json.dump(rows, sys.stdout)
+
+
+def _print_row(row: dict) -> None:
+    loads = " ".join(f"{width}:{n}" for width, n in row["global_loads"].items())
+    matrix = " ".join(f"{name}:{n}" for name, n in row["matrix_instructions"].items())
+    print(
+        f"sm_{row['capability']} {row['mode']:9} {row['shape']:10} {row['layout']:13} "
+        f"{row['kernel']:28} regs {row['registers']:3} spill {row['spill_bytes']} "
+        f"shared {row['shared_bytes']:6} warps {row['warps']} loads[{loads}] {matrix}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
