@@ -85,8 +85,9 @@ def test_zero_saliencies(backend, dtype, loss: Loss, tasks: list[int], samples: 
         assert torch.isfinite(grad).all() and torch.isfinite(exact_grad).all()
         if t in tasks and loss.name == "csa_loss" and tasks == [0, 1]:
             assert (grad[samples] == 0).all()
-        bound = 1e-2 if dtype.itemsize == 2 else 1e-5
-        assert (grad.double() - exact_grad).norm() <= bound * max(1e-3, exact_grad.norm())
+        # Relative to the gradient, or to the larger terms that cancel in it.
+        bound, terms = (1e-2, 1e-2) if dtype.itemsize == 2 else (1e-5, 1e-3)
+        assert (grad.double() - exact_grad).norm() <= bound * max(terms, exact_grad.norm())
 
 
 @pytest.mark.parametrize("normalizer", ["abs", "softmax"])

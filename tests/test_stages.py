@@ -118,7 +118,8 @@ def test_gram(backend: str, dtype: torch.dtype, case: Case, eps: float):
         f, e = getattr(found, name), getattr(exact, name)
         assert f.shape == e.shape and f.dtype == precise
         if e.norm() > 0:
-            _close(f, e, torch.float32 if dtype.itemsize == 2 else dtype, factor=5)
+            # Anchors multiply 16-bit saliencies in two 16-bit parts.
+            _close(f, e, torch.float32 if dtype.itemsize == 2 else dtype, factor=15)
         else:
             assert (f == 0).all()
     assert found.matrix.shape == exact.matrix.shape and found.matrix.dtype == dtype

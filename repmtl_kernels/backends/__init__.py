@@ -101,7 +101,7 @@ def available_backends() -> tuple[str, ...]:
 
 def _triton_status() -> str:
     try:
-        importlib.import_module("triton")
+        import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     if torch.cuda.is_available() or _interpreting():

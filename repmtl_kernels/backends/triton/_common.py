@@ -1,4 +1,4 @@
-"""What the kernels share: operands of several tasks, strides with their alignment, dot precision."""
+"""What the kernels share: operands of several tasks, strides and alignment, dot precision."""
 
 from __future__ import annotations
 
@@ -31,15 +31,16 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **kwargs)
 def fp32_precision() -> str:
     """``input_precision`` of float32 matrix products.
 
-    REPMTL_FP32_PRECISION if set, else what PyTorch is set to: ``torch.get_float32_matmul_precision()``
-    ``"highest"`` is ieee, ``"high"`` and ``"medium"`` are tf32, as in PyTorch's own CUDA products.
+    REPMTL_FP32_PRECISION if set, else by ``torch.get_float32_matmul_precision()``: ``"highest"``
+    is ieee, ``"high"`` and ``"medium"`` are tf32, as in PyTorch's own CUDA products.
     """
     precision = os.environ.get("REPMTL_FP32_PRECISION")
     if precision is None:
         return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     if precision not in FP32_PRECISIONS:
         raise ValueError(
-            f"REPMTL_FP32_PRECISION: expected one of {', '.join(FP32_PRECISIONS)}; got {precision!r}"
+            f"REPMTL_FP32_PRECISION: expected one of {', '.join(FP32_PRECISIONS)}; "
+            f"got {precision!r}"
         )
     return precision
 
@@ -47,9 +48,9 @@ def fp32_precision() -> str:
 class Geometry(NamedTuple):
     """Strides of a ``(B, C, *spatial)`` view as kernels take them.
 
-    ``layout = (stride_b, stride_c, stride_0, stride_1, stride_2, size_1, size_2)``: the positions as
-    a row-major grid of ``dims`` dimensions. Strides other than 1 are in units of ``align`` elements,
-    so that the compiler knows how rows are aligned without one variant per size.
+    ``layout = (stride_b, stride_c, stride_0, stride_1, stride_2, size_1, size_2)``: the positions
+    as a row-major grid of ``dims`` dimensions. Strides other than 1 are in units of ``align``
+    elements, so that the compiler knows how rows are aligned without one variant per size.
     ``form = (dims, align, unit)`` is for compile time; bit i of ``unit``: stride i is 1.
     """
 

@@ -1,0 +1,173 @@
+"""Entropy of the saliency distributions with its gradient (equations 5 and 6): TSR."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repmtl_kernels.backends import Entropy
+from repmtl_kernels.backends.triton._common import launch
+
+WARPS = 4
+# Elements of a block: 8 for each thread.
+BLOCK = 1024
+
+
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def _log_share(u, p, total):
+    """``log(u / total)``; 0 where u is 0, since 0 log 0 = 0.
+
+    From ``p = u / total`` unless that underflows: the logarithms of tiny saliencies nearly cancel.
+    """
+    difference = tl.log(tl.where(u != 0, u, total)) - tl.log(total)
+    return tl.where(p >= SMALLEST_NORMAL, tl.log(p), difference)
+
+
+@triton.jit
+def _abs_gradient(x, share, h, log_p, total):
+    """``d h / d x`` with ``share = sum p``: below 1 with eps, 0 for the zero distribution."""
+    sign = (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+    return (share - 1 - h - log_p) * sign / total
+
+
+# Softmax with z = x / temperature - max: h = log sum exp z - mean z and d h / d x =
+# p (mean z - z) / temperature, where means are over p. No logarithms are left to cancel.
+
+
+@triton.jit
+def _over_tasks(
+    x,  # (T, length)
+    grad,  # (T, length)
+    value_parts,  # (programs,): sums of entropies / length
+    length,
+    temperature,
+    eps,
+    TASKS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    TASK_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid: blocks of positions of all samples."""
+    t = tl.arange(0, TASK_BLOCK)[:, None]
+    i = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    mask = (t < TASKS) & (i < length)[None, :]
+    offset = t * length + i[None, :]
+    if SOFTMAX:
+        z = tl.load(x + offset, mask=mask, other=float("-inf")) / temperature
+        # Blocks end with positions that do not exist: 0 there, since -inf - -inf is NaN.
+        z = tl.where((i < length)[None, :], z, 0.0)
+        z -= tl.max(z, 0)[None, :]
+        u = tl.exp(z)
+        total = tl.sum(u, 0)
+        p = tl.div_rn(u, total[None, :])
+        z = tl.where(t < TASKS, z, 0.0)
+        mean = tl.sum(p * z, 0)
+        h = tl.log(total) - mean
+    else:
+        s = tl.load(x + offset, mask=mask, other=0.0)
+        u = tl.abs(s)
+        total = tl.sum(u, 0) + eps
+        total = tl.where(total != 0, total, 1.0)
+        p = tl.div_rn(u, total[None, :])
+        log_p = _log_share(u, p, total[None, :])
+        h = -tl.sum(p * log_p, 0)
+    tl.store(value_parts + tl.program_id(0), tl.sum(tl.where(i < length, h, 0.0), 0) / length)
+    if WITH_GRAD:
+        if SOFTMAX:
+            g = p * (mean[None, :] - z) / temperature
+        else:
+            share = tl.sum(p, 0)
+            g = _abs_gradient(s, share[None, :], h[None, :], log_p, total[None, :])
+        tl.store(grad + offset, g / length, mask=mask)
+
+
+@triton.jit
+def _over_space(
+    x,  # (rows, length): a row for each task and sample
+    grad,  # (rows, length)
+    value_parts,  # (rows,): entropy / rows
+    rows,
+    length,
+    temperature,
+    eps,
+    SOFTMAX: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid: rows. Each pass reads the row again: it is in the cache."""
+    row = x + tl.program_id(0).to(tl.int64) * length
+    lane = tl.arange(0, WIDE)
+    sums = tl.zeros((WIDE,), tl.float32)
+    moments = tl.zeros((WIDE,), tl.float32)
+    if SOFTMAX:
+        largest = tl.full((WIDE,), float("-inf"), tl.float32)
+        for n in range(0, length, WIDE):
+            s = tl.load(row + n + lane, mask=n + lane < length, other=float("-inf"))
+            largest = tl.maximum(largest, s / temperature)
+        center = tl.max(largest, 0)
+        for n in range(0, length, WIDE):
+            mask = n + lane < length
+            z = tl.load(row + n + lane, mask=mask, other=0.0) / temperature - center
+            u = tl.where(mask, tl.exp(z), 0.0)
+            sums += u
+            moments += tl.where(mask, u * z, 0.0)
+        total = tl.sum(sums, 0)
+        mean = tl.sum(moments, 0) / total
+        h = tl.log(total) - mean
+    else:
+        for n in range(0, length, WIDE):
+            sums += tl.abs(tl.load(row + n + lane, mask=n + lane < length, other=0.0))
+        mass = tl.sum(sums, 0)
+        total = tl.where(mass + eps != 0, mass + eps, 1.0)
+        share = tl.div_rn(mass, total)
+        for n in range(0, length, WIDE):
+            u = tl.abs(tl.load(row + n + lane, mask=n + lane < length, other=0.0))
+            p = tl.div_rn(u, total)
+            moments += p * _log_share(u, p, total)
+        h = -tl.sum(moments, 0)
+    tl.store(value_parts + tl.program_id(0), h / rows)
+    if WITH_GRAD:
+        target = grad + tl.program_id(0).to(tl.int64) * length
+        for n in range(0, length, WIDE):
+            mask = n + lane < length
+            s = tl.load(row + n + lane, mask=mask, other=0.0)
+            if SOFTMAX:
+                z = s / temperature - center
+                g = tl.div_rn(tl.exp(z), total) * (mean - z) / temperature
+            else:
+                u = tl.abs(s)
+                log_p = _log_share(u, tl.div_rn(u, total), total)
+                g = _abs_gradient(s, share, h, log_p, total)
+            tl.store(target + n + lane, g / rows, mask=mask)
+
+
+def entropy(
+    x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
+) -> Entropy:
+    tasks, batch, positions = x.shape
+    x = x.contiguous()
+    grad = torch.empty_like(x) if with_grad else None
+    numbers = float(temperature), float(eps)
+    constants = {"SOFTMAX": normalizer == "softmax", "WITH_GRAD": with_grad, "num_warps": WARPS}
+    if over == "tasks":
+        length = batch * positions
+        task_block = triton.next_power_of_2(tasks)
+        wide = max(1, BLOCK // task_block)
+        programs = triton.cdiv(length, wide)
+        sizes = (length,)
+        constants.update(TASKS=tasks, TASK_BLOCK=task_block, WIDE=wide)
+        kernel = _over_tasks
+    else:
+        programs = tasks * batch
+        sizes = programs, positions
+        constants.update(WIDE=min(BLOCK, triton.next_power_of_2(positions)))
+        kernel = _over_space
+    parts = torch.empty(programs, dtype=torch.float32, device=x.device)
+    launch(kernel, (programs,), x.device, x, grad, parts, *sizes, *numbers, **constants)
+    return Entropy(parts.sum(), grad)

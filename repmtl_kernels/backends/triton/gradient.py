@@ -1,0 +1,370 @@
+"""The gradient of each saliency, written once: CSA's closed form with TSR's as a broadcast term."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repmtl_kernels.backends import CSAGradient
+from repmtl_kernels.backends.triton._common import launch, pick, stride_of, task_groups
+from repmtl_kernels.backends.triton._operand import (
+    Operand,
+    join_columns,
+    matmul,
+    repeat_columns,
+    round_tf32,
+    row_offsets,
+    split_columns,
+    task_columns,
+    task_vectors,
+)
+
+
+def saliency_grad(
+    saliencies: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+) -> None:
+    anchors = csa.contrast.anchors
+    tasks, batch, _ = anchors.shape
+    operand = Operand.of(saliencies[0])
+    anchor_grad = _anchor_grad(saliencies, csa, operand)
+    tile = _tile(operand)
+    tiles = triton.cdiv(operand.rows, tile.rows) * triton.cdiv(operand.depth, tile.columns)
+    parts = 2 if operand.is_split else 1
+    for group, target in _paired_groups(saliencies, outputs):
+        launch(
+            _gradient_kernel,
+            (tiles * batch, len(target.tasks)),
+            anchors.device,
+            tuple(saliencies[t] for t in target.tasks),
+            group.layout,
+            target.tensors,
+            target.geometry.layout,
+            target.tasks,
+            csa.scale,
+            csa.rank,
+            csa.curl,
+            csa.gram.matrix,
+            csa.gram.projection if operand.n_side else None,
+            anchors,
+            anchor_grad,
+            position_grad,
+            1 / operand.storage_factor,
+            tasks,
+            batch,
+            *operand.sizes,
+            FORM=group.form,
+            TARGET_FORM=target.geometry.form,
+            N_SIDE=operand.n_side,
+            PARTS=parts,
+            COLUMNS=task_columns(tasks, parts),
+            PRECISION=operand.precision,
+            ROUND=operand.rounds(group.form, along_rows=True),
+            BLOCK_R=tile.rows,
+            BLOCK_K=tile.columns,
+            DEPTH=tile.depth,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+
+
+def _paired_groups(saliencies, outputs):
+    """Geometry of the saliencies and the group of outputs, over tasks of which both are equal."""
+    wanted = [s if o is not None else None for s, o in zip(saliencies, outputs, strict=True)]
+    for group in task_groups(wanted):
+        for target in task_groups([o if t in group.tasks else None for t, o in enumerate(outputs)]):
+            yield group.geometry, target
+
+
+class _Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def _tile(operand: Operand) -> _Tile:
+    """As large as fits without register spills and in the smallest target's shared memory."""
+    large, depth = {"16-bit": (128, 64), "tf32": (128, 32), "tf32x3": (64, 32), "ieee": (64, 16)}[
+        operand.precision
+    ]
+    rows = min(large, max(16, triton.next_power_of_2(operand.rows)))
+    columns = 128 if rows == 128 else 64 * 64 // rows
+    columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
+    # Where rows have odd lengths, 2-byte loads with their pointers fill the registers of 4 warps.
+    warps = 8 if rows == 128 or operand.is_split else 4
+    return _Tile(rows, columns, min(depth, rows), warps, 3)
+
+
+def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
+    """``da / N`` (T, B, C)."""
+    anchors, contrast = csa.contrast.anchors, csa.contrast
+    tasks, batch, channels = anchors.shape
+    pulled = csa.gram.projection
+    if operand.n_side:
+        pulled = _pulled_anchors(saliencies, csa, operand)
+    anchor_grad = anchors.new_empty(tasks, batch, channels)
+    block = min(1024, triton.next_power_of_2(channels))
+    launch(
+        _anchor_kernel,
+        (triton.cdiv(channels, block) * batch, tasks),
+        anchors.device,
+        pulled,
+        csa.rank,
+        contrast.grad,
+        contrast.pull,
+        contrast.factor,
+        csa.tug,
+        csa.negatives,
+        anchor_grad,
+        tasks,
+        batch,
+        channels,
+        operand.rows if operand.n_side else operand.depth,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return anchor_grad
+
+
+def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
+    """``S^ S^^T u`` (T, B, T, C) from ``V = S^^T u``: what the C side has as its projection."""
+    anchors = csa.contrast.anchors
+    tasks, batch, channels = anchors.shape
+    pulled = anchors.new_empty(tasks, batch, tasks, channels)
+    parts = 2 if operand.is_split else 1
+    depth = {"16-bit": 64, "tf32": 64, "tf32x3": 32, "ieee": 16}[operand.precision]
+    depth = min(depth, max(16, triton.next_power_of_2(operand.rows)))
+    block = min(256 if operand.rows <= 16 else 64, max(16, triton.next_power_of_2(channels)))
+    for group in task_groups(saliencies):
+        form = group.geometry.form
+        launch(
+            _pull_kernel,
+            (triton.cdiv(channels, block) * batch, len(group.tasks)),
+            anchors.device,
+            group.tensors,
+            group.tasks,
+            group.geometry.layout,
+            csa.scale,
+            csa.gram.projection,
+            pulled,
+            tasks,
+            batch,
+            *operand.sizes,
+            FORM=form,
+            PARTS=parts,
+            COLUMNS=task_columns(tasks, parts),
+            PRECISION=operand.precision,
+            ROUND=operand.rounds(form, along_rows=True),
+            BLOCK=block,
+            DEPTH=depth,
+            STAGES=4,
+            num_warps=4,
+        )
+    return pulled
+
+
+@triton.jit
+def _pull_kernel(
+    saliencies,  # of a group of tasks: (B, C, N) each
+    group,  # numbers of the tasks
+    layout,
+    scale,  # (T, B)
+    projection,  # (T, B, T, N)
+    pulled,  # (T, B, T, C)
+    tasks,
+    batch,
+    N_DIV,
+    C_DIV,
+    N_ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
+    FORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (sample and in it the tile of channels, task of the group)."""
+    positions, channels = N_DIV * N_ALIGN, C_DIV * C_ALIGN
+    tiles = tl.cdiv(channels, BLOCK)
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    sample = pick(group, tl.program_id(1)) * batch + b
+    c = tile * BLOCK + tl.arange(0, BLOCK)
+    x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
+    rows = (x + row_offsets(c, layout, FORM, False))[:, None]
+    projection += sample * tasks * positions
+    acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for start in tl.range(0, positions, DEPTH, num_stages=STAGES):
+        n = start + tl.arange(0, DEPTH)
+        s = tl.load(
+            rows + row_offsets(n, layout, FORM, True)[None, :],
+            mask=(c < channels)[:, None] & (n < positions)[None, :],
+            other=0.0,
+        )
+        if ROUND:
+            s = round_tf32(s)
+        v = task_vectors(projection, positions, n, positions, tasks, COLUMNS, PARTS)
+        acc = matmul(s, split_columns(v, s.dtype) if PARTS == 2 else v, acc, PRECISION)
+    # Products with V, which is of order 1, leave room to scale them afterwards.
+    y = (join_columns(acc) if PARTS == 2 else acc) * tl.load(scale + sample)
+    task = tl.arange(0, COLUMNS // PARTS)[None, :]
+    to = pulled + (sample * tasks + task) * channels + c[:, None]
+    tl.store(to, y, mask=(c < channels)[:, None] & (task < tasks))
+
+
+@triton.jit
+def _anchor_kernel(
+    pulled,  # (T, B, T, C): S^ S^^T u
+    rank,  # (T, B)
+    contrast_grad,  # (T, B, C)
+    pull,  # (T, B, C)
+    factor,  # (B,)
+    tug,  # (B,)
+    negatives,  # ()
+    anchor_grad,  # (T, B, C)
+    tasks,
+    batch,
+    channels,
+    positions,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (sample and in it the tile of channels, task)."""
+    tiles = tl.cdiv(channels, BLOCK)
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    u = tl.program_id(1)
+    c = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = c < channels
+    positive = tl.zeros((BLOCK,), tl.float32)
+    for t in range(tasks):
+        sample = t * batch + b
+        y = tl.load(pulled + (sample * tasks + u) * channels + c, mask=inside, other=0.0)
+        positive += tl.load(rank + sample) * y
+    at = (u * batch + b) * channels + c
+    negative = tl.load(negatives) * tl.load(contrast_grad + at, mask=inside, other=0.0)
+    removed = tl.load(tug + b) * tl.load(pull + at, mask=inside, other=0.0)
+    da = negative + tl.load(factor + b) * (positive - removed)
+    tl.store(anchor_grad + at, da / positions, mask=inside)
+
+
+@triton.jit
+def _add_outer(left, right, acc, PRECISION: tl.constexpr):
+    """``acc + left @ right^T`` of float32; 16-bit: of pairs of equal columns, as bfloat16 parts.
+
+    Full float32 products would need a second accumulator. The sum with the much larger ``acc`` is
+    a small difference: no factor may be rounded to 16 bits.
+    """
+    if PRECISION == "16-bit":
+        right = tl.trans(split_columns(right, tl.bfloat16))
+        high = left.to(tl.bfloat16)
+        acc = matmul(high, right, acc, PRECISION)
+        return matmul((left - high.to(tl.float32)).to(tl.bfloat16), right, acc, PRECISION)
+    else:
+        return matmul(left, tl.trans(right), acc, PRECISION)
+
+
+@triton.jit
+def _gradient_kernel(
+    saliencies,  # of a group of tasks: (B, C, N) each
+    layout,
+    outputs,  # as the saliencies
+    target_layout,
+    group,  # numbers of the tasks
+    scale,  # (T, B)
+    rank,  # (T, B)
+    curl,  # (T, B)
+    matrix,  # (T, B, R, R): X^ X^^T / unit
+    projection,  # (T, B, T, N), or None on the C side
+    anchors,  # (T, B, C)
+    anchor_grad,  # (T, B, C)
+    position_grad,  # (T, B, N) or None
+    unit,
+    tasks,
+    batch,
+    R_DIV,
+    K_DIV,
+    R_ALIGN: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    FORM: tl.constexpr,
+    TARGET_FORM: tl.constexpr,
+    N_SIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (sample and in it the tile of ``X``, task of the group)."""
+    rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
+    channels, positions = (depth, rows) if N_SIDE else (rows, depth)
+    row_tiles = tl.cdiv(rows, BLOCK_R)
+    tiles = row_tiles * tl.cdiv(depth, BLOCK_K)
+    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    sample = pick(group, tl.program_id(1)) * batch + b
+    r = (tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = (tile // row_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside_r, inside_k = r < rows, k < depth
+    x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
+    x_columns = (x + row_offsets(k, layout, FORM, not N_SIDE))[None, :]
+    matrix_rows = (matrix + (sample * rows + r) * rows)[:, None]
+    anchors += b * channels
+    anchor_stride = tl.cast(batch, tl.int64) * channels
+
+    factor = tl.load(scale + sample)
+    # Unscaled saliencies: elements of the matrix and of anchors are of order 1.
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    w = tl.zeros((BLOCK_K, COLUMNS), tl.float32)  # C side: S^T u
+    for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
+        q = start + tl.arange(0, DEPTH)
+        inside_q = q < rows
+        g = tl.load(
+            matrix_rows + q[None, :], mask=inside_r[:, None] & inside_q[None, :], other=0.0
+        )
+        x_q = tl.load(
+            x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
+            mask=inside_q[:, None] & inside_k[None, :],
+            other=0.0,
+        )
+        if ROUND:
+            x_q = round_tf32(x_q)
+        acc = matmul(g, x_q, acc, PRECISION)
+        if not N_SIDE:
+            u = task_vectors(anchors, anchor_stride, q, rows, tasks, COLUMNS, PARTS)
+            u = split_columns(u, x_q.dtype) if PARTS == 2 else u
+            w = matmul(tl.trans(x_q), u, w, PRECISION)
+
+    if N_SIDE:
+        left = task_vectors(projection + sample * tasks * rows, rows, r, rows, tasks, COLUMNS, PARTS)
+        right = task_vectors(anchors, anchor_stride, k, depth, tasks, COLUMNS, PARTS)
+    else:
+        left = task_vectors(anchors, anchor_stride, r, rows, tasks, COLUMNS, PARTS)
+        right = (repeat_columns(join_columns(w)) if PARTS == 2 else w) * factor
+    # Scaled in an order in which 2^100 does not overflow.
+    grad = acc * factor * (tl.load(curl + sample) * unit)
+    grad = _add_outer(left * tl.load(rank + sample), right, grad, PRECISION)
+    of_channel = anchor_grad + sample * channels
+    if N_SIDE:
+        grad = grad * factor + tl.load(of_channel + k, mask=inside_k, other=0.0)[None, :]
+    else:
+        grad = grad * factor + tl.load(of_channel + r, mask=inside_r, other=0.0)[:, None]
+    if position_grad is not None:
+        of_position = position_grad + sample * positions
+        if N_SIDE:
+            grad += tl.load(of_position + r, mask=inside_r, other=0.0)[:, None]
+        else:
+            grad += tl.load(of_position + k, mask=inside_k, other=0.0)[None, :]
+    to = pick(outputs, tl.program_id(1)) + b * stride_of(target_layout, TARGET_FORM, 0)
+    to += row_offsets(r, target_layout, TARGET_FORM, N_SIDE)[:, None]
+    to += row_offsets(k, target_layout, TARGET_FORM, not N_SIDE)[None, :]
+    tl.store(to, grad.to(to.dtype.element_ty), mask=inside_r[:, None] & inside_k[None, :])

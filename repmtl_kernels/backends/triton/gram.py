@@ -1,0 +1,336 @@
+"""Similarity of each task's affinity with its anchor (equations 7 to 9), from half a Gram matrix.
+
+The anchor product is fused: on the N side ``V = S^^T u`` is a narrow product on the diagonal tiles
+of ``S^^T S^``, on the C side the tiles of the affinity ``S^ S^^T`` themselves are multiplied by ``u``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repmtl_kernels.backends import Gram
+from repmtl_kernels.backends.triton._common import launch, pick, stride_of, task_groups
+from repmtl_kernels.backends.triton._operand import (
+    Operand,
+    join_columns,
+    matmul,
+    round_tf32,
+    row_offsets,
+    split_columns,
+    task_columns,
+    task_vectors,
+)
+
+# Saliencies with max |S| in [2^-40, 2^40] need no scaling before they are multiplied: a product
+# that float32 flushes to zero is below 2^-44 of the largest.
+SAFE_SCALE = tl.constexpr(2.0**40)
+FINISH_BLOCK = 256
+
+
+def gram(
+    saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
+) -> Gram:
+    tasks, batch, _ = anchors.shape
+    operand = Operand.of(saliencies[0])
+    tile = _tile(operand)
+    tiles = triton.cdiv(operand.rows, tile.size)
+    pairs = tiles * (tiles + 1) // 2
+    squares = anchors.new_empty(tasks, batch, pairs)
+    positives = anchors.new_empty(tasks, batch, tiles if operand.n_side else pairs)
+    projection = matrix = None
+    if with_grad:
+        partial = () if operand.n_side else (tiles,)
+        projection = anchors.new_empty(tasks, batch, *partial, tasks, operand.rows)
+        matrix = saliencies[0].new_empty(tasks, batch, operand.rows, operand.rows)
+    for group in task_groups(saliencies):
+        form = group.geometry.form
+        launch(
+            _gram_kernel,
+            # The pairs of tiles of a sample are neighbours: they share it in the L2 cache.
+            (pairs * batch, len(group.tasks)),
+            anchors.device,
+            group.tensors,
+            group.tasks,
+            group.geometry.layout,
+            scale,
+            anchors,
+            squares,
+            positives,
+            projection,
+            matrix,
+            operand.storage_factor,
+            tasks,
+            batch,
+            tiles,
+            *operand.sizes,
+            FORM=form,
+            N_SIDE=operand.n_side,
+            SPLIT=operand.is_split,
+            COLUMNS=task_columns(tasks, 2 if operand.is_split else 1),
+            SCALING=_scaling(operand),
+            PRECISION=operand.precision,
+            ROUND=operand.rounds(form, along_rows=False),
+            BLOCK=tile.size,
+            DEPTH=tile.depth,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+        )
+    similarity, inverse, slope = (anchors.new_empty(tasks, batch) for _ in range(3))
+    launch(
+        _finish_kernel,
+        (tasks * batch,),  # a sample of a task each
+        anchors.device,
+        squares,
+        positives,
+        scale,
+        similarity,
+        inverse,
+        slope,
+        eps,
+        squares.shape[2],
+        positives.shape[2],
+        BLOCK=FINISH_BLOCK,
+        num_warps=4,
+    )
+    if with_grad and not operand.n_side:
+        projection = projection.sum(2)
+    return Gram(similarity, inverse, slope, projection, matrix)
+
+
+class _Tile(NamedTuple):
+    size: int  # rows and columns
+    depth: int
+    warps: int
+    stages: int
+
+
+def _tile(operand: Operand) -> _Tile:
+    """Tiles of 128 waste 25 to 48 % of the work up to about 600 rows.
+
+    The rest is what fits without register spills and in the shared memory of the smallest target.
+    """
+    if operand.rows > 600 and operand.precision in ("16-bit", "tf32"):
+        return _Tile(128, 64 if operand.is_split else 32, 8, 3)
+    size = min(64, max(16, triton.next_power_of_2(operand.rows)))
+    depth = {"16-bit": 64, "tf32": 32, "tf32x3": 32, "ieee": 16}[operand.precision]
+    return _Tile(size, depth, 4, 3)
+
+
+def _scaling(operand: Operand) -> str:
+    """Whether saliencies are scaled before they are multiplied: always, never, or where needed."""
+    if operand.precision == "ieee":  # operands come through registers anyway
+        return "always"
+    return "never" if operand.dtype == torch.float16 else "needed"
+
+
+@triton.jit
+def _tile_pair(pair, tiles):
+    """``(i, j)``, ``j <= i``, of the lower triangle: its rows folded in two make a rectangle."""
+    odd = tiles % 2
+    width = tiles + 1 - odd
+    row, column = pair // width, pair % width
+    in_long_row = column < tiles - row
+    i = tl.where(in_long_row, tiles - 1 - row, row - odd)
+    return i, tl.where(in_long_row, column, column - tiles + row)
+
+
+@triton.jit
+def _times_anchors(
+    x,
+    anchors,
+    stride,
+    index,
+    size,
+    tasks,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``x @ u`` of float32 ``x``: ``(len(x), tasks and padding)``."""
+    y = tl.zeros((x.shape[0], COLUMNS), tl.float32)
+    if SPLIT:  # two bfloat16 parts of x need fewer registers than float32 products
+        u = split_columns(task_vectors(anchors, stride, index, size, tasks, COLUMNS, 2), tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        y = matmul(high, u, y, PRECISION)
+        y = matmul((x - high.to(tl.float32)).to(tl.bfloat16), u, y, PRECISION)
+        return join_columns(y)
+    elif PRECISION == "ieee":  # without matrix units a product would hold all of x once more
+        column = tl.arange(0, COLUMNS)[None, :]
+        for task in range(tasks):
+            u = tl.load(anchors + task * stride + index, mask=index < size, other=0.0)
+            y = tl.where(column == task, tl.sum(x * u[None, :], 1)[:, None], y)
+        return y
+    else:
+        u = task_vectors(anchors, stride, index, size, tasks, COLUMNS, 1)
+        return matmul(x, u, y, PRECISION)
+
+
+@triton.jit
+def _gram_kernel(
+    saliencies,  # of a group of tasks: (B, C, N) each
+    group,  # numbers of the tasks
+    layout,
+    scale,  # (T, B)
+    anchors,  # (T, B, C)
+    squares,  # (T, B, PAIRS): partial sums of |X^ X^^T|^2
+    positives,  # partial sums of p: (T, B, TILES), on the C side (T, B, PAIRS)
+    projection,  # (T, B, T, N), or parts to be summed over the tiles: (T, B, TILES, T, C); or None
+    matrix,  # (T, B, R, R): multiple of X^ X^^T; or None
+    multiple,
+    tasks,
+    batch,
+    tiles,
+    R_DIV,
+    K_DIV,
+    R_ALIGN: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    FORM: tl.constexpr,
+    N_SIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (sample and in it the pair of tiles ``j <= i``, task of the group)."""
+    rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
+    channels = depth if N_SIDE else rows
+    pairs = tiles * (tiles + 1) // 2
+    b, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
+    i, j = _tile_pair(pair, tiles)
+    sample = pick(group, tl.program_id(1)) * batch + b
+
+    x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
+    r_i = i * BLOCK + tl.arange(0, BLOCK)
+    r_j = j * BLOCK + tl.arange(0, BLOCK)
+    inside_i, inside_j = r_i < rows, r_j < rows
+    rows_i = (x + row_offsets(r_i, layout, FORM, N_SIDE))[:, None]
+    rows_j = (x + row_offsets(r_j, layout, FORM, N_SIDE))[None, :]
+    anchors += b * channels
+    anchor_stride = tl.cast(batch, tl.int64) * channels
+    factor = tl.load(scale + sample)
+    TASKS: tl.constexpr = COLUMNS // 2 if SPLIT else COLUMNS
+    task = tl.arange(0, TASKS)[None, :]
+
+    # One of these loops runs: on the diagonal, off it, and for saliencies that are scaled before they
+    # are multiplied where that is not always so (NaN is not safe). It alone would have the operands
+    # in registers on their way to the matrix units.
+    wanted = tl.where(i == j, 0, 1)
+    if SCALING == "needed":
+        safe = (factor <= SAFE_SCALE) & (factor >= 1 / SAFE_SCALE)
+        wanted = tl.where(safe, wanted, 2)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    v = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for loop in tl.static_range(3 if SCALING == "needed" else 2):
+        if wanted == loop:
+            SCALED: tl.constexpr = loop == 2 or SCALING == "always"
+            STEP: tl.constexpr = DEPTH if loop < 2 else 16
+            for start in tl.range(0, depth, STEP, num_stages=STAGES if loop < 2 else 1):
+                k = start + tl.arange(0, STEP)
+                inside_k = k < depth
+                offsets = row_offsets(k, layout, FORM, not N_SIDE)
+                x_i = tl.load(
+                    rows_i + offsets[None, :], mask=inside_i[:, None] & inside_k[None, :], other=0.0
+                )
+                if ROUND:
+                    x_i = round_tf32(x_i)
+                if SCALED:
+                    x_i = (x_i.to(tl.float32) * factor).to(x_i.dtype)
+                if loop == 0:
+                    x_j = tl.trans(x_i)
+                else:
+                    x_j = tl.load(
+                        rows_j + offsets[:, None],
+                        mask=inside_k[:, None] & inside_j[None, :],
+                        other=0.0,
+                    )
+                    if ROUND:
+                        x_j = round_tf32(x_j)
+                    if SCALED:
+                        x_j = (x_j.to(tl.float32) * factor).to(x_j.dtype)
+                acc = matmul(x_i, x_j, acc, PRECISION)
+                if N_SIDE and loop != 1:
+                    u = task_vectors(
+                        anchors, anchor_stride, k, channels, tasks, COLUMNS, 2 if SPLIT else 1
+                    )
+                    v = matmul(x_i, split_columns(u, x_i.dtype) if SPLIT else u, v, PRECISION)
+
+    rest = 1.0 if SCALING == "always" else tl.where(wanted == 2, 1.0, factor)
+    acc = acc * rest * rest
+    weight = tl.where(i == j, 1.0, 2.0)  # the upper triangle is the lower one's image
+    tl.store(squares + sample * pairs + pair, weight * tl.sum(acc * acc))
+    if matrix is not None:
+        g = (acc * multiple).to(matrix.dtype.element_ty)
+        matrix += sample * rows * rows
+        lower = matrix + r_i.to(tl.int64)[:, None] * rows + r_j[None, :]
+        tl.store(lower, g, mask=inside_i[:, None] & inside_j[None, :])
+        if i != j:  # stored too, so that the backward reads plain rows
+            upper = matrix + r_j.to(tl.int64)[:, None] * rows + r_i[None, :]
+            tl.store(upper, tl.trans(g), mask=inside_j[:, None] & inside_i[None, :])
+    if not N_SIDE:
+        y = _times_anchors(
+            acc, anchors, anchor_stride, r_j, rows, tasks, SPLIT, COLUMNS, PRECISION
+        )
+        u = task_vectors(anchors, anchor_stride, r_i, rows, tasks, TASKS, 1)
+        tl.store(positives + sample * pairs + pair, weight * tl.sum(u * y))
+        if projection is not None:
+            parts = projection + (sample * tiles * tasks + task) * rows
+            part_j = parts + (j * tasks * rows + r_i)[:, None]
+            tl.store(part_j, y, mask=inside_i[:, None] & (task < tasks))
+            if i != j:
+                y = _times_anchors(
+                    tl.trans(acc), anchors, anchor_stride, r_i, rows, tasks, SPLIT, COLUMNS, PRECISION
+                )  # fmt: skip
+                part_i = parts + (i * tasks * rows + r_j)[:, None]
+                tl.store(part_i, y, mask=inside_j[:, None] & (task < tasks))
+    elif i == j:
+        v_sum = (join_columns(v) if SPLIT else v) * rest
+        tl.store(positives + sample * tiles + i, tl.sum(v_sum * v_sum))
+        if projection is not None:
+            to_v = projection + (sample * tasks + task) * rows + r_i[:, None]
+            tl.store(to_v, v_sum, mask=inside_i[:, None] & (task < tasks))
+
+
+@triton.jit
+def _sum(parts, count, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, BLOCK):
+        part = start + tl.arange(0, BLOCK)
+        total += tl.load(parts + part, mask=part < count, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _finish_kernel(
+    squares,  # (T, B, PARTS)
+    positives,  # (T, B, PARTS)
+    scale,  # (T, B), as the outputs
+    similarity,
+    inverse,
+    slope,
+    eps,
+    square_parts,
+    positive_parts,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (task and sample,)."""
+    sample = tl.program_id(0).to(tl.int64)
+    square = _sum(squares + sample * square_parts, square_parts, BLOCK)
+    positive = _sum(positives + sample * positive_parts, positive_parts, BLOCK)
+    norm = tl.sqrt_rn(square)
+    factor = tl.load(scale + sample)
+    floor = eps * factor * factor  # in this order: the square alone may overflow
+    clamped = tl.maximum(norm, floor, propagate_nan=tl.PropagateNan.ALL)
+    inverse_norm = tl.where(clamped == 0, 0.0, tl.div_rn(1.0, clamped))
+    s = positive * inverse_norm
+    tl.store(similarity + sample, s)
+    tl.store(inverse + sample, inverse_norm)
+    tl.store(slope + sample, tl.where(norm < floor, 0.0, -s * inverse_norm))

@@ -1,0 +1,283 @@
+"""Means and scales of the saliencies from one read of them (equations 4 and 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repmtl_kernels.backends import Statistics
+from repmtl_kernels.backends.triton._common import (
+    Geometry,
+    TaskGroup,
+    alignment,
+    launch,
+    pick,
+    position_offsets,
+    stride_of,
+    task_groups,
+)
+
+WARPS = 4
+# Rows of a tile that each thread adds up in registers: 64 elements of 16 bits, eight 16-byte loads.
+MAX_DEEP = 8
+# Eight programs for each multiprocessor of a large GPU. Where there are more, longer chunks of rows
+# make fewer partial sums: 512 rows cost 0.8 % of the bytes of 16-bit saliencies.
+PROGRAMS = 1056
+MAX_ROWS = 512
+FINISH_PARTS, FINISH_COLUMNS = 16, 128
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two that brings ``largest`` (float32) into [0.5, 1), exactly; 1 for 0."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    bits = tl.minimum(tl.maximum(253 - exponent, 1), 253) << 23
+    return tl.where(largest == 0, 1.0, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _partials(
+    saliencies,  # tuple of (B, C, *spatial)
+    layout,
+    column_parts,  # (tasks, B, chunks, columns) float32: sums over a chunk of rows
+    row_parts,  # (tasks, B, tiles, rows) float32: sums over a tile of columns
+    max_parts,  # (tasks, B, chunks, tiles) float32: max |S|
+    batch,
+    rows,
+    columns_div,
+    chunks,
+    tiles,
+    COLUMNS_ALIGN: tl.constexpr,
+    FORM: tl.constexpr,
+    CHANNEL_COLUMNS: tl.constexpr,  # columns are channels and rows are positions, or the reverse
+    COLUMN_SUMS: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
+    MAX: tl.constexpr,
+    DEEP: tl.constexpr,
+    HIGH: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid: (task, sample, chunk of rows, tile of columns), the last running fastest."""
+    part = tl.program_id(0)
+    tile, chunk = part % tiles, (part // tiles) % chunks
+    sample = (part // (tiles * chunks)).to(tl.int64)
+    b = sample % batch
+    columns = columns_div * COLUMNS_ALIGN
+    column = tile * WIDE + tl.arange(0, WIDE)
+    first = chunk * CHUNK + tl.arange(0, DEEP * HIGH)
+    saliency = pick(saliencies, sample // batch) + b * stride_of(layout, FORM, 0)
+    if CHANNEL_COLUMNS:
+        saliency += column.to(tl.int64)[None, :] * stride_of(layout, FORM, 1)
+    else:
+        saliency += position_offsets(column, layout, FORM)[None, :]
+
+    total = tl.zeros((HIGH, WIDE), tl.float32)
+    largest = tl.zeros((HIGH, WIDE), tl.float32)
+    for step in range(0, CHUNK, DEEP * HIGH):
+        row = first + step
+        if CHANNEL_COLUMNS:
+            offset = position_offsets(row, layout, FORM)
+        else:
+            offset = row.to(tl.int64) * stride_of(layout, FORM, 1)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        s = tl.load(saliency + offset[:, None], mask=mask, other=0.0).to(tl.float32)
+        # All warps hold HIGH rows at a time: along DEEP, sums stay within a thread.
+        deep = tl.reshape(s, (DEEP, HIGH, WIDE))
+        if COLUMN_SUMS:
+            total += tl.sum(deep, 0)
+        if MAX:
+            largest = tl.maximum(largest, tl.max(tl.abs(deep), 0))
+        if ROW_SUMS:
+            target = row_parts + (sample * tiles + tile) * rows + row
+            tl.store(target, tl.sum(s, 1), mask=row < rows)
+    if COLUMN_SUMS:
+        target = column_parts + (sample * chunks + chunk) * columns + column
+        tl.store(target, tl.sum(total, 0), mask=column < columns)
+    if MAX:
+        tl.store(max_parts + part, tl.max(largest))
+
+
+@triton.jit
+def _finish(
+    column_parts,  # (tasks, B, chunks, columns)
+    row_parts,  # (tasks, B, tiles, rows)
+    max_parts,  # (tasks, B, chunks, tiles)
+    column_means,  # tuple of (B, columns)
+    row_means,  # tuple of (B, rows)
+    scale,  # tuple of (B,)
+    batch,
+    rows,
+    columns,
+    chunks,
+    tiles,
+    column_blocks,
+    blocks,
+    COLUMN_SUMS: tl.constexpr,
+    ROW_SUMS: tl.constexpr,
+    MAX: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid: (task, sample, block of columns or rows): adds the partial sums in a fixed order."""
+    block = tl.program_id(0) % blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    task, b = sample // batch, sample % batch
+    if COLUMN_SUMS:
+        if block < column_blocks:
+            parts = column_parts + sample * chunks * columns
+            means = pick(column_means, task) + b * columns
+            _mean(parts, means, block, chunks, columns, rows, PARTS, WIDE)
+    if ROW_SUMS:
+        if block >= column_blocks:
+            parts = row_parts + sample * tiles * rows
+            means = pick(row_means, task) + b * rows
+            _mean(parts, means, block - column_blocks, tiles, rows, columns, PARTS, WIDE)
+    if MAX:
+        if block == 0:
+            largest = tl.zeros((PARTS * WIDE,), tl.float32)
+            for start in range(0, chunks * tiles, PARTS * WIDE):
+                part = start + tl.arange(0, PARTS * WIDE)
+                source = max_parts + sample * chunks * tiles + part
+                m = tl.load(source, mask=part < chunks * tiles, other=0.0)
+                largest = tl.maximum(largest, m)
+            tl.store(pick(scale, task) + b, power_of_two(tl.max(largest, 0)))
+
+
+@triton.jit
+def _mean(
+    parts,  # (count, length)
+    means,  # (length,)
+    block,
+    count,
+    length,
+    divisor,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    i = block * WIDE + tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32)
+    for start in range(0, count, PARTS):
+        part = start + tl.arange(0, PARTS)
+        mask = (part < count)[:, None] & (i < length)[None, :]
+        source = parts + part.to(tl.int64)[:, None] * length + i[None, :]
+        total += tl.sum(tl.load(source, mask=mask, other=0.0), 0)
+    tl.store(means + i, total / divisor, mask=i < length)
+
+
+def statistics(saliencies: Sequence[Tensor], *, positions: bool, channels: bool) -> Statistics:
+    first = saliencies[0]
+    tasks, batch = len(saliencies), first.shape[0]
+    empty = partial(torch.empty, dtype=torch.float32, device=first.device)
+    x = empty(tasks, batch, first.shape[2:].numel()) if positions else None
+    a = empty(tasks, batch, first.shape[1]) if channels else None
+    scale = empty(tasks, batch) if channels else None
+    for group in task_groups(saliencies):
+        x_, a_, scale_ = (
+            None if v is None else tuple(v[t] for t in group.tasks) for v in (x, a, scale)
+        )
+        _write_group(group, x_, a_, scale_)
+    return Statistics(x, a, scale)
+
+
+def _write_group(
+    group: TaskGroup,
+    x: tuple[Tensor, ...] | None,
+    a: tuple[Tensor, ...] | None,
+    scale: tuple[Tensor, ...] | None,
+) -> None:
+    first = group.tensors[0]
+    positions, channels = first.shape[2:].numel(), first.shape[1]
+    channel_columns = _channels_are_contiguous(group.geometry, positions)
+    rows, columns = (positions, channels) if channel_columns else (channels, positions)
+    row_means, column_means = (x, a) if channel_columns else (a, x)
+
+    samples = len(group.tasks) * first.shape[0]
+    deep, high, wide, chunk = _tile(samples, rows, columns, first.element_size())
+    chunks, tiles = triton.cdiv(rows, chunk), triton.cdiv(columns, wide)
+    empty = partial(torch.empty, dtype=torch.float32, device=first.device)
+    column_parts = column_means and empty(samples, chunks, columns)
+    row_parts = row_means and empty(samples, tiles, rows)
+    max_parts = scale and empty(samples, chunks, tiles)
+    align = alignment(columns)
+    launch(
+        _partials,
+        (samples * chunks * tiles,),
+        first.device,
+        group.tensors,
+        group.geometry.layout,
+        column_parts,
+        row_parts,
+        max_parts,
+        first.shape[0],
+        rows,
+        columns // align,
+        chunks,
+        tiles,
+        COLUMNS_ALIGN=align,
+        FORM=group.geometry.form,
+        CHANNEL_COLUMNS=channel_columns,
+        COLUMN_SUMS=column_means is not None,
+        ROW_SUMS=row_means is not None,
+        MAX=scale is not None,
+        DEEP=deep,
+        HIGH=high,
+        WIDE=wide,
+        CHUNK=chunk,
+        num_warps=WARPS,
+    )
+    column_blocks = triton.cdiv(columns, FINISH_COLUMNS) if column_means else 0
+    blocks = column_blocks + (triton.cdiv(rows, FINISH_COLUMNS) if row_means else 0)
+    launch(
+        _finish,
+        (samples * blocks,),
+        first.device,
+        column_parts,
+        row_parts,
+        max_parts,
+        column_means,
+        row_means,
+        scale,
+        first.shape[0],
+        rows,
+        columns,
+        chunks,
+        tiles,
+        column_blocks,
+        blocks,
+        COLUMN_SUMS=column_means is not None,
+        ROW_SUMS=row_means is not None,
+        MAX=scale is not None,
+        PARTS=FINISH_PARTS,
+        WIDE=FINISH_COLUMNS,
+        num_warps=WARPS,
+    )
+
+
+def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
+    """Whether neighbours in memory are channels (channels_last, tokens, one position)."""
+    dims, _, unit = geometry.form
+    return positions == 1 or (bool(unit >> 1 & 1) and not unit >> (1 + dims) & 1)
+
+
+def _tile(samples: int, rows: int, columns: int, element_size: int) -> tuple[int, int, int, int]:
+    """``(DEEP, HIGH, WIDE)`` of a tile, and the rows of one program."""
+    # One warp of 16-byte loads; less where that would leave more than a quarter of the lanes idle.
+    widest = 512 // element_size
+    widths = [w for w in (widest, widest // 2, widest // 4) if w < 2 * columns]
+    wide = min(
+        widths or [triton.next_power_of_2(columns)],
+        key=lambda w: (max(3 * triton.cdiv(columns, w) * w, 4 * columns), -w),
+    )
+    high = min(WARPS * widest // wide, triton.next_power_of_2(rows))
+    deep = min(MAX_DEEP, triton.next_power_of_2(triton.cdiv(rows, high)))
+    chunk = deep * high
+    per_row = samples * triton.cdiv(columns, wide)
+    while 2 * chunk <= min(rows, MAX_ROWS) and per_row * triton.cdiv(rows, 2 * chunk) >= PROGRAMS:
+        chunk *= 2
+    return deep, high, wide, chunk
