@@ -78,7 +78,7 @@ def main() -> None:
         results.save(folder, "training", head, rows, notes=unclean + notes)
     plots.draw(folder)
     if keep:
-        report.refresh_readme(report.README, results.RESULTS)
+        report.refresh_documents()
     say(f"\nresults: {folder}; {time.monotonic() - began:.0f} s")
     if broken:
         sys.exit("FAILED:\n  " + "\n  ".join(broken))

@@ -21,7 +21,7 @@ from benchmarks.timing import block_ms
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "torchjd", "ecos", "mlxtend")
 # Measured files are no part of what is measured.
-NOT_CODE = (":!benchmarks/results", ":!README.md")
+NOT_CODE = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md")
 
 
 def describe(device: torch.device) -> dict:

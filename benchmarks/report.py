@@ -1,8 +1,9 @@
 """Plots and the tables of README.md, from the result files alone: ``python -m benchmarks.report``.
 
 A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, with NAME one of
-``losses`` (default backend against the reference), ``kernels`` (every function and contestant) and
-``training``. Where README.md has no such markers nothing is written.
+``losses`` (default backend against the reference), ``kernels`` (every function and contestant),
+``training`` and ``static`` (what the compiler made of the kernels). Where a document has no such
+markers nothing is written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks.progress import say
 from benchmarks.results import RESULTS, load
 
 README = ROOT / "README.md"
+DOCUMENTS = (README, ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
     r".*?(?P<close><!-- /bench -->)",
@@ -43,7 +45,12 @@ def main() -> None:
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         for path in plots.draw(folder):
             say(f"plot: {path.relative_to(ROOT)}")
-    refresh_readme(README, RESULTS)
+    refresh_documents()
+
+
+def refresh_documents() -> None:
+    for document in DOCUMENTS:
+        refresh_readme(document, RESULTS)
 
 
 def refresh_readme(readme: Path, results: Path) -> None:
@@ -133,10 +140,38 @@ def training_table(found: dict) -> str:
     return _with_caption(markdown(header, lines), found, units)
 
 
+def static_table(found: dict) -> str:
+    """One line per kernel and mode: the worst of all shapes and layouts."""
+    header = ["kernel", "mode", "registers", "spills", "shared memory", "loads", "matrix units"]
+    lines = []
+    for (capability, kernel, mode), rows in _groups(found, "capability", "kernel", "mode"):
+        loads = {int(width) for row in rows for width in row["global_loads"] if width != "tma"}
+        units = sorted({name for row in rows for name in row["matrix_instructions"]})
+        lines.append(
+            [
+                f"`{kernel}`, sm_{capability}",
+                mode,
+                str(max(row["registers"] for row in rows)),
+                f"{max(row['spill_bytes'] for row in rows)} B",
+                f"{max(row['shared_bytes'] for row in rows) / 1024:.0f} KB",
+                " ".join(str(width) for width in sorted(loads, reverse=True)),
+                ", ".join(units),
+            ]
+        )
+    shapes = ", ".join(dict.fromkeys(row["shape"] for row in found["rows"]))
+    v = found["versions"]
+    return (
+        f"{markdown(header, lines)}\n\nThe largest over {shapes}, contiguous and channels-last; "
+        f"loads: bits that a thread loads at once, in any variant. Triton {v['triton']}, commit "
+        f"{found['commit'][:10]}{', with changes' if found['dirty'] else ''}."
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "losses": ("kernels", losses_table),
     "kernels": ("kernels", kernels_table),
     "training": ("training", training_table),
+    "static": ("static", static_table),
 }
 
 

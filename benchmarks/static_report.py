@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -25,6 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks import report, results
+from benchmarks.machine import git_state, versions
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels import backends
 from repmtl_kernels.backends import CSAGradient
@@ -85,7 +88,7 @@ def compiled_instead_of_launched(capability: int) -> Iterator[dict[str, object]]
         triton.runtime.driver._active = None
 
 
-def report(kernel, capability: int) -> KernelReport:
+def inspect(kernel, capability: int) -> KernelReport:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -170,7 +173,7 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
         )
         outputs = [torch.empty_like(s) for s in saliencies]
         stages.saliency_grad(saliencies, outputs, csa, entropy.grad)
-    return [report(kernel, capability) for kernel in compiled.values()]
+    return [inspect(kernel, capability) for kernel in compiled.values()]
 
 
 def main() -> None:
@@ -180,6 +183,11 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
     parser.add_argument("--layout", nargs="+", default=["contiguous", "channels_last"])
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
+    parser.add_argument(
+        "--save",
+        action="store_true",
+        help="write benchmarks/results/compiler/static.json and refresh the tables made from it",
+    )
     options = parser.parse_args()
     rows = []
     for capability, mode, name, layout in itertools.product(
@@ -191,6 +199,18 @@ def main() -> None:
                 _print_row(rows[-1])
     if options.json:
         json.dump(rows, sys.stdout)
+    if options.save:
+        commit, dirty = git_state()
+        head = {
+            "machine": {"name": "compiler"},
+            "versions": versions(),
+            "commit": commit,
+            "dirty": dirty,
+            "date": datetime.date.today().isoformat(),
+            "measured": {},
+        }
+        results.save(results.RESULTS / "compiler", "static", head, rows)
+        report.refresh_documents()
 
 
 def _print_row(row: dict) -> None:
