@@ -212,4 +212,7 @@ def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -
         return
     error = relative_error(grads, exact_grads)
     plain_error = relative_error(plain_grads, exact_grads)
-    assert error <= max(GRAD_TOLERANCE[dtype], LUCK * plain_error), (error, plain_error)
+    tolerance = GRAD_TOLERANCE[dtype]
+    if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        tolerance *= 2.5  # Triton's interpreter truncates to bfloat16 where hardware rounds
+    assert error <= max(tolerance, LUCK * plain_error), (error, plain_error)

@@ -48,7 +48,7 @@ def test_kernels_compile_without_spills(capability: int, mode: str):
     assert not spilled
     limit = {80: 163, 90: 227, 100: 227}[capability] * 1024
     assert max(row["shared_bytes"] for row in rows) <= limit
-    heavy = [r for r in rows if r["kernel"] in ("gram_kernel", "gradient_kernel")]
+    heavy = [r for r in rows if r["kernel"] in ("_gram_kernel", "_gradient_kernel")]
     assert heavy
     for row in heavy:
         names = "".join(row["matrix_instructions"])
@@ -57,7 +57,7 @@ def test_kernels_compile_without_spills(capability: int, mode: str):
 
 @pytest.mark.parametrize("mode", ["bfloat16", "ieee"])
 def test_rows_are_read_16_bytes_at_a_time(mode: str):
-    rows = [r for r in compiled(90, mode) if r["kernel"] == "statistics_kernel"]
+    rows = [r for r in compiled(90, mode) if r["kernel"] == "_statistics_kernel"]
     assert {row["shape"] for row in rows} == {"nyuv2", "office49", "vit1024"}
     for row in rows:
         if row["shape"] != "office49":  # 49 positions: rows that are not aligned

@@ -1,7 +1,7 @@
-"""The matrix ``X`` of one task and sample, and products with it: shared by the two CSA kernels.
+"""The matrix ``X`` of one task and sample, and products with it, for both CSA stages.
 
-``X`` (``R x K``) is ``S_bt^T`` where positions are the smaller side (N side), else ``S_bt`` (C side):
-its Gram matrix ``X X^T`` is ``R x R``.
+``X`` (``R x K``) is ``S_bt^T`` where positions are the smaller side (N side), else ``S_bt``
+(C side): its Gram matrix ``X X^T`` is ``R x R``. ``^`` marks scaled operands.
 """
 
 from __future__ import annotations

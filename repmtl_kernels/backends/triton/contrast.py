@@ -13,22 +13,22 @@ from repmtl_kernels.backends import Contrast
 from repmtl_kernels.backends.triton._common import INTERPRET, alignment, fp32_precision, launch
 from repmtl_kernels.backends.triton.statistics import power_of_two
 
-# Programs of the products kernel: two for each multiprocessor of a large GPU.
-PROGRAMS = 264
-# Sides of a tile of products (anchors of all tasks of some samples). Large tiles reuse more; small
-# ones are for batches that would not fill the GPU otherwise.
+# Tiles of products that fill a large GPU: two for each multiprocessor.
+TILES = 264
+# Sides of a tile (anchors of all tasks of some samples). Large tiles reuse more; small ones are for
+# batches that would not fill the GPU otherwise.
 SIDES = (64, 32, 16)
-# Channels of one step, and warps, by the side: three float32 products of tf32 parts must fit into
-# registers, with one address for each element where C is odd.
-STEPS = {16: (64, 4), 32: (32, 4), 64: (32, 8), 128: (16, 8)}
-# Channels of one program of the gradient kernel.
-GRADIENT_WIDE = 64
+# Channels of one step, and warps, by the side: what three products of tf32 parts leave registers
+# for. Half the channels where C is odd, since each element then has an address of its own.
+STEPS = {16: (64, 4), 32: (32, 4), 64: (16, 8), 128: (16, 8)}
+# Anchors of one step of the gradient kernel, where one sample has no more, and their elements.
+GRADIENT_SIDE, GRADIENT_ELEMENTS = 32, 2048
 # Elements of the block of products kept for the gradient, unless the anchors have more.
 BUFFER = 1 << 24
 
 
 @triton.jit
-def _anchor_kernel(
+def _contrast_anchor_kernel(
     a,  # (T, B, C)
     anchors,  # (T, B, C): unit anchors
     pull,  # (T, B, C) or None
@@ -84,27 +84,14 @@ def _anchor_rows(tile, batch, SIDE: tl.constexpr, TASKS: tl.constexpr, TASK_BLOC
 
 
 @triton.jit
-def _similarity(dots, batch, b, k, SIDE: tl.constexpr, TASK_BLOCK: tl.constexpr):
-    """``r_bk`` of a tile of products, and whether sample k is a negative of sample b."""
-    samples: tl.constexpr = SIDE // TASK_BLOCK
-    squares = tl.reshape(dots * dots, (samples, TASK_BLOCK, samples, TASK_BLOCK))
-    r = tl.sum(tl.sum(squares, 3), 1)
-    return r, (b[:, None] != k[None, :]) & (k < batch)[None, :]
-
-
-@triton.jit
-def _products_kernel(
+def _contrast_products_kernel(
     anchors,  # (T, B, C)
     dots,  # (tiles of this launch * SIDE, all tiles * SIDE) or None: products, 0 where padded
-    maxima,  # (splits, B) or None
-    sums,  # (splits, B): sums of exp(r / temperature - maximum); or None
+    similarity,  # (tiles of this launch * samples, all tiles * samples): r, 0 where padded
     first_tile,
     tiles,
-    splits,
-    tiles_per_split,
     batch,
     channels_div,
-    temperature,
     CHANNELS_ALIGN: tl.constexpr,
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
@@ -112,71 +99,68 @@ def _products_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (tile of samples b, split of the tiles of samples k), the last running fastest."""
+    """Grid: (tile of samples b, tile of samples k), the last running fastest."""
     channels = channels_div * CHANNELS_ALIGN
-    local, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    tile = first_tile + local
-    samples: tl.constexpr = SIDE // TASK_BLOCK
-    b = tile * samples + tl.arange(0, samples)
+    local, k_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     lane = tl.arange(0, WIDE)[None, :]
-    b_row, b_exists = _anchor_rows(tile, batch, SIDE, TASKS, TASK_BLOCK)
-    # Similarities are not negative: 0 is a lower bound of their maximum, and finite.
-    largest = tl.zeros((samples,), tl.float32)
-    total = tl.zeros((samples,), tl.float32)
-    start = split * tiles_per_split
-    for k_tile in range(start, tl.minimum(start + tiles_per_split, tiles)):
-        k_row, k_exists = _anchor_rows(k_tile, batch, SIDE, TASKS, TASK_BLOCK)
-        acc = tl.zeros((SIDE, SIDE), tl.float32)
-        for c in range(0, channels, WIDE):
-            in_range = c + lane < channels
-            x = anchors + b_row[:, None] * channels + c + lane
-            y = anchors + k_row[:, None] * channels + c + lane
-            x = tl.load(x, mask=b_exists[:, None] & in_range, other=0.0)
-            y = tl.load(y, mask=k_exists[:, None] & in_range, other=0.0)
-            acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
-        if dots is not None:
-            i = tl.arange(0, SIDE)
-            target = dots + (local.to(tl.int64) * SIDE + i)[:, None] * (tiles * SIDE)
-            tl.store(target + k_tile * SIDE + i[None, :], acc)
-        if sums is not None:
-            k = k_tile * samples + tl.arange(0, samples)
-            r, negative = _similarity(acc, batch, b, k, SIDE, TASK_BLOCK)
-            r = tl.where(negative, r / temperature, float("-inf"))
-            previous = largest
-            largest = tl.maximum(largest, tl.max(r, 1))
-            total = total * tl.exp(previous - largest) + tl.sum(tl.exp(r - largest[:, None]), 1)
-    if sums is not None:
-        target = split.to(tl.int64) * batch + b
-        tl.store(maxima + target, largest, mask=b < batch)
-        tl.store(sums + target, total, mask=b < batch)
+    b_row, b_exists = _anchor_rows(first_tile + local, batch, SIDE, TASKS, TASK_BLOCK)
+    k_row, k_exists = _anchor_rows(k_tile, batch, SIDE, TASKS, TASK_BLOCK)
+    x_row, y_row = anchors + b_row[:, None] * channels, anchors + k_row[:, None] * channels
+    acc = tl.zeros((SIDE, SIDE), tl.float32)
+    for c in range(0, channels, WIDE):
+        in_range = c + lane < channels
+        x = tl.load(x_row + c + lane, mask=b_exists[:, None] & in_range, other=0.0)
+        y = tl.load(y_row + c + lane, mask=k_exists[:, None] & in_range, other=0.0)
+        acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+    if dots is not None:
+        tl.store(_tile_of(dots, local, k_tile, tiles * SIDE, SIDE, SIDE), acc)
+    samples: tl.constexpr = SIDE // TASK_BLOCK
+    squares = tl.reshape(acc * acc, (samples, TASK_BLOCK, samples, TASK_BLOCK))
+    r = tl.sum(tl.sum(squares, 3), 1)
+    tl.store(_tile_of(similarity, local, k_tile, tiles * samples, samples, samples), r)
 
 
 @triton.jit
-def _logsumexp_kernel(
-    maxima,  # (splits, B)
-    sums,  # (splits, B)
+def _tile_of(matrix, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to one of the tiles that make up a matrix of ``columns`` columns."""
+    i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = column * COLUMNS + tl.arange(0, COLUMNS)
+    return matrix + i[:, None] * columns + j[None, :]
+
+
+@triton.jit
+def _contrast_logsumexp_kernel(
+    similarity,  # (samples of this launch, columns): r
     logsumexp,  # (B,)
-    splits,
+    first,
+    columns,
     batch,
+    temperature,
     WIDE: tl.constexpr,
 ):
-    """Grid: blocks of samples. Joins the splits in their order."""
-    b = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    """Grid: samples."""
+    b = first + tl.program_id(0)
+    row = similarity + tl.program_id(0).to(tl.int64) * columns
+    lane = tl.arange(0, WIDE)
+    # Similarities are not negative: 0 is a lower bound of their maximum, and finite.
     largest = tl.zeros((WIDE,), tl.float32)
-    total = tl.zeros((WIDE,), tl.float32)
-    for split in range(splits):
-        offset = tl.cast(split, tl.int64) * batch + b
-        m = tl.load(maxima + offset, mask=b < batch, other=0.0)
-        s = tl.load(sums + offset, mask=b < batch, other=1.0)
-        previous = largest
-        largest = tl.maximum(largest, m)
-        total = total * tl.exp(previous - largest) + s * tl.exp(m - largest)
-    tl.store(logsumexp + b, largest + tl.log(total), mask=b < batch)
+    for k in range(0, batch, WIDE):
+        negative = (k + lane < batch) & (k + lane != b)
+        z = tl.load(row + k + lane, mask=negative, other=0.0) / temperature
+        largest = tl.maximum(largest, z)
+    center = tl.max(largest, 0)
+    sums = tl.zeros((WIDE,), tl.float32)
+    for k in range(0, batch, WIDE):
+        negative = (k + lane < batch) & (k + lane != b)
+        z = tl.load(row + k + lane, mask=negative, other=0.0) / temperature
+        sums += tl.where(negative, tl.exp(z - center), 0.0)
+    tl.store(logsumexp + b, center + tl.log(tl.sum(sums, 0)))
 
 
 @triton.jit
-def _gradient_kernel(
+def _contrast_gradient_kernel(
     dots,  # (tiles of this launch * SIDE, all tiles * SIDE)
+    similarity,  # (tiles of this launch * samples, all tiles * samples): r
     anchors,  # (T, B, C)
     pull,  # (T, B, C)
     factor,  # (B,)
@@ -193,6 +177,7 @@ def _gradient_kernel(
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
     SIDE: tl.constexpr,
+    K_SIDE: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -204,26 +189,25 @@ def _gradient_kernel(
     b = tile * samples + tl.arange(0, samples)
     b_lse = tl.load(logsumexp + b, mask=b < batch, other=0.0)
     c = block * WIDE + tl.arange(0, WIDE)[None, :]
-    i = tl.arange(0, SIDE)
-    source = dots + (local.to(tl.int64) * SIDE + i)[:, None] * (tiles * SIDE) + i[None, :]
     du = tl.zeros((SIDE, WIDE), tl.float32)
     tug = tl.zeros((samples,), tl.float32)  # sum_t du_t . u_t, from r alone
-    for k_tile in range(tiles):
-        k = k_tile * samples + tl.arange(0, samples)
+    k_samples: tl.constexpr = K_SIDE // TASK_BLOCK
+    for k_tile in range(tiles * (SIDE // K_SIDE)):
+        k = k_tile * k_samples + tl.arange(0, k_samples)
         k_lse = tl.load(logsumexp + k, mask=k < batch, other=0.0)
-        dot = tl.load(source + k_tile * SIDE)
-        r, negative = _similarity(dot, batch, b, k, SIDE, TASK_BLOCK)
+        r = tl.load(_tile_of(similarity, local, k_tile, tiles * samples, samples, k_samples))
         # r_bk is a negative of sample b and of sample k.
         z = r / temperature
         weight = tl.exp(z - b_lse[:, None]) + tl.exp(z - k_lse[None, :])
-        weight = tl.where(negative, weight, 0.0)
+        weight = tl.where((b[:, None] != k[None, :]) & (k < batch)[None, :], weight, 0.0)
         tug += tl.sum(weight * r, 1)
-        shape: tl.constexpr = (samples, TASK_BLOCK, samples, TASK_BLOCK)
-        weight = tl.reshape(tl.broadcast_to(weight[:, None, :, None], shape), (SIDE, SIDE))
-        k_row, k_exists = _anchor_rows(k_tile, batch, SIDE, TASKS, TASK_BLOCK)
+        shape: tl.constexpr = (samples, TASK_BLOCK, k_samples, TASK_BLOCK)
+        weight = tl.reshape(tl.broadcast_to(weight[:, None, :, None], shape), (SIDE, K_SIDE))
+        weight *= tl.load(_tile_of(dots, local, k_tile, tiles * SIDE, SIDE, K_SIDE))
+        k_row, k_exists = _anchor_rows(k_tile, batch, K_SIDE, TASKS, TASK_BLOCK)
         mask = k_exists[:, None] & (c < channels)
         u = tl.load(anchors + k_row[:, None] * channels + c, mask=mask, other=0.0)
-        du = tl.dot(weight * dot, u, du, input_precision=PRECISION)
+        du = tl.dot(weight, u, du, input_precision=PRECISION)
     row, exists = _anchor_rows(tile, batch, SIDE, TASKS, TASK_BLOCK)
     offset = row[:, None] * channels + c
     mask = exists[:, None] & (c < channels)
@@ -237,21 +221,28 @@ class _Plan(NamedTuple):
     """How the samples are cut into square tiles of products."""
 
     task_block: int  # T rounded up to a power of two
-    side: int  # anchors of a tile, those of all tasks of side // task_block samples
+    side: int  # anchors of a tile, those of all tasks of `samples` samples
+    samples: int
     tiles: int
-    splits: int
-    tiles_per_split: int
+    at_once: int  # tiles of samples b whose products are in memory at a time
 
 
-def _plan(tasks: int, batch: int) -> _Plan:
+def _plan(tasks: int, batch: int, channels: int) -> _Plan:
     task_block = triton.next_power_of_2(tasks)
     for side in SIDES:
         side = max(side, task_block)
-        tiles = triton.cdiv(batch, side // task_block)
-        if tiles * tiles >= PROGRAMS:
+        samples = side // task_block
+        tiles = triton.cdiv(batch, samples)
+        if tiles * tiles >= TILES:
             break
-    per_split = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, tiles)))
-    return _Plan(task_block, side, tiles, triton.cdiv(tiles, per_split), per_split)
+    room = max(BUFFER, tasks * batch * channels)
+    at_once = min(tiles, max(1, room // (side * side * tiles)))
+    return _Plan(task_block, side, samples, tiles, at_once)
+
+
+def _step(side: int, align: int) -> dict[str, int]:
+    wide, warps = STEPS[min(side, max(STEPS))]
+    return {"WIDE": wide if align >= 4 else max(16, wide // 2), "num_warps": warps}
 
 
 def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
@@ -261,26 +252,16 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
     precision = "ieee" if INTERPRET or fp32_precision() == "ieee" else "tf32x3"
     align = alignment(channels)
     sizes = batch, channels // align
-    constants = {
-        "CHANNELS_ALIGN": align,
-        "TASKS": tasks,
-        "PRECISION": precision,
-    }
-    plan = _plan(tasks, batch)
-    wide, warps = STEPS[min(plan.side, max(STEPS))]
-    tiling = {
-        "TASK_BLOCK": plan.task_block,
-        "SIDE": plan.side,
-        "num_warps": warps,
-        **constants,
-    }
+    constants = {"CHANNELS_ALIGN": align, "TASKS": tasks, "PRECISION": precision}
+    plan = _plan(tasks, batch, channels)
+    tiling = {"TASK_BLOCK": plan.task_block, "SIDE": plan.side, **constants}
+    step = _step(plan.side, align)
 
-    anchors, factor, lse = torch.empty_like(a), a.new_empty(batch), a.new_empty(batch)
+    anchors, factor, logsumexp = torch.empty_like(a), a.new_empty(batch), a.new_empty(batch)
     pull = torch.empty_like(a) if with_grad else None
     anchor_block = max(16, plan.task_block)  # the least that a matrix product takes
-    anchor_wide, anchor_warps = STEPS[min(anchor_block, max(STEPS))]
     launch(
-        _anchor_kernel,
+        _contrast_anchor_kernel,
         (batch,),
         a.device,
         a,
@@ -290,66 +271,68 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
         *sizes,
         float(eps),
         TASK_BLOCK=anchor_block,
-        WIDE=anchor_wide,
-        num_warps=anchor_warps,
+        **_step(anchor_block, align),
         **constants,
     )
 
-    def products(first: int, count: int, dots: Tensor | None, parts: Tensor | None) -> None:
-        maxima, sums = (None, None) if parts is None else parts
+    dots = None
+    if with_grad:
+        dots = a.new_empty(plan.at_once * plan.side, plan.tiles * plan.side)
+    similarity = a.new_empty(plan.at_once * plan.samples, plan.tiles * plan.samples)
+
+    def write_products(first: int, count: int, dots: Tensor | None) -> None:
         launch(
-            _products_kernel,
-            (count * plan.splits,),
+            _contrast_products_kernel,
+            (count * plan.tiles,),
             a.device,
             anchors,
             dots,
-            maxima,
-            sums,
+            similarity,
             first,
             plan.tiles,
-            plan.splits,
-            plan.tiles_per_split,
             *sizes,
-            temperature,
-            WIDE=wide,
+            **step,
             **tiling,
         )
 
-    width = plan.tiles * plan.side
-    at_once = min(plan.tiles, max(1, max(BUFFER, a.numel()) // (plan.side * width)))
-    dots = a.new_empty(at_once * plan.side, width) if with_grad else None
-    whole = with_grad and at_once == plan.tiles
-    parts = a.new_empty(2, plan.splits, batch)
-    products(0, plan.tiles, dots if whole else None, parts)
-    grid = (triton.cdiv(batch, 128),)
-    launch(
-        _logsumexp_kernel,
-        grid,
-        a.device,
-        *parts,
-        lse,
-        plan.splits,
-        batch,
-        WIDE=128,
-    )
+    whole = plan.at_once == plan.tiles
+    starts = range(0, plan.tiles, plan.at_once)
+    for first in starts:
+        count = min(plan.at_once, plan.tiles - first)
+        write_products(first, count, dots if whole else None)
+        launch(
+            _contrast_logsumexp_kernel,
+            (min(count * plan.samples, batch - first * plan.samples),),
+            a.device,
+            similarity,
+            logsumexp,
+            first * plan.samples,
+            similarity.shape[1],
+            batch,
+            temperature,
+            WIDE=min(1024, triton.next_power_of_2(batch)),
+        )
     if not with_grad:
-        return Contrast(anchors, factor, lse, None, None)
+        return Contrast(anchors, factor, logsumexp, None, None)
 
     grad = torch.empty_like(a)
-    blocks = triton.cdiv(channels, GRADIENT_WIDE)
-    for first in range(0, plan.tiles, at_once):
-        count = min(at_once, plan.tiles - first)
-        if not whole:
-            products(first, count, dots, None)
+    k_side = max(plan.task_block, min(plan.side, GRADIENT_SIDE))
+    gradient_wide = GRADIENT_ELEMENTS // max(k_side, GRADIENT_SIDE)
+    blocks = triton.cdiv(channels, gradient_wide)
+    for first in starts:
+        count = min(plan.at_once, plan.tiles - first)
+        if not whole:  # the weights of the gradient need every sample's logsumexp first
+            write_products(first, count, dots)
         launch(
-            _gradient_kernel,
+            _contrast_gradient_kernel,
             (count * blocks,),
             a.device,
             dots,
+            similarity,
             anchors,
             pull,
             factor,
-            lse,
+            logsumexp,
             grad,
             first,
             plan.tiles,
@@ -357,7 +340,9 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
             *sizes,
             temperature,
             2 / (temperature * batch),
-            WIDE=GRADIENT_WIDE,
+            K_SIDE=k_side,
+            WIDE=gradient_wide,
+            num_warps=step["num_warps"],
             **tiling,
         )
-    return Contrast(anchors, factor, lse, pull, grad)
+    return Contrast(anchors, factor, logsumexp, pull, grad)

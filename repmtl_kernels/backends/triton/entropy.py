@@ -40,7 +40,7 @@ def _abs_gradient(x, share, h, log_p, total):
 
 
 @triton.jit
-def _over_tasks(
+def _entropy_over_tasks_kernel(
     x,  # (T, length)
     grad,  # (T, length)
     value_parts,  # (programs,): sums of entropies / length
@@ -88,7 +88,7 @@ def _over_tasks(
 
 
 @triton.jit
-def _over_space(
+def _entropy_over_space_kernel(
     x,  # (rows, length): a row for each task and sample
     grad,  # (rows, length)
     value_parts,  # (rows,): entropy / rows
@@ -162,12 +162,12 @@ def entropy(
         programs = triton.cdiv(length, wide)
         sizes = (length,)
         constants.update(TASKS=tasks, TASK_BLOCK=task_block, WIDE=wide)
-        kernel = _over_tasks
+        kernel = _entropy_over_tasks_kernel
     else:
         programs = tasks * batch
         sizes = programs, positions
         constants.update(WIDE=min(BLOCK, triton.next_power_of_2(positions)))
-        kernel = _over_space
+        kernel = _entropy_over_space_kernel
     parts = torch.empty(programs, dtype=torch.float32, device=x.device)
     launch(kernel, (programs,), x.device, x, grad, parts, *sizes, *numbers, **constants)
     return Entropy(parts.sum(), grad)

@@ -70,6 +70,7 @@ def saliency_grad(
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
 
 
@@ -87,6 +88,7 @@ class _Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None  # at most; left to the compiler, a few are spilled for more occupancy
 
 
 def _tile(operand: Operand) -> _Tile:
@@ -99,7 +101,8 @@ def _tile(operand: Operand) -> _Tile:
     columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
     # Where rows have odd lengths, 2-byte loads with their pointers fill the registers of 4 warps.
     warps = 8 if rows == 128 or operand.is_split else 4
-    return _Tile(rows, columns, min(depth, rows), warps, 3)
+    registers = 192 if operand.precision == "ieee" else None
+    return _Tile(rows, columns, min(depth, rows), warps, 3, registers)
 
 
 def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
@@ -112,7 +115,7 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -
     anchor_grad = anchors.new_empty(tasks, batch, channels)
     block = min(1024, triton.next_power_of_2(channels))
     launch(
-        _anchor_kernel,
+        _gradient_anchor_kernel,
         (triton.cdiv(channels, block) * batch, tasks),
         anchors.device,
         pulled,
@@ -145,7 +148,7 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
     for group in task_groups(saliencies):
         form = group.geometry.form
         launch(
-            _pull_kernel,
+            _gradient_pull_kernel,
             (triton.cdiv(channels, block) * batch, len(group.tasks)),
             anchors.device,
             group.tensors,
@@ -171,7 +174,7 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
 
 
 @triton.jit
-def _pull_kernel(
+def _gradient_pull_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     group,  # numbers of the tasks
     layout,
@@ -222,7 +225,7 @@ def _pull_kernel(
 
 
 @triton.jit
-def _anchor_kernel(
+def _gradient_anchor_kernel(
     pulled,  # (T, B, T, C): S^ S^^T u
     rank,  # (T, B)
     contrast_grad,  # (T, B, C)
@@ -328,9 +331,7 @@ def _gradient_kernel(
     for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
         q = start + tl.arange(0, DEPTH)
         inside_q = q < rows
-        g = tl.load(
-            matrix_rows + q[None, :], mask=inside_r[:, None] & inside_q[None, :], other=0.0
-        )
+        g = tl.load(matrix_rows + q[None, :], mask=inside_r[:, None] & inside_q[None, :], other=0.0)
         x_q = tl.load(
             x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
             mask=inside_q[:, None] & inside_k[None, :],
@@ -345,7 +346,9 @@ def _gradient_kernel(
             w = matmul(tl.trans(x_q), u, w, PRECISION)
 
     if N_SIDE:
-        left = task_vectors(projection + sample * tasks * rows, rows, r, rows, tasks, COLUMNS, PARTS)
+        left = task_vectors(
+            projection + sample * tasks * rows, rows, r, rows, tasks, COLUMNS, PARTS
+        )
         right = task_vectors(anchors, anchor_stride, k, depth, tasks, COLUMNS, PARTS)
     else:
         left = task_vectors(anchors, anchor_stride, r, rows, tasks, COLUMNS, PARTS)

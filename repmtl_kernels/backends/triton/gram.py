@@ -1,7 +1,7 @@
 """Similarity of each task's affinity with its anchor (equations 7 to 9), from half a Gram matrix.
 
 The anchor product is fused: on the N side ``V = S^^T u`` is a narrow product on the diagonal tiles
-of ``S^^T S^``, on the C side the tiles of the affinity ``S^ S^^T`` themselves are multiplied by ``u``.
+of ``S^^T S^``, on the C side the tiles of the affinity ``S^ S^^T`` are multiplied by ``u``.
 """
 
 from __future__ import annotations
@@ -79,10 +79,11 @@ def gram(
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     similarity, inverse, slope = (anchors.new_empty(tasks, batch) for _ in range(3))
     launch(
-        _finish_kernel,
+        _gram_finish_kernel,
         (tasks * batch,),  # a sample of a task each
         anchors.device,
         squares,
@@ -107,6 +108,7 @@ class _Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
+    registers: int | None  # at most; left to the compiler, a few are spilled for more occupancy
 
 
 def _tile(operand: Operand) -> _Tile:
@@ -115,10 +117,11 @@ def _tile(operand: Operand) -> _Tile:
     The rest is what fits without register spills and in the shared memory of the smallest target.
     """
     if operand.rows > 600 and operand.precision in ("16-bit", "tf32"):
-        return _Tile(128, 64 if operand.is_split else 32, 8, 3)
+        return _Tile(128, 64 if operand.is_split else 32, 8, 3, None)
     size = min(64, max(16, triton.next_power_of_2(operand.rows)))
     depth = {"16-bit": 64, "tf32": 32, "tf32x3": 32, "ieee": 16}[operand.precision]
-    return _Tile(size, depth, 4, 3)
+    registers = {"16-bit": 168, "tf32": 224, "tf32x3": 224, "ieee": 192}[operand.precision]
+    return _Tile(size, depth, 4, 3, registers)
 
 
 def _scaling(operand: Operand) -> str:
@@ -150,24 +153,27 @@ def _times_anchors(
     SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):
-    """``x @ u`` of float32 ``x``: ``(len(x), tasks and padding)``."""
+    """``x @ u`` (TRANSPOSED: ``x^T @ u``) of float32 ``x``: ``(BLOCK, tasks and padding)``."""
     y = tl.zeros((x.shape[0], COLUMNS), tl.float32)
+    u = task_vectors(anchors, stride, index, size, tasks, COLUMNS, 2 if SPLIT else 1)
     if SPLIT:  # two bfloat16 parts of x need fewer registers than float32 products
-        u = split_columns(task_vectors(anchors, stride, index, size, tasks, COLUMNS, 2), tl.bfloat16)
+        u = split_columns(u, tl.bfloat16)
         high = x.to(tl.bfloat16)
-        y = matmul(high, u, y, PRECISION)
-        y = matmul((x - high.to(tl.float32)).to(tl.bfloat16), u, y, PRECISION)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        y = matmul(tl.trans(high) if TRANSPOSED else high, u, y, PRECISION)
+        y = matmul(tl.trans(low) if TRANSPOSED else low, u, y, PRECISION)
         return join_columns(y)
     elif PRECISION == "ieee":  # without matrix units a product would hold all of x once more
         column = tl.arange(0, COLUMNS)[None, :]
         for task in range(tasks):
-            u = tl.load(anchors + task * stride + index, mask=index < size, other=0.0)
-            y = tl.where(column == task, tl.sum(x * u[None, :], 1)[:, None], y)
+            one = tl.load(anchors + task * stride + index, mask=index < size, other=0.0)
+            terms = x * (one[:, None] if TRANSPOSED else one[None, :])
+            y = tl.where(column == task, tl.sum(terms, 0 if TRANSPOSED else 1)[:, None], y)
         return y
     else:
-        u = task_vectors(anchors, stride, index, size, tasks, COLUMNS, 1)
-        return matmul(x, u, y, PRECISION)
+        return matmul(tl.trans(x) if TRANSPOSED else x, u, y, PRECISION)
 
 
 @triton.jit
@@ -220,9 +226,9 @@ def _gram_kernel(
     TASKS: tl.constexpr = COLUMNS // 2 if SPLIT else COLUMNS
     task = tl.arange(0, TASKS)[None, :]
 
-    # One of these loops runs: on the diagonal, off it, and for saliencies that are scaled before they
-    # are multiplied where that is not always so (NaN is not safe). It alone would have the operands
-    # in registers on their way to the matrix units.
+    # One of these loops runs: on the diagonal, off it, or for saliencies that have to be scaled
+    # before they are multiplied (NaN among them). Scaling takes operands through registers, so the
+    # other two are without.
     wanted = tl.where(i == j, 0, 1)
     if SCALING == "needed":
         safe = (factor <= SAFE_SCALE) & (factor >= 1 / SAFE_SCALE)
@@ -277,7 +283,7 @@ def _gram_kernel(
             tl.store(upper, tl.trans(g), mask=inside_j[:, None] & inside_i[None, :])
     if not N_SIDE:
         y = _times_anchors(
-            acc, anchors, anchor_stride, r_j, rows, tasks, SPLIT, COLUMNS, PRECISION
+            acc, anchors, anchor_stride, r_j, rows, tasks, SPLIT, COLUMNS, PRECISION, False
         )
         u = task_vectors(anchors, anchor_stride, r_i, rows, tasks, TASKS, 1)
         tl.store(positives + sample * pairs + pair, weight * tl.sum(u * y))
@@ -287,8 +293,8 @@ def _gram_kernel(
             tl.store(part_j, y, mask=inside_i[:, None] & (task < tasks))
             if i != j:
                 y = _times_anchors(
-                    tl.trans(acc), anchors, anchor_stride, r_i, rows, tasks, SPLIT, COLUMNS, PRECISION
-                )  # fmt: skip
+                    acc, anchors, anchor_stride, r_i, rows, tasks, SPLIT, COLUMNS, PRECISION, True
+                )
                 part_i = parts + (i * tasks * rows + r_j)[:, None]
                 tl.store(part_i, y, mask=inside_j[:, None] & (task < tasks))
     elif i == j:
@@ -309,7 +315,7 @@ def _sum(parts, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _finish_kernel(
+def _gram_finish_kernel(
     squares,  # (T, B, PARTS)
     positives,  # (T, B, PARTS)
     scale,  # (T, B), as the outputs
@@ -329,7 +335,8 @@ def _finish_kernel(
     factor = tl.load(scale + sample)
     floor = eps * factor * factor  # in this order: the square alone may overflow
     clamped = tl.maximum(norm, floor, propagate_nan=tl.PropagateNan.ALL)
-    inverse_norm = tl.where(clamped == 0, 0.0, tl.div_rn(1.0, clamped))
+    zero = clamped == 0
+    inverse_norm = tl.where(zero, 0.0, tl.div_rn(1.0, tl.where(zero, 1.0, clamped)))
     s = positive * inverse_norm
     tl.store(similarity + sample, s)
     tl.store(inverse + sample, inverse_norm)

@@ -41,7 +41,7 @@ def power_of_two(largest):
 
 
 @triton.jit
-def _partials(
+def _statistics_kernel(
     saliencies,  # tuple of (B, C, *spatial)
     layout,
     column_parts,  # (tasks, B, chunks, columns) float32: sums over a chunk of rows
@@ -104,7 +104,7 @@ def _partials(
 
 
 @triton.jit
-def _finish(
+def _statistics_finish_kernel(
     column_parts,  # (tasks, B, chunks, columns)
     row_parts,  # (tasks, B, tiles, rows)
     max_parts,  # (tasks, B, chunks, tiles)
@@ -206,7 +206,7 @@ def _write_group(
     max_parts = scale and empty(samples, chunks, tiles)
     align = alignment(columns)
     launch(
-        _partials,
+        _statistics_kernel,
         (samples * chunks * tiles,),
         first.device,
         group.tensors,
@@ -234,7 +234,7 @@ def _write_group(
     column_blocks = triton.cdiv(columns, FINISH_COLUMNS) if column_means else 0
     blocks = column_blocks + (triton.cdiv(rows, FINISH_COLUMNS) if row_means else 0)
     launch(
-        _finish,
+        _statistics_finish_kernel,
         (samples * blocks,),
         first.device,
         column_parts,
