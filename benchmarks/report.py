@@ -141,7 +141,7 @@ def training_table(found: dict) -> str:
 
 
 def static_table(found: dict) -> str:
-    """One line per kernel and mode: the worst of all shapes and layouts."""
+    """One line per kernel and mode: the worst of all shapes."""
     header = ["kernel", "mode", "registers", "spills", "shared memory", "loads", "matrix units"]
     lines = []
     for (capability, kernel, mode), rows in _groups(found, "capability", "kernel", "mode"):
@@ -159,9 +159,10 @@ def static_table(found: dict) -> str:
             ]
         )
     shapes = ", ".join(dict.fromkeys(row["shape"] for row in found["rows"]))
+    layouts = " and ".join(dict.fromkeys(row["layout"] for row in found["rows"]))
     v = found["versions"]
     return (
-        f"{markdown(header, lines)}\n\nThe largest over {shapes}, contiguous and channels-last; "
+        f"{markdown(header, lines)}\n\nThe largest over {shapes}, {layouts}; "
         f"loads: bits that a thread loads at once, in any variant. Triton {v['triton']}, commit "
         f"{found['commit'][:10]}{', with changes' if found['dirty'] else ''}."
     )

@@ -126,6 +126,7 @@ def _cuobjdump(*args: str) -> str:
 
 # Every path of the kernels: N side with 128 and 64 tiles, N = 1, C side, unaligned rows.
 SPECIMENS = ("nyuv2", "cityscapes", "vit196", "vit1024", "office49", "office1")
+LAYOUTS = ("contiguous", "channels_last")
 MODES = {
     "bfloat16": (torch.bfloat16, None),
     "float16": (torch.float16, None),
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=CAPABILITIES)
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
-    parser.add_argument("--layout", nargs="+", default=["contiguous", "channels_last"])
+    parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
     parser.add_argument(
         "--save",

@@ -100,8 +100,8 @@ def _tile(operand: Operand) -> _Tile:
     columns = 128 if rows == 128 else 64 * 64 // rows
     columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
     # Where rows have odd lengths, 2-byte loads with their pointers fill the registers of 4 warps.
-    warps = 8 if rows == 128 or operand.is_split else 4
-    registers = 192 if operand.precision == "ieee" else None
+    warps = 8 if rows == 128 or operand.precision in ("16-bit", "ieee") else 4
+    registers = 128 if operand.precision == "ieee" else None
     return _Tile(rows, columns, min(depth, rows), warps, 3, registers)
 
 

@@ -23,6 +23,8 @@ from repmtl_kernels.backends.triton._common import (
 )
 
 WARPS = 4
+# Left to itself, the compiler spills a few registers for more occupancy on sm_100.
+MAX_REGISTERS = 128
 # Rows of a tile that each thread adds up in registers: 64 elements of 16 bits, eight 16-byte loads.
 MAX_DEEP = 8
 # Eight programs for each multiprocessor of a large GPU. Where there are more, longer chunks of rows
@@ -230,6 +232,7 @@ def _write_group(
         WIDE=wide,
         CHUNK=chunk,
         num_warps=WARPS,
+        maxnreg=MAX_REGISTERS,
     )
     column_blocks = triton.cdiv(columns, FINISH_COLUMNS) if column_means else 0
     blocks = column_blocks + (triton.cdiv(rows, FINISH_COLUMNS) if row_means else 0)
