@@ -1,5 +1,7 @@
 """The stage contract: every backend's five functions against the eager ones in float64."""
 
+import importlib
+
 import pytest
 import torch
 from cases import BACKEND_DTYPES, TSR_FORMS, TSR_IDS, Case
@@ -99,6 +101,24 @@ def test_contrast(backend: str, shape: tuple, eps: float):
     without = stage(a, temperature=0.3, eps=eps, with_grad=False)
     assert without.grad is None and without.pull is None
     assert torch.equal(without.logsumexp, found.logsumexp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
+def test_contrast_of_many_samples_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch):
+    stages = backends.load(backend)
+    if backend == "triton":
+        # By import_module: as an attribute of its package, `contrast` is the stage, not the module.
+        module = importlib.import_module("repmtl_kernels.backends.triton.contrast")
+        monkeypatch.setattr(module, "BUFFER", 1)
+    # Similarities from 0 to 1 at a low temperature; the largest come last.
+    batch = 1030
+    angle = torch.linspace(0, 1.5, batch, device=Case(1, 2, 2).make(torch.float32)[0].device)
+    a = torch.stack((angle.cos(), angle.sin(), 0.1 * angle), -1)[None]
+    found = stages.contrast(a, temperature=0.02, eps=0.0, with_grad=True)
+    exact = backends.load("eager").contrast(a.double(), temperature=0.02, eps=0.0, with_grad=True)
+    torch.testing.assert_close(found.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=0)
+    assert (found.grad.double() - exact.grad).norm() <= 3e-5 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1.0, 1e4])

@@ -142,18 +142,18 @@ def _contrast_logsumexp_kernel(
     b = first + tl.program_id(0)
     row = similarity + tl.program_id(0).to(tl.int64) * columns
     lane = tl.arange(0, WIDE)
-    # Similarities are not negative: 0 is a lower bound of their maximum, and finite.
+    # Online, per lane: the sum so far is relative to the largest value so far. Similarities are not
+    # negative, so 0 is a lower bound of their maximum, and finite.
     largest = tl.zeros((WIDE,), tl.float32)
-    for k in range(0, batch, WIDE):
-        negative = (k + lane < batch) & (k + lane != b)
-        z = tl.load(row + k + lane, mask=negative, other=0.0) / temperature
-        largest = tl.maximum(largest, z)
-    center = tl.max(largest, 0)
     sums = tl.zeros((WIDE,), tl.float32)
     for k in range(0, batch, WIDE):
         negative = (k + lane < batch) & (k + lane != b)
         z = tl.load(row + k + lane, mask=negative, other=0.0) / temperature
-        sums += tl.where(negative, tl.exp(z - center), 0.0)
+        raised = tl.maximum(largest, z)
+        sums = sums * tl.exp(largest - raised) + tl.where(negative, tl.exp(z - raised), 0.0)
+        largest = raised
+    center = tl.max(largest, 0)
+    sums *= tl.exp(largest - center)
     tl.store(logsumexp + b, center + tl.log(tl.sum(sums, 0)))
 
 
