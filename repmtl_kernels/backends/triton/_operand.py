@@ -50,6 +50,11 @@ class Operand(NamedTuple):
         return self.rows // r_align, self.depth // k_align, r_align, k_align
 
     @property
+    def is_odd(self) -> bool:
+        """Whether rows of the Gram matrix, and of a dense ``X``, start at any address."""
+        return alignment(self.rows, self.depth) == 1
+
+    @property
     def is_split(self) -> bool:
         """Whether float32 factors of ``X`` come in two 16-bit parts (:func:`split_columns`)."""
         return self.dtype != torch.float32

@@ -99,8 +99,10 @@ def _tile(operand: Operand) -> _Tile:
     rows = min(large, max(16, triton.next_power_of_2(operand.rows)))
     columns = 128 if rows == 128 else 64 * 64 // rows
     columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
-    # Where rows have odd lengths, 2-byte loads with their pointers fill the registers of 4 warps.
-    warps = 8 if rows == 128 or operand.precision in ("16-bit", "ieee") else 4
+    # Where rows have odd lengths, loads of single elements with their pointers fill the registers
+    # of 4 warps; the parts of tf32x3 leave none for them either.
+    spacious = operand.precision == "tf32" or (operand.precision == "tf32x3" and not operand.is_odd)
+    warps = 4 if rows < 128 and spacious else 8
     registers = 128 if operand.precision == "ieee" else None
     return _Tile(rows, columns, min(depth, rows), warps, 3, registers)
 

@@ -200,13 +200,14 @@ def _write_group(
     row_means, column_means = (x, a) if channel_columns else (a, x)
 
     samples = len(group.tasks) * first.shape[0]
-    deep, high, wide, chunk = _tile(samples, rows, columns, first.element_size())
+    align = alignment(columns)
+    aligned = min(align, group.geometry.form[1])
+    deep, high, wide, chunk = _tile(samples, rows, columns, first.element_size(), aligned)
     chunks, tiles = triton.cdiv(rows, chunk), triton.cdiv(columns, wide)
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
     column_parts = column_means and empty(samples, chunks, columns)
     row_parts = row_means and empty(samples, tiles, rows)
     max_parts = scale and empty(samples, chunks, tiles)
-    align = alignment(columns)
     launch(
         _statistics_kernel,
         (samples * chunks * tiles,),
@@ -268,7 +269,9 @@ def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
     return positions == 1 or (bool(unit >> 1 & 1) and not unit >> (1 + dims) & 1)
 
 
-def _tile(samples: int, rows: int, columns: int, element_size: int) -> tuple[int, int, int, int]:
+def _tile(
+    samples: int, rows: int, columns: int, element_size: int, align: int
+) -> tuple[int, int, int, int]:
     """``(DEEP, HIGH, WIDE)`` of a tile, and the rows of one program."""
     # One warp of 16-byte loads; less where that would leave more than a quarter of the lanes idle.
     widest = 512 // element_size
@@ -278,7 +281,9 @@ def _tile(samples: int, rows: int, columns: int, element_size: int) -> tuple[int
         key=lambda w: (max(3 * triton.cdiv(columns, w) * w, 4 * columns), -w),
     )
     high = min(WARPS * widest // wide, triton.next_power_of_2(rows))
-    deep = min(MAX_DEEP, triton.next_power_of_2(triton.cdiv(rows, high)))
+    # Loads of single elements need a pointer each: 32 of them fit into the registers.
+    deepest = MAX_DEEP // 2 if align == 1 and element_size == 2 else MAX_DEEP
+    deep = min(deepest, triton.next_power_of_2(triton.cdiv(rows, high)))
     chunk = deep * high
     per_row = samples * triton.cdiv(columns, wide)
     while 2 * chunk <= min(rows, MAX_ROWS) and per_row * triton.cdiv(rows, 2 * chunk) >= PROGRAMS:
