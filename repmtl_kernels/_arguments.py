@@ -35,7 +35,7 @@ def check_saliencies(saliencies: Tensor | Sequence[Tensor], channel_dim: int) ->
                 raise TypeError(f"saliencies[{t}]: expected a Tensor, got {type(s).__name__}")
         first = operands[0]
         for t, s in enumerate(operands):
-            for what in ("shape", "dtype", "device"):
+            for what in ("shape", "dtype", "device", "layout"):
                 if getattr(s, what) != getattr(first, what):
                     raise ValueError(
                         f"saliencies[{t}]: every task must have the {what} of task 0, "
@@ -64,14 +64,21 @@ def check_saliencies(saliencies: Tensor | Sequence[Tensor], channel_dim: int) ->
             raise ValueError(
                 f"saliencies: every dimension must be at least 1; got shape {tuple(first.shape)}"
             )
-    if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
-        raise TypeError(f"channel_dim: expected an int, got {type(channel_dim).__name__}")
+    check_channel_dim(channel_dim)
     if not -task_ndim <= channel_dim < task_ndim or channel_dim % task_ndim == 0:
         raise ValueError(
             f"channel_dim: expected a dimension of one task's {task_ndim}-dimensional saliency "
             f"other than 0, the batch; got {channel_dim}"
         )
     return operands
+
+
+def check_channel_dim(channel_dim: int) -> None:
+    """What can be told of it without the saliencies."""
+    if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
+        raise TypeError(f"channel_dim: expected an int, got {type(channel_dim).__name__}")
+    if channel_dim == 0:
+        raise ValueError("channel_dim: expected a dimension other than 0, the batch; got 0")
 
 
 def _show(value: object) -> str:
@@ -134,7 +141,7 @@ def check_csa_batch(operands: Sequence[Tensor], stacked: bool, present: Tensor |
         raise ValueError(
             "saliencies: CSA contrasts a sample with the other samples of the batch and needs at "
             "least 2; got B = 1. Use a larger batch, drop the last short batch "
-            "(DataLoader(drop_last=True)), or use tsr_loss alone."
+            "(DataLoader(drop_last=True)), or use TSR alone (tsr_loss; lambda_csa=0 in RepMTL)."
         )
     check_present(present, tasks, batch, operands[0].device)
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._arguments import (
+    check_csa_batch,
     check_csa_options,
     check_number,
     check_present,
+    check_saliencies,
     check_tsr_options,
 )
 from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
@@ -99,7 +101,7 @@ class RepMTL(_Loss):
             losses; None: all 1. The saliencies are those of ``L_t`` (or ``log L_t``) unweighted.
         every: apply the regulariser on every ``every``-th call in training mode, the first
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
-            R1). The count is part of ``state_dict()``.
+            R1). The count is part of ``state_dict()``; a checkpoint without one leaves it as it is.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -134,10 +136,7 @@ class RepMTL(_Loss):
         check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
         if not isinstance(log_losses, bool):
             raise TypeError(f"log_losses: expected a bool, got {type(log_losses).__name__}")
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise TypeError(f"every: expected an int, got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every: expected an int of at least 1; got {every}")
+        _check_every(every)
         super().__init__(
             lambda_tsr=lambda_tsr,
             lambda_csa=lambda_csa,
@@ -182,11 +181,13 @@ class RepMTL(_Loss):
         total = _weighted_sum(objectives, self._weights(losses))
         tsr = csa = regularizer = None
         # Again, since a schedule may have set them.
+        _check_every(self.every)
         lambda_tsr = self.every * check_number("lambda_tsr", self.lambda_tsr, minimum=0)
         lambda_csa = self.every * check_number("lambda_csa", self.lambda_csa, minimum=0)
         if self.training and (lambda_tsr or lambda_csa):
             representations = _representations(representation, losses)
             _check_graph(named, representations)
+            _check_batch([z for _, z in representations], self.channel_dim, lambda_csa, present)
             if self._calls % self.every == 0:
                 saliencies = _saliencies(objectives, representations)
                 regularizer, tsr, csa = self._regularizer(
@@ -206,6 +207,12 @@ class RepMTL(_Loss):
         )
         return total
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
+        # A checkpoint of the model from before it had this criterion is complete without a count.
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
+        if (key := f"{prefix}_extra_state") in missing_keys:
+            missing_keys.remove(key)
+
     def get_extra_state(self) -> Tensor:
         # A tensor: the only type whose serialisation PyTorch keeps compatible.
         return torch.tensor(self._calls, device="cpu")
@@ -216,7 +223,7 @@ class RepMTL(_Loss):
     def _weights(self, losses: TaskLosses) -> Sequence[float]:
         if self.task_weights is None:
             return [1.0] * len(losses)
-        return _per_task("task_weights", self.task_weights, losses)
+        return _per_task("task_weights", _checked_weights(self.task_weights), losses)
 
     def _regularizer(
         self,
@@ -231,8 +238,6 @@ class RepMTL(_Loss):
         of_csa = {"present": present, "group": self.group}
         if lambda_csa == 0:
             tsr = tsr_loss(saliencies, temperature=self.tsr_temperature, **of_tsr, **shared)
-            first = saliencies[0]
-            check_present(present, len(saliencies), first.shape[0], first.device)
             return lambda_tsr * tsr, tsr, None
         if lambda_tsr == 0:
             csa = csa_loss(saliencies, temperature=self.csa_temperature, **of_csa, **shared)
@@ -247,6 +252,24 @@ class RepMTL(_Loss):
             **of_csa,
             **shared,
         )
+
+
+def _check_every(every: int) -> None:
+    if not isinstance(every, int) or isinstance(every, bool):
+        raise TypeError(f"every: expected an int, got {type(every).__name__}")
+    if every < 1:
+        raise ValueError(f"every: expected an int of at least 1; got {every}")
+
+
+def _check_batch(
+    representations: list[Tensor], channel_dim: int, lambda_csa: float, present: Tensor | None
+) -> None:
+    """On every step, so that a batch that the regulariser can't take doesn't pass for a while."""
+    first = check_saliencies(representations, channel_dim)[0]
+    if lambda_csa:
+        check_csa_batch(representations, False, present)
+    else:
+        check_present(present, len(representations), first.shape[0], first.device)
 
 
 def _named_losses(losses: TaskLosses) -> dict[Hashable, Tensor]:
@@ -387,10 +410,19 @@ def _saliencies(
             raise ValueError(
                 f"losses[{task!r}]: does not depend on {name}. Pass the very tensor that the head "
                 "of this task was given, not a copy of it; and it must not have been written in "
-                "place since, e.g. by ReLU(inplace=True)"
+                "place since, e.g. by ReLU(inplace=True)" + _if_compiled(loss)
             )
         saliencies.append(saliency)
     return saliencies
+
+
+def _if_compiled(loss: Tensor) -> str:
+    if loss.grad_fn is None or "CompiledFunction" not in loss.grad_fn.name():
+        return ""
+    return (
+        ". This loss is the result of a torch.compile region: if the representation is computed "
+        "in the same region, no gradient passes between the two. Compile the encoder alone"
+    )
 
 
 def _weighted_sum(named: dict[Hashable, Tensor], weights: Sequence[float]) -> Tensor:

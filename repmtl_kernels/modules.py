@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from repmtl_kernels._arguments import check_csa_options, check_number, check_tsr_options
+from repmtl_kernels._arguments import (
+    check_channel_dim,
+    check_csa_options,
+    check_number,
+    check_tsr_options,
+)
+from repmtl_kernels.backends import check_backend
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
 
 
@@ -14,6 +20,8 @@ class _Loss(nn.Module):
     """Keeps the keyword options of a loss; they are its attributes and its ``repr``."""
 
     def __init__(self, **options: object) -> None:
+        check_channel_dim(options["channel_dim"])
+        check_backend(options["backend"])
         super().__init__()
         self._options = tuple(options)
         for name, value in options.items():

@@ -5,6 +5,7 @@ import torch
 
 from repmtl_kernels import (
     CSALoss,
+    RepMTL,
     RepMTLLoss,
     TSRLoss,
     csa_loss,
@@ -35,6 +36,11 @@ BAD_SALIENCIES = {
     "no position": ([torch.randn(2, 3, 0)], ValueError, r"at least 1.*\(2, 3, 0\)"),
     "no sample": ([torch.randn(0, 3, 2)], ValueError, r"at least 1.*\(0, 3, 2\)"),
     "sparse": ([torch.randn(2, 3).to_sparse()], TypeError, "saliencies: expected strided"),
+    "one sparse": (
+        [GOOD[0], GOOD[0].to_sparse()],
+        ValueError,
+        r"saliencies\[1\].*torch.strided; got torch.sparse_coo",
+    ),
 }
 
 FUNCTIONS = [tsr_loss, csa_loss, rep_mtl_loss, reference.tsr_loss, reference.csa_loss]
@@ -118,6 +124,10 @@ def test_batch_of_one_is_fine_for_tsr():
         (CSALoss, "group", 1),
         (RepMTLLoss, "lambda_tsr", -1),
         (RepMTLLoss, "csa_temperature", 0),
+        (TSRLoss, "backend", "cuda"),
+        (CSALoss, "channel_dim", 0),
+        (RepMTL, "backend", "cuda"),
+        (RepMTL, "channel_dim", 0),
     ],
 )
 def test_modules_check_when_they_are_made(module, option, value):

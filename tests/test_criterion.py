@@ -340,6 +340,17 @@ def test_state_dict_in_the_middle_of_a_cycle(network: Network, tmp_path) -> None
     assert applied(resumed["criterion"], network, 4) == [False, False, True, False]
 
 
+def test_checkpoint_of_the_model_without_a_criterion(network: Network) -> None:
+    holder = nn.ModuleDict({"network": network, "criterion": RepMTL(every=3)})
+    applied(holder["criterion"], network, 1)
+    before = {k: v for k, v in holder.state_dict().items() if k.startswith("network")}
+    holder.load_state_dict(before)
+    assert applied(holder["criterion"], network, 3) == [False, False, True]
+    before.popitem()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"network"):
+        holder.load_state_dict(before)
+
+
 @pytest.mark.parametrize(
     "duplicate",
     (copy.deepcopy, lambda criterion: pickle.loads(pickle.dumps(criterion))),
@@ -638,6 +649,17 @@ def test_message_for_an_inplace_head(network: Network) -> None:
         RepMTL()([first, second], z)
 
 
+def test_message_for_a_compiled_step(network: Network) -> None:
+    @torch.compile(backend="aot_eager")
+    def forward(x):
+        z = network.encoder(x)
+        return z, network.losses(z, network.targets())
+
+    z, losses = forward(network.images())
+    with pytest.raises(ValueError, match=r"torch.compile region.* Compile the encoder alone"):
+        RepMTL()(losses, z)
+
+
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize(
     "weights, keyed, error, message",
@@ -664,6 +686,31 @@ def test_message_for_a_mask_of_another_shape(network: Network, lambda_csa: float
     losses = network.losses(z, network.targets())
     with pytest.raises(ValueError, match=r"present: expected shape \(T, B\) = \(3, 4\)"):
         RepMTL(lambda_csa=lambda_csa)(losses, z, PRESENT.T)
+
+
+@pytest.mark.parametrize("lambda_csa", (0, 0.01))
+def test_a_bad_batch_is_refused_on_every_step(network: Network, lambda_csa: float) -> None:
+    criterion = RepMTL(lambda_csa=lambda_csa, every=4)
+    assert applied(criterion, network, 1) == [True]
+    z = network.encoder(network.images())
+    with pytest.raises(ValueError, match="present: expected shape"):
+        criterion(network.losses(z, network.targets()), z, PRESENT.T)
+    z = network.encoder(network.images()[:1])
+    losses = [head(z).square().mean() for head in network.heads]
+    if lambda_csa:
+        with pytest.raises(ValueError, match="got B = 1.*lambda_csa=0"):
+            criterion(losses, z)
+    else:
+        criterion(losses, z)
+
+
+@pytest.mark.parametrize("name, value", [("every", 0), ("task_weights", [1.0, -1.0, 1.0])])
+def test_message_for_bad_options_set_later(network: Network, name: str, value) -> None:
+    criterion = RepMTL()
+    setattr(criterion, name, value)
+    z = network.encoder(network.images())
+    with pytest.raises(ValueError, match=f"^{name}.*: expected"):
+        criterion(network.losses(z, network.targets()), z)
 
 
 def test_message_for_representations_of_different_shapes(network: Network) -> None:
