@@ -34,6 +34,8 @@ def test_environment_overrides_auto_only(monkeypatch):
     monkeypatch.setenv("REPMTL_BACKEND", "reference")
     assert backends.resolve("auto", GOOD[0]) == "reference"
     assert backends.resolve("eager", GOOD[0]) == "eager"
+    monkeypatch.setenv("REPMTL_BACKEND", "")
+    assert backends.resolve("auto", GOOD[0]) == "eager"
     monkeypatch.setenv("REPMTL_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="REPMTL_BACKEND: expected one of.*'nonsense'"):
         tsr_loss(GOOD)
@@ -44,6 +46,30 @@ def test_triton_refuses_float64_by_name():
         pytest.skip("needs the Triton backend")
     with pytest.raises(ValueError, match="backend: 'triton' cannot run here: float64"):
         csa_loss([s.double().to(DEVICE) for s in GOOD], backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [
+        (None, (7, 5), "compute capability 8.0, got 7.5"),
+        ("7.0", (9, 4), "ROCm"),
+        (None, (8, 0), None),
+    ],
+)
+def test_triton_on_other_gpus(monkeypatch, hip, capability, reason):
+    """`auto` must not choose kernels that can't be compiled for the device."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    refusal = backends.triton_refusal.__wrapped__(torch.float32, torch.device("cuda", 0))
+    status = backend_report()["triton"]
+    if reason is None:
+        assert refusal is None and status == "ok"
+    else:
+        assert reason in refusal and reason in status
 
 
 def _run(code: str, **environment: str) -> str:
@@ -69,6 +95,15 @@ def test_without_a_gpu_triton_says_why():
     assert "no CUDA device" in out
     assert "('reference', 'eager')" in out
     assert "backend: 'triton' cannot run here: no CUDA device" in out
+
+
+def test_interpreter_that_was_asked_for_too_late():
+    out = _run(
+        "import os, triton; os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import repmtl_kernels as r\n"
+        "print(r.backend_report()['triton'])\n"
+    )
+    assert "set before Triton is imported" in out
 
 
 def test_without_triton_the_package_works_and_says_why():

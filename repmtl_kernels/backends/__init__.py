@@ -25,6 +25,7 @@ With ``eps`` the norms are ``max(norm, eps)``; without, a zero norm gives simila
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from types import ModuleType
@@ -32,6 +33,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from repmtl_kernels._arguments import check_choice
 
 
 class Statistics(NamedTuple):
@@ -88,6 +91,9 @@ class CSAGradient(NamedTuple):
 
 KNOWN = ("reference", "eager", "triton")
 
+# The least compute capability that Triton supports and that has TF32.
+TRITON_CAPABILITY = (8, 0)
+
 
 def backend_report() -> dict[str, str]:
     """Each known backend's name to ``"ok"``, or to the reason why it can't be used here."""
@@ -104,13 +110,34 @@ def _triton_status() -> str:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    if torch.cuda.is_available() or _interpreting():
+    if interpreting():
         return "ok"
-    return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    if not torch.cuda.is_available():
+        return (
+            "no CUDA device (TRITON_INTERPRET=1, set before Triton is imported, runs the kernels "
+            "on the CPU, for tests)"
+        )
+    if torch.version.hip is not None:
+        return "the kernels are for CUDA; this PyTorch is built for ROCm"
+    newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    return "ok" if newest >= TRITON_CAPABILITY else _too_old(newest)
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+def interpreting() -> bool:
+    """Whether Triton interprets kernels: it reads TRITON_INTERPRET when it is first imported."""
+    import triton
+
+    return not isinstance(triton.language.sum, triton.runtime.JITFunction)
+
+
+def _too_old(capability: tuple[int, int]) -> str:
+    needed, found = (f"{major}.{minor}" for major, minor in (TRITON_CAPABILITY, capability))
+    return f"the kernels need a GPU of compute capability {needed}, got {found}"
+
+
+def check_backend(backend: str, source: str = "backend") -> None:
+    """That there is such a backend, not that it runs here."""
+    check_choice(source, backend, ("auto", *KNOWN))
 
 
 def resolve(backend: str, saliency: Tensor) -> str:
@@ -121,29 +148,34 @@ def resolve(backend: str, saliency: Tensor) -> str:
     """
     source = "backend"
     if backend == "auto":
-        backend = os.environ.get("REPMTL_BACKEND", "auto")
+        backend = os.environ.get("REPMTL_BACKEND") or "auto"
         source = "REPMTL_BACKEND"
-    if backend not in ("auto", *KNOWN):
-        expected = ", ".join(map(repr, ("auto", *KNOWN)))
-        raise ValueError(f"{source}: expected one of {expected}; got {backend!r}")
+    check_backend(backend, source)
+    if backend not in ("auto", "triton"):
+        return backend
+    refusal = triton_refusal
+    if torch.compiler.is_compiling():  # no compiler traces what this asks of Triton and of CUDA
+        from repmtl_kernels._graph_node import constant_triton_refusal as refusal
     if backend == "auto":
-        usable = saliency.is_cuda and _triton_refusal(saliency) is None
+        usable = saliency.is_cuda and refusal(saliency.dtype, saliency.device) is None
         return "triton" if usable else "eager"
-    if backend == "triton" and (refusal := _triton_refusal(saliency)) is not None:
-        raise ValueError(f"{source}: 'triton' cannot run here: {refusal}")
+    if (reason := refusal(saliency.dtype, saliency.device)) is not None:
+        raise ValueError(f"{source}: 'triton' cannot run here: {reason}")
     return backend
 
 
-def _triton_refusal(saliency: Tensor) -> str | None:
-    """Why the Triton backend can't take this tensor, or None."""
-    if saliency.dtype == torch.float64:
+@functools.cache
+def triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the Triton backend can't take saliencies of this kind, or None."""
+    if dtype == torch.float64:
         return "float64 saliencies are for the 'eager' and 'reference' backends"
     status = _triton_status()
-    if status != "ok":
-        return status
-    if not saliency.is_cuda and not _interpreting():
-        return f"saliencies are on {saliency.device}, expected a CUDA device"
-    return None
+    if status != "ok" or interpreting():
+        return None if status == "ok" else status
+    if device.type != "cuda":
+        return f"saliencies are on {device}, expected a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= TRITON_CAPABILITY else _too_old(capability)
 
 
 def load(name: str) -> ModuleType:

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from repmtl_kernels.backends import interpreting
+
+INTERPRET = interpreting()
 
 # Tasks of one launch: bounds how many variants of a kernel are compiled.
 MAX_TASKS = 8
@@ -31,12 +33,12 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **kwargs)
 def fp32_precision() -> str:
     """``input_precision`` of float32 matrix products.
 
-    REPMTL_FP32_PRECISION if set, else by ``torch.get_float32_matmul_precision()``: ``"highest"``
-    is ieee, ``"high"`` and ``"medium"`` are tf32, as in PyTorch's own CUDA products.
+    REPMTL_FP32_PRECISION if set, else that of PyTorch's own CUDA products: tf32 if the user allows
+    it (``torch.backends.cuda.matmul``, ``torch.set_float32_matmul_precision``), else ieee.
     """
     precision = os.environ.get("REPMTL_FP32_PRECISION")
-    if precision is None:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if not precision:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if precision not in FP32_PRECISIONS:
         raise ValueError(
             f"REPMTL_FP32_PRECISION: expected one of {', '.join(FP32_PRECISIONS)}; "
