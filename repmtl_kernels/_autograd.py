@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import backends
-from repmtl_kernels._saliency import (
-    canonical_tasks,
-    positions_to_saliency,
-)
+from repmtl_kernels._saliency import canonical_tasks, positions_to_saliency, without_autocast
 from repmtl_kernels.backends import Contrast, CSAGradient, Gram
 
 
@@ -76,6 +73,15 @@ def evaluate(
 
 def forward(
     config: Config, operands: Sequence[Tensor], present: Tensor | None
+) -> tuple[Tensor, ...]:
+    """``(tsr, csa, *saved)``."""
+    with without_autocast(operands[0].device):
+        tsr, csa, saved = _run_stages(config, operands, present)
+    return tsr, csa, *(value.contiguous() for value in saved)
+
+
+def _run_stages(
+    config: Config, operands: Sequence[Tensor], present: Tensor | None
 ) -> tuple[Tensor, Tensor, Saved]:
     stages = backends.load(config.backend)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
@@ -126,7 +132,7 @@ def forward(
                 projection=gram.projection,
                 matrix=gram.matrix,
             )
-    return tsr, csa, Saved(*(value.contiguous() for value in saved))
+    return tsr, csa, saved
 
 
 def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: float) -> Tensor:
@@ -162,12 +168,13 @@ def backward(
         rank=rank,
         curl=rank * saved.slope,
         tug=(ds * saved.similarity).sum(0),
-        negatives=grad_csa,
+        negatives=grad_csa.resolve_neg(),
     )
     grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
     tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
     outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
-    backends.load(config.backend).saliency_grad(tasks, outputs, csa, position_grad)
+    with without_autocast(operands[0].device):
+        backends.load(config.backend).saliency_grad(tasks, outputs, csa, position_grad)
     return [g for g in grads if g is not None]
 
 
@@ -190,8 +197,7 @@ class Losses(torch.autograd.Function):
     def forward(config: Config, present: Tensor | None, *operands: Tensor) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
             return tuple(torch.ops.repmtl.losses(operands, present, *config))
-        tsr, csa, saved = forward(config, operands, present)
-        return tsr, csa, *saved
+        return forward(config, operands, present)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -23,8 +23,7 @@ _CONFIG = (
     schema=f"(Tensor[] operands, Tensor? present, {_CONFIG}) -> Tensor[]",
 )
 def losses(operands, present, *config):
-    tsr, csa, saved = _autograd.forward(Config(*config), operands, present)
-    return [tsr, csa, *saved]
+    return list(_autograd.forward(Config(*config), operands, present))
 
 
 @torch.library.custom_op(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, similarities and losses for saliencies of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Saliencies are computed with in their own precision or better, autocast or not."""
+    available = torch.amp.is_autocast_available(device.type)
+    if available and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def canonical_tasks(
@@ -22,7 +31,8 @@ def canonical_tasks(
 
 
 def _canonical(saliency: Tensor, channel_dim: int) -> Tensor:
-    view = saliency.movedim(channel_dim, 1)
+    # Kernels read memory: a view that is negative only by its flag becomes a copy.
+    view = saliency.resolve_neg().movedim(channel_dim, 1)
     return view if view.ndim > 2 else view.unsqueeze(-1)
 
 

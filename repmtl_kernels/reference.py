@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._arguments import csa_arguments, tsr_arguments
-from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks
+from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks, without_autocast
 
 
 def tsr_loss(
@@ -36,6 +36,13 @@ def tsr_loss(
         channel_dim=channel_dim,
     )
     tasks = canonical_tasks(operands, stacked, channel_dim)
+    with without_autocast(operands[0].device):
+        return _entropy(tasks, over, normalizer, temperature, eps)
+
+
+def _entropy(
+    tasks: list[Tensor], over: str, normalizer: str, temperature: float, eps: float
+) -> Tensor:
     x = torch.stack([s.mean(dim=1).flatten(1) for s in tasks])  # (T, B, N), eq. 4
     dim = 0 if over == "tasks" else 2
     if normalizer == "abs":
@@ -65,9 +72,15 @@ def csa_loss(
         channel_dim=channel_dim,
         group=group,
     )
-    s = torch.stack(
-        [task.flatten(2) for task in canonical_tasks(operands, stacked, channel_dim)]
-    )  # (T, B, C, N)
+    tasks = canonical_tasks(operands, stacked, channel_dim)
+    with without_autocast(operands[0].device):
+        return _contrastive(tasks, temperature, eps, present)
+
+
+def _contrastive(
+    tasks: list[Tensor], temperature: float, eps: float, present: Tensor | None
+) -> Tensor:
+    s = torch.stack([task.flatten(2) for task in tasks])  # (T, B, C, N)
     affinity = _normalized(s @ s.mT, eps)  # (T, B, C, C), eq. 7
     a = s.mean(dim=3).permute(1, 2, 0)  # (B, C, T)
     anchor = _normalized(a @ a.mT, eps)  # (B, C, C), eq. 8

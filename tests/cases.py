@@ -15,8 +15,10 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # Relative errors that rounding alone explains, with float64 as the judge. Larger ones are allowed
 # only where plain PyTorch (the reference in the same dtype) is as far off; see `judge`. Both then
-# round the same small differences in another order: a draw that a factor of LUCK covers.
+# round the same small differences in another order: a draw that a factor of LUCK covers. At most
+# LIMIT times the tolerance all the same, for plain PyTorch in 16 bits may be wrong altogether.
 LUCK = 2.0
+LIMIT = 5.0
 VALUE_TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,
@@ -102,6 +104,11 @@ def _expanded(t: int, x: Tensor) -> Tensor:
     return x[..., :1, :1].expand(x.shape)
 
 
+def _negative_view(t: int, x: Tensor) -> Tensor:
+    """Negative by a flag, its memory holds the opposite: what a complex head may send back."""
+    return torch._neg_view(-x)
+
+
 def _mixed(t: int, x: Tensor) -> Tensor:
     return (_dense, _channels_last, _crop)[t % 3](t, x)
 
@@ -113,6 +120,7 @@ LAYOUTS = {
     "crop": _crop,
     "transposed": _transposed,
     "expanded": _expanded,
+    "negative_view": _negative_view,
     "mixed": _mixed,
 }
 
@@ -138,6 +146,7 @@ CASES = [
     Case(2, 2, 11, (2, 3, 4), "crop"),
     Case(2, 2, 24, (4, 5), "transposed"),
     Case(2, 2, 24, (4, 5), "expanded"),
+    Case(2, 2, 24, (4, 5), "negative_view"),
     Case(3, 2, 24, (4, 5), "mixed"),
     Case(3, 3, 24, (4, 5), "stacked"),
 ]
@@ -191,6 +200,10 @@ def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
     return (difference.norm() / torch.stack([e.norm() for e in exact]).norm()).item()
 
 
+def allowed(tolerance: float, plain_error: float) -> float:
+    return max(tolerance, min(LUCK * plain_error, LIMIT * tolerance))
+
+
 def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -> None:
     """Value and gradient within rounding of the float64 reference, or as near as plain PyTorch."""
     tensors = case.make(dtype)
@@ -202,17 +215,17 @@ def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -
     assert value.dtype == expected and value.shape == ()
     scale = max(1.0, abs(exact.item()))
     error, plain_error = abs(value.item() - exact.item()), abs(plain.item() - exact.item())
-    assert error <= max(VALUE_TOLERANCE[dtype] * scale, LUCK * plain_error)
+    assert error <= allowed(VALUE_TOLERANCE[dtype] * scale, plain_error)
 
     for grad, tensor in zip(grads, tensors, strict=True):
         assert grad.dtype == dtype and grad.shape == tensor.shape
     if max(e.norm() for e in exact_grads) < 1e-14:  # exactly zero but for rounding
         plain_error = max(g.abs().max().item() for g in plain_grads)
-        assert max(g.abs().max() for g in grads) <= max(GRAD_TOLERANCE[dtype], plain_error)
+        assert max(g.abs().max() for g in grads) <= allowed(GRAD_TOLERANCE[dtype], plain_error)
         return
     error = relative_error(grads, exact_grads)
     plain_error = relative_error(plain_grads, exact_grads)
     tolerance = GRAD_TOLERANCE[dtype]
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
         tolerance *= 2.5  # Triton's interpreter truncates to bfloat16 where hardware rounds
-    assert error <= max(tolerance, LUCK * plain_error), (error, plain_error)
+    assert error <= allowed(tolerance, plain_error), (error, plain_error)

@@ -22,15 +22,16 @@ def _step(tensors, backend="triton"):
 
 
 @pytest.mark.parametrize("case", [Case(3, 8, 64, (12, 12)), Case(4, 16, 64)], ids=str)
-def test_no_synchronisation(case: Case):
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_no_synchronisation(backend: str, case: Case):
     tensors = case.make(torch.float32)
-    _step(tensors)  # compiles
+    _step(tensors, backend)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _step(tensors)
-        csa_loss(tensors).backward()
-        tsr_loss(tensors).backward()
+        _step(tensors, backend)
+        csa_loss(tensors, backend=backend).backward()
+        tsr_loss(tensors, backend=backend).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -6,6 +6,7 @@ from cases import (
     BACKEND_DTYPES,
     BACKENDS,
     CASES,
+    DEVICE,
     LOSSES,
     TSR_FORMS,
     TSR_IDS,
@@ -114,6 +115,35 @@ def test_no_grad_gives_the_same_value(backend: str):
     assert torch.equal(without, with_graph.detach())
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_autocast_changes_nothing(backend: str, loss: Loss, backward: bool):
+    tensors = Case(2, 3, 20, (4, 5)).make(torch.float32)
+    expected = loss.public(tensors, backend=backend)
+    expected_grads = torch.autograd.grad(expected, tensors)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = loss.public(tensors, backend=backend)
+        if backward and backend != "reference":  # PyTorch's own backward follows autocast
+            grads = torch.autograd.grad(found, tensors)
+    if not backward or backend == "reference":
+        grads = torch.autograd.grad(found, tensors)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_default_device_changes_nothing(backend: str):
+    tensors = Case(2, 3, 20, (4, 5)).make(torch.float32)
+    expected = rep_mtl_loss(tensors, backend=backend).total
+    with torch.device("meta"):
+        found = rep_mtl_loss(tensors, backend=backend).total
+        grads = torch.autograd.grad(found, tensors)
+    assert torch.equal(found, expected)
+    for g, e in zip(grads, torch.autograd.grad(expected, tensors), strict=True):
+        assert torch.equal(g, e)
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bitwise_repeatable(backend: str, loss: Loss):
@@ -153,6 +183,27 @@ def test_reduced_precision_of_float32_products(precision: str, monkeypatch):
     assert abs(value.item() - exact.item()) < bound
     for g, e in zip(grads, exact_grads, strict=True):
         assert (g.double() - e).norm() <= bound * e.norm()
+
+
+def test_precision_of_float32_products_is_that_of_pytorch():
+    pytest.importorskip("triton")
+    from repmtl_kernels.backends.triton._common import fp32_precision
+
+    matmul = torch.backends.cuda.matmul
+    for old, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        torch.set_float32_matmul_precision(old)
+        assert fp32_precision() == expected
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for new in ("tf32", "ieee"):
+            matmul.fp32_precision = new
+            assert fp32_precision() == new
+        matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        assert fp32_precision() == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+        matmul.fp32_precision = "ieee"
 
 
 def test_tsr_of_the_paper_by_hand():

@@ -48,6 +48,20 @@ def test_float16_saliencies_that_are_subnormal(backend: str):
     assert abs(csa_loss(tensors, backend=backend).item() - exact.item()) < 1e-3
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_sums_over_many_positions(backend: str):
+    """An element of the Gram matrix is larger than float16 has numbers."""
+    case = Case(2, 2, 4, (160_000,))
+    tensors = [
+        (0.7 + 0.3 * t.detach().sigmoid()).requires_grad_() for t in case.make(torch.float16)
+    ]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    exact = [g * 1e4 for g in torch.autograd.grad(reference.csa_loss(doubles), doubles)]
+    # A gradient of 1e-6 would itself be lost in float16.
+    grads = torch.autograd.grad(csa_loss(tensors, backend=backend) * 1e4, tensors)
+    assert relative_error(grads, exact) < 1e-2
+
+
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tasks_of_very_different_scales(backend: str, loss: Loss):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,16 @@ def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> 
 
 
 def _power_of_two(largest: Tensor) -> Tensor:
-    """The power of two that brings ``largest`` into [0.5, 1), exactly; 1 for 0."""
+    """The power of two that brings ``largest`` into [0.5, 1), exactly; 1 for 0.
+
+    From the bits: not every device has ``torch.frexp``.
+    """
     bits, bias, mantissa = (
         (torch.int32, 127, 23) if largest.dtype == torch.float32 else (torch.int64, 1023, 52)
     )
-    exponent = torch.frexp(largest).exponent.to(bits).clamp(1 - bias, bias - 1)
-    return ((bias - exponent) << mantissa).view(largest.dtype)
+    biased = (largest.view(bits) >> mantissa) & (2 * bias + 1)
+    exponent = (2 * bias - 1 - biased).clamp(1, 2 * bias - 1).where(largest != 0, bias)
+    return (exponent << mantissa).view(largest.dtype)
 
 
 def entropy(
@@ -84,7 +90,7 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
         """u_bt . u_ku of one block of samples, and r_bk / temperature with -inf for k = b."""
         dots = (rows[b * tasks : (b + step) * tasks] @ rows.T).view(-1, tasks, batch, tasks)
         r = dots.square().sum((1, 3)) / temperature
-        r[torch.arange(len(r)), torch.arange(b, b + len(r))] = float("-inf")
+        r.diagonal(b).fill_(float("-inf"))
         return dots, r
 
     lse = torch.cat([torch.logsumexp(similarity(b)[1], 1) for b in blocks])
@@ -127,15 +133,15 @@ def gram(
         u = anchors.transpose(0, 1)  # (B, T, C)
         matrix, norm = _half_gram(x.mT if n_side else x, rest.square())
         if n_side:
-            v = (u.to(x.dtype) @ x).to(scale.dtype) * rest[:, None, None]
+            v = (u @ x) * rest[:, None, None]
             positives.append(v.square().sum((1, 2)))
         else:
-            v = (u.to(x.dtype) @ matrix).to(scale.dtype)
+            v = u @ matrix
             positives.append((u * v).sum((1, 2)))
         norms.append(norm)
         if with_grad:
             projections.append(v)
-            matrices.append(matrix.to(s.dtype))
+            matrices.append(_stored(matrix, s))
     norm = torch.stack(norms)
     inverse, free = _guarded_inverse(norm, scale, eps)
     similarity = torch.stack(positives) * inverse
@@ -143,6 +149,19 @@ def gram(
     if not with_grad:
         return Gram(similarity, inverse, slope, None, None)
     return Gram(similarity, inverse, slope, torch.stack(projections), torch.stack(matrices))
+
+
+def _stored(matrix: Tensor, saliency: Tensor) -> Tensor:
+    factor = _storage_factor(saliency)
+    return (matrix if factor == 1 else matrix * factor).to(saliency.dtype)
+
+
+def _storage_factor(saliency: Tensor) -> float:
+    """The power of two on the stored Gram matrix, whose elements are at most ``max(C, N)``."""
+    if saliency.dtype != torch.float16:
+        return 1.0
+    depth = max(saliency.shape[1], saliency.shape[2:].numel())
+    return 2.0 ** -max(0, math.ceil(math.log2(depth)) - 15)
 
 
 def _is_n_side(saliency: Tensor) -> bool:
@@ -162,13 +181,14 @@ def _needs_prescale(saliency: Tensor, scale: Tensor) -> bool:
 
 
 def _operand(saliency: Tensor, scale: Tensor, prescale: bool) -> tuple[Tensor, Tensor]:
-    """``x`` (B, C, N) in the dtype of the matrix products, and ``rest`` (B,): ``x * rest = S^``."""
-    x = saliency.flatten(2)
-    # 16-bit matrix products of a CPU are slow and round their sums.
-    x = x.to(scale.dtype) if x.is_cpu else x
+    """``x`` (B, C, N) and ``rest`` (B,), ``x * rest = S^``, in the dtype of ``scale``.
+
+    PyTorch's 16-bit matrix products round their results.
+    """
+    x = saliency.flatten(2).to(scale.dtype)
     if not prescale:
         return x, scale
-    return (x * scale[:, None, None]).to(x.dtype), torch.ones_like(scale)
+    return x * scale[:, None, None], torch.ones_like(scale)
 
 
 def _half_gram(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,13 +203,14 @@ def _half_gram(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         matrix[:, i:j, :j] = block
         if i:
             matrix[:, :i, i:j] = block[:, :, :i].mT
-            square = square + 2 * _norm(block[:, :, :i], factor.dtype).square()
-        square = square + _norm(block[:, :, i:], factor.dtype).square()
+            square = square + 2 * _square_norm(block[:, :, :i])
+        square = square + _square_norm(block[:, :, i:])
     return matrix, square.sqrt()
 
 
-def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=dtype)
+def _square_norm(x: Tensor) -> Tensor:
+    """(B,), row by row: one long float32 sum is less accurate by one or two orders of magnitude."""
+    return torch.linalg.vector_norm(x, dim=2).square().sum(1)
 
 
 def saliency_grad(
@@ -205,8 +226,9 @@ def saliency_grad(
         if output is None:
             continue
         x, rest = _operand(s, csa.scale[t], prescale)
-        rank, curl = csa.rank[t] * csa.scale[t], csa.curl[t] * csa.scale[t] * rest
-        matrix = csa.gram.matrix[t].to(x.dtype) * curl[:, None, None]
+        rank = csa.rank[t] * csa.scale[t]
+        curl = csa.curl[t] * csa.scale[t] * rest / _storage_factor(s)
+        matrix = csa.gram.matrix[t] * curl[:, None, None]
         # All but the product with the Gram matrix is a sum of few outer products (C) x (N).
         ones = rank.new_ones(len(s), 1, 1)
         left, right = [anchor_grad[t][:, :, None]], [ones.expand(-1, 1, x.shape[2])]
@@ -218,8 +240,8 @@ def saliency_grad(
             right.append(csa.gram.projection[t] * rank[:, None, None])
         else:
             weighted = anchors * (rank * rest)[:, None, None]
-            matrix.baddbmm_(weighted.to(x.dtype), anchors.mT.to(x.dtype))
-        outer = torch.cat(left, 2).to(x.dtype), torch.cat(right, 1).to(x.dtype)
+            matrix.baddbmm_(weighted, anchors.mT)
+        outer = torch.cat(left, 2), torch.cat(right, 1)
         _write_sum(output, outer, (x, matrix) if _is_n_side(s) else (matrix, x))
 
 
@@ -230,7 +252,7 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> 
         v = csa.gram.projection[t] * csa.rank[t][:, None, None]  # (B, T, R)
         if _is_n_side(s):
             x, rest = _operand(s, csa.scale[t], prescale)
-            v = ((v * rest[:, None, None]).to(x.dtype) @ x.mT).to(v.dtype)
+            v = (v * rest[:, None, None]) @ x.mT
         positive += v.transpose(0, 1)
     contrast = csa.contrast
     through = contrast.factor[:, None] * (positive - csa.tug[:, None] * contrast.pull)

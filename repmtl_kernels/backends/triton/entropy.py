@@ -57,7 +57,7 @@ def _entropy_over_tasks_kernel(
     t = tl.arange(0, TASK_BLOCK)[:, None]
     i = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
     mask = (t < TASKS) & (i < length)[None, :]
-    offset = t * length + i[None, :]
+    offset = t.to(tl.int64) * length + i[None, :]
     if SOFTMAX:
         z = tl.load(x + offset, mask=mask, other=float("-inf")) / temperature
         # Blocks end with positions that do not exist: 0 there, since -inf - -inf is NaN.
