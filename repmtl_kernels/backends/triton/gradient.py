@@ -88,7 +88,7 @@ class _Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
-    registers: int | None  # at most; left to the compiler, a few are spilled for more occupancy
+    registers: int | None  # at most; None: the compiler may spill a few for more occupancy
 
 
 def _tile(operand: Operand) -> _Tile:
@@ -96,13 +96,12 @@ def _tile(operand: Operand) -> _Tile:
     large, depth = {"16-bit": (128, 64), "tf32": (128, 32), "tf32x3": (64, 32), "ieee": (64, 16)}[
         operand.precision
     ]
+    if operand.is_odd:  # loads of single elements, with a pointer each
+        large, depth = 64, max(16, depth // 2)
     rows = min(large, max(16, triton.next_power_of_2(operand.rows)))
     columns = 128 if rows == 128 else 64 * 64 // rows
     columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
-    # Where rows have odd lengths, loads of single elements with their pointers fill the registers
-    # of 4 warps; the parts of tf32x3 leave none for them either.
-    spacious = operand.precision == "tf32" or (operand.precision == "tf32x3" and not operand.is_odd)
-    warps = 4 if rows < 128 and spacious else 8
+    warps = 8 if rows == 128 or operand.is_odd or operand.precision in ("16-bit", "ieee") else 4
     registers = 128 if operand.precision == "ieee" else None
     return _Tile(rows, columns, min(depth, rows), warps, 3, registers)
 

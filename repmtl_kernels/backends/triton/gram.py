@@ -108,7 +108,7 @@ class _Tile(NamedTuple):
     depth: int
     warps: int
     stages: int
-    registers: int | None  # at most; left to the compiler, a few are spilled for more occupancy
+    registers: int | None  # at most; None: the compiler may spill a few for more occupancy
 
 
 def _tile(operand: Operand) -> _Tile:
@@ -116,11 +116,13 @@ def _tile(operand: Operand) -> _Tile:
 
     The rest is what fits without register spills and in the shared memory of the smallest target.
     """
-    if operand.rows > 600 and operand.precision in ("16-bit", "tf32"):
-        return _Tile(128, 64 if operand.is_split else 32, 8, 3, None)
-    size = min(64, max(16, triton.next_power_of_2(operand.rows)))
     depth = {"16-bit": 64, "tf32": 32, "tf32x3": 32, "ieee": 16}[operand.precision]
-    registers = {"16-bit": 168, "tf32": 224, "tf32x3": 224, "ieee": 192}[operand.precision]
+    size = min(64, max(16, triton.next_power_of_2(operand.rows)))
+    if operand.is_odd:  # loads of single elements, with a pointer each
+        return _Tile(size, max(16, depth // 2), 8 if size == 64 else 4, 3, None)
+    if operand.rows > 600 and operand.precision in ("16-bit", "tf32"):
+        return _Tile(128, depth, 8, 3, None)
+    registers = {"16-bit": 168, "tf32": 224, "tf32x3": 224, "ieee": 255}[operand.precision]
     return _Tile(size, depth, 4, 3, registers)
 
 
