@@ -41,7 +41,7 @@ $(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py
 
 venv: $(TEST_STAMP) ## the virtual environment, with the package and the test tools in it
 
-test: lint ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
+test: lint $(BENCH_STAMP) ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
 	@OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(TEST_STAMP) ## ruff check and ruff format --check
