@@ -7,6 +7,7 @@ backward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -241,3 +242,9 @@ class Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(NO_SECOND_DERIVATIVE.format(backend=ctx.backend))
+
+
+# PyTorch asks for the signature of `forward` at every call; found afresh, it takes longer than most
+# kernels.
+for _function in (Losses, Gradient):
+    _function.forward.__signature__ = inspect.signature(_function.forward)
