@@ -1,4 +1,4 @@
-"""What a compiler must not trace into. Importing this module loads TorchDynamo."""
+"""The losses as one node of a compiler's graph. Importing this module loads TorchDynamo."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._autograd import Config, Losses
-from repmtl_kernels.backends import triton_refusal
-
-
-@torch.compiler.assume_constant_result
-def constant_triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    return triton_refusal(dtype, device)
 
 
 @torch.compiler.allow_in_graph

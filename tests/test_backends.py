@@ -9,6 +9,7 @@ import torch
 from cases import DEVICE
 
 from repmtl_kernels import available_backends, backend_report, backends, csa_loss, tsr_loss
+from repmtl_kernels.backends import _availability
 
 GOOD = [torch.randn(2, 3, 4) for _ in range(2)]
 
@@ -59,12 +60,12 @@ def test_triton_refuses_float64_by_name():
 def test_triton_on_other_gpus(monkeypatch, hip, capability, reason):
     """`auto` must not choose kernels that can't be compiled for the device."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(_availability, "interpreting", lambda: False)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    refusal = backends.triton_refusal.__wrapped__(torch.float32, torch.device("cuda", 0))
+    refusal = _availability.triton_refusal.__wrapped__(torch.float32, torch.device("cuda", 0))
     status = backend_report()["triton"]
     if reason is None:
         assert refusal is None and status == "ok"

@@ -25,7 +25,6 @@ With ``eps`` the norms are ``max(norm, eps)``; without, a zero norm gives simila
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from types import ModuleType
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._arguments import check_choice
+from repmtl_kernels.backends._availability import triton_refusal, triton_status
 
 
 class Statistics(NamedTuple):
@@ -91,48 +91,15 @@ class CSAGradient(NamedTuple):
 
 KNOWN = ("reference", "eager", "triton")
 
-# The least compute capability that Triton supports and that has TF32.
-TRITON_CAPABILITY = (8, 0)
-
 
 def backend_report() -> dict[str, str]:
     """Each known backend's name to ``"ok"``, or to the reason why it can't be used here."""
-    return {"reference": "ok", "eager": "ok", "triton": _triton_status()}
+    return {"reference": "ok", "eager": "ok", "triton": triton_status()}
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that work on this machine."""
     return tuple(name for name, status in backend_report().items() if status == "ok")
-
-
-def _triton_status() -> str:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"triton cannot be imported: {error}"
-    if interpreting():
-        return "ok"
-    if not torch.cuda.is_available():
-        return (
-            "no CUDA device (TRITON_INTERPRET=1, set before Triton is imported, runs the kernels "
-            "on the CPU, for tests)"
-        )
-    if torch.version.hip is not None:
-        return "the kernels are for CUDA; this PyTorch is built for ROCm"
-    newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-    return "ok" if newest >= TRITON_CAPABILITY else _too_old(newest)
-
-
-def interpreting() -> bool:
-    """Whether Triton interprets kernels: it reads TRITON_INTERPRET when it is first imported."""
-    import triton
-
-    return not isinstance(triton.language.sum, triton.runtime.JITFunction)
-
-
-def _too_old(capability: tuple[int, int]) -> str:
-    needed, found = (f"{major}.{minor}" for major, minor in (TRITON_CAPABILITY, capability))
-    return f"the kernels need a GPU of compute capability {needed}, got {found}"
 
 
 def check_backend(backend: str, source: str = "backend") -> None:
@@ -155,27 +122,13 @@ def resolve(backend: str, saliency: Tensor) -> str:
         return backend
     refusal = triton_refusal
     if torch.compiler.is_compiling():  # no compiler traces what this asks of Triton and of CUDA
-        from repmtl_kernels._graph_node import constant_triton_refusal as refusal
+        from repmtl_kernels.backends._constant import triton_refusal as refusal
     if backend == "auto":
         usable = saliency.is_cuda and refusal(saliency.dtype, saliency.device) is None
         return "triton" if usable else "eager"
     if (reason := refusal(saliency.dtype, saliency.device)) is not None:
         raise ValueError(f"{source}: 'triton' cannot run here: {reason}")
     return backend
-
-
-@functools.cache
-def triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the Triton backend can't take saliencies of this kind, or None."""
-    if dtype == torch.float64:
-        return "float64 saliencies are for the 'eager' and 'reference' backends"
-    status = _triton_status()
-    if status != "ok" or interpreting():
-        return None if status == "ok" else status
-    if device.type != "cuda":
-        return f"saliencies are on {device}, expected a CUDA device"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability >= TRITON_CAPABILITY else _too_old(capability)
 
 
 def load(name: str) -> ModuleType:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends import interpreting
+from repmtl_kernels.backends._availability import interpreting
 
 INTERPRET = interpreting()
 

@@ -1,0 +1,54 @@
+"""Whether the Triton backend can run here, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+# The least compute capability that Triton supports and that has TF32.
+TRITON_CAPABILITY = (8, 0)
+
+
+def triton_status() -> str:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if interpreting():
+        return "ok"
+    if not torch.cuda.is_available():
+        return (
+            "no CUDA device (TRITON_INTERPRET=1, set before Triton is imported, runs the kernels "
+            "on the CPU, for tests)"
+        )
+    if torch.version.hip is not None:
+        return "the kernels are for CUDA; this PyTorch is built for ROCm"
+    newest = max(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    return "ok" if newest >= TRITON_CAPABILITY else _too_old(newest)
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels: it reads TRITON_INTERPRET when it is first imported."""
+    import triton
+
+    return not isinstance(triton.language.sum, triton.runtime.JITFunction)
+
+
+def _too_old(capability: tuple[int, int]) -> str:
+    needed, found = (f"{major}.{minor}" for major, minor in (TRITON_CAPABILITY, capability))
+    return f"the kernels need a GPU of compute capability {needed}, got {found}"
+
+
+@functools.cache
+def triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the Triton backend can't take saliencies of this kind, or None."""
+    if dtype == torch.float64:
+        return "float64 saliencies are for the 'eager' and 'reference' backends"
+    status = triton_status()
+    if status != "ok" or interpreting():
+        return None if status == "ok" else status
+    if device.type != "cuda":
+        return f"saliencies are on {device}, expected a CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= TRITON_CAPABILITY else _too_old(capability)
