@@ -125,35 +125,38 @@ def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, T
 def gram(
     saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
 ) -> Gram:
-    n_side = _is_n_side(saliencies[0])
-    norms, positives, projections, matrices = [], [], [], []
-    prescale = _needs_prescale(saliencies[0], scale)
+    first = saliencies[0]
+    n_side = _is_n_side(first)
+    shape = (*scale.shape, *[min(first.shape[1], first.shape[2:].numel())] * 2)
+    stored = first.new_empty(shape) if with_grad else None
+    norms, positives, projections = [], [], []
+    prescale = _needs_prescale(first, scale)
     for t, s in enumerate(saliencies):
         x, rest = _operand(s, scale[t], prescale)  # (B, C, N)
         u = anchors.transpose(0, 1)  # (B, T, C)
-        matrix, norm = _half_gram(x.mT if n_side else x, rest.square())
+        matrix = None
+        if with_grad and stored.dtype == x.dtype:
+            matrix = stored[t]
+        elif with_grad or not n_side:
+            matrix = x.new_empty(shape[1:])
+        norms.append(_half_gram(x.mT if n_side else x, rest.square(), matrix))
         if n_side:
             v = (u @ x) * rest[:, None, None]
             positives.append(v.square().sum((1, 2)))
         else:
             v = u @ matrix
             positives.append((u * v).sum((1, 2)))
-        norms.append(norm)
         if with_grad:
             projections.append(v)
-            matrices.append(_stored(matrix, s))
+            if stored.dtype != x.dtype:
+                stored[t] = matrix.mul_(_storage_factor(s))
     norm = torch.stack(norms)
     inverse, free = _guarded_inverse(norm, scale, eps)
     similarity = torch.stack(positives) * inverse
     slope = -similarity * inverse * free
     if not with_grad:
         return Gram(similarity, inverse, slope, None, None)
-    return Gram(similarity, inverse, slope, torch.stack(projections), torch.stack(matrices))
-
-
-def _stored(matrix: Tensor, saliency: Tensor) -> Tensor:
-    factor = _storage_factor(saliency)
-    return (matrix if factor == 1 else matrix * factor).to(saliency.dtype)
+    return Gram(similarity, inverse, slope, torch.stack(projections), stored)
 
 
 def _storage_factor(saliency: Tensor) -> float:
@@ -191,21 +194,24 @@ def _operand(saliency: Tensor, scale: Tensor, prescale: bool) -> tuple[Tensor, T
     return x * scale[:, None, None], torch.ones_like(scale)
 
 
-def _half_gram(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """``factor * x x^T`` (B, R, R) from the lower half of its blocks, and Frobenius norms (B,)."""
+def _half_gram(x: Tensor, factor: Tensor, out: Tensor | None) -> Tensor:
+    """Frobenius norms (B,) of ``factor * x x^T`` (B, R, R), from the lower half of its blocks.
+
+    The matrix is written into ``out`` if that is given.
+    """
     rows = x.shape[1]
     factor = factor[:, None, None]
-    matrix = x.new_empty(x.shape[0], rows, rows)
     square = 0.0
     for i in range(0, rows, GRAM_BLOCK):
         j = min(i + GRAM_BLOCK, rows)
         block = (x[:, i:j] @ x[:, :j].mT).mul_(factor)
-        matrix[:, i:j, :j] = block
+        if out is not None:
+            out[:, i:j, :j] = block
+            out[:, :i, i:j] = block[:, :, :i].mT
         if i:
-            matrix[:, :i, i:j] = block[:, :, :i].mT
             square = square + 2 * _square_norm(block[:, :, :i])
         square = square + _square_norm(block[:, :, i:])
-    return matrix, square.sqrt()
+    return square.sqrt()
 
 
 def _square_norm(x: Tensor) -> Tensor:
