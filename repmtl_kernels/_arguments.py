@@ -14,7 +14,9 @@ OVER = ("tasks", "space")
 NORMALIZERS = ("abs", "softmax")
 
 
-def check_saliencies(saliencies: Tensor | Sequence[Tensor], channel_dim: int) -> tuple[Tensor, ...]:
+def check_saliencies(
+    saliencies: Tensor | Sequence[Tensor], channel_dim: int, name: str = "saliencies"
+) -> tuple[Tensor, ...]:
     """The operands: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
 
     Raises ``TypeError`` or ``ValueError`` for anything that the losses are not defined on.
@@ -22,47 +24,47 @@ def check_saliencies(saliencies: Tensor | Sequence[Tensor], channel_dim: int) ->
     if isinstance(saliencies, Tensor):
         if not 3 <= saliencies.ndim <= 6:
             raise ValueError(
-                "saliencies: one tensor must be stacked, (T, B, C, *spatial) with 0 to 3 spatial "
+                f"{name}: one tensor must be stacked, (T, B, C, *spatial) with 0 to 3 spatial "
                 f"dimensions; got shape {tuple(saliencies.shape)}. Pass a list for single tasks."
             )
         operands, task_ndim = (saliencies,), saliencies.ndim - 1
     elif isinstance(saliencies, Sequence) and not isinstance(saliencies, str | bytes):
         operands = tuple(saliencies)
         if not operands:
-            raise ValueError("saliencies: expected at least one task, got an empty sequence")
+            raise ValueError(f"{name}: expected at least one task, got an empty sequence")
         for t, s in enumerate(operands):
             if not isinstance(s, Tensor):
-                raise TypeError(f"saliencies[{t}]: expected a Tensor, got {type(s).__name__}")
+                raise TypeError(f"{name}[{t}]: expected a Tensor, got {type(s).__name__}")
         first = operands[0]
         for t, s in enumerate(operands):
             for what in ("shape", "dtype", "device", "layout"):
                 if getattr(s, what) != getattr(first, what):
                     raise ValueError(
-                        f"saliencies[{t}]: every task must have the {what} of task 0, "
+                        f"{name}[{t}]: every task must have the {what} of task 0, "
                         f"{_show(getattr(first, what))}; got {_show(getattr(s, what))}"
                     )
         if not 2 <= first.ndim <= 5:
             raise ValueError(
-                "saliencies: each task must be (B, C, *spatial) with 0 to 3 spatial dimensions; "
+                f"{name}: each task must be (B, C, *spatial) with 0 to 3 spatial dimensions; "
                 f"got shape {tuple(first.shape)}"
             )
         task_ndim = first.ndim
     else:
         raise TypeError(
-            "saliencies: expected a sequence of T tensors (B, C, *spatial) or one tensor "
+            f"{name}: expected a sequence of T tensors (B, C, *spatial) or one tensor "
             f"(T, B, C, *spatial); got {type(saliencies).__name__}"
         )
     first = operands[0]
     if first.dtype not in DTYPES:
         raise TypeError(
-            f"saliencies: expected float64, float32, bfloat16 or float16; got {first.dtype}"
+            f"{name}: expected float64, float32, bfloat16 or float16; got {first.dtype}"
         )
     if first.layout != torch.strided:
-        raise TypeError(f"saliencies: expected strided tensors, got layout {first.layout}")
+        raise TypeError(f"{name}: expected strided tensors, got layout {first.layout}")
     for size in first.shape:
         if size == 0:
             raise ValueError(
-                f"saliencies: every dimension must be at least 1; got shape {tuple(first.shape)}"
+                f"{name}: every dimension must be at least 1; got shape {tuple(first.shape)}"
             )
     check_channel_dim(channel_dim)
     if not -task_ndim <= channel_dim < task_ndim or channel_dim % task_ndim == 0:

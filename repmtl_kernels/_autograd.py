@@ -55,7 +55,9 @@ class Saved(NamedTuple):
 NO_SECOND_DERIVATIVE = (
     "repmtl_kernels: a second derivative of tsr_loss, csa_loss or rep_mtl_loss was asked for; the "
     "{backend!r} backend has hand-written first derivatives only. Use backend='reference' "
-    "(repmtl_kernels.reference), which supports double backward."
+    "(repmtl_kernels.reference), which supports double backward. If nobody asked for one: inside "
+    "torch.compile, inputs of torch.func.grad that require a gradient make the compiler trace it; "
+    "detach them, or make the call under torch.no_grad()."
 )
 
 

@@ -67,6 +67,7 @@ def task_saliencies(losses: TaskLosses, representation: Representation) -> list[
         ValueError, TypeError: an argument is not as described, a loss has no graph or does not
             depend on the representation, or gradients are disabled.
     """
+    _check_order(losses, representation)
     named = _named_losses(losses)
     representations = _representations(representation, losses)
     _check_graph(named, representations)
@@ -176,6 +177,7 @@ class RepMTL(_Loss):
             ValueError, TypeError: an argument is not as described. In training mode also where
                 :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
         """
+        _check_order(losses, representation)
         named = _named_losses(losses)
         objectives = {t: loss.log() for t, loss in named.items()} if self.log_losses else named
         total = _weighted_sum(objectives, self._weights(losses))
@@ -265,11 +267,20 @@ def _check_batch(
     representations: list[Tensor], channel_dim: int, lambda_csa: float, present: Tensor | None
 ) -> None:
     """On every step, so that a batch that the regulariser can't take doesn't pass for a while."""
-    first = check_saliencies(representations, channel_dim)[0]
+    first = check_saliencies(representations, channel_dim, "representation")[0]
     if lambda_csa:
         check_csa_batch(representations, False, present)
     else:
         check_present(present, len(representations), first.shape[0], first.device)
+
+
+def _check_order(losses: TaskLosses, representation: Representation) -> None:
+    if isinstance(losses, Tensor) and isinstance(representation, list | tuple | Mapping):
+        raise TypeError(
+            "losses: expected a list or dict of T scalar losses, got one Tensor, and "
+            f"representation: expected a Tensor, got {_kind(representation)}. Are they swapped? "
+            "The losses come first"
+        )
 
 
 def _named_losses(losses: TaskLosses) -> dict[Hashable, Tensor]:
@@ -315,6 +326,11 @@ def _representations(
     """Each task's representation with the name that messages use, in the order of the losses."""
     if isinstance(representation, Tensor):
         return [("representation", representation)] * len(losses)
+    if not isinstance(representation, list | tuple | Mapping):
+        raise TypeError(
+            "representation: expected a Tensor (multi-input: a list or dict of one per task), got "
+            f"{_kind(representation)}"
+        )
     values = _per_task("representation", representation, losses)
     tasks = list(losses) if isinstance(losses, Mapping) else range(len(losses))
     named = [(f"representation[{t!r}]", z) for t, z in zip(tasks, values, strict=True)]

@@ -86,6 +86,21 @@ def test_func_grad_inside_compile(backend: str):
     torch.testing.assert_close(plain, expected)
 
 
+@pytest.mark.parametrize("graph", [True, False], ids=["requires grad", "detached"])
+def test_func_grad_of_leaves_inside_compile(graph: bool):
+    """The compiler traces a second derivative for inputs that require a gradient."""
+    (s,) = Case(2, 3, 12, (3, 3), "stacked").make(torch.float32)
+    compiled = torch.compile(torch.func.grad(tsr_loss), fullgraph=True, backend="aot_eager")
+    if graph:
+        with pytest.raises(Exception, match="inputs of torch.func.grad .*torch.no_grad"):
+            compiled(s)
+        with torch.no_grad():
+            found = compiled(s)
+    else:
+        found = compiled(s.detach())
+    torch.testing.assert_close(found, torch.func.grad(tsr_loss)(s).detach())
+
+
 def test_second_derivative_by_function_transforms_is_refused():
     tensors = CASE.make(torch.float32)
 

@@ -576,7 +576,7 @@ BAD = {
     "representation of no type": (
         lambda losses, z: (losses, None),
         TypeError,
-        r"representation: losses is a list, so expected a list or tuple .* got NoneType",
+        r"representation: expected a Tensor \(multi-input: .*\), got NoneType",
     ),
     "representations of no tensor": (
         lambda losses, z: (losses, [z, z, 1.0]),
@@ -649,6 +649,13 @@ def test_message_for_an_inplace_head(network: Network) -> None:
         RepMTL()([first, second], z)
 
 
+@pytest.mark.parametrize("call", (task_saliencies, RepMTL()), ids=("task_saliencies", "RepMTL"))
+def test_message_for_swapped_arguments(network: Network, call) -> None:
+    z = network.encoder(network.images())
+    with pytest.raises(TypeError, match="got one Tensor, .* got list. Are they swapped"):
+        call(z, network.losses(z, network.targets()))
+
+
 def test_message_for_a_compiled_step(network: Network) -> None:
     @torch.compile(backend="aot_eager")
     def forward(x):
@@ -716,7 +723,9 @@ def test_message_for_bad_options_set_later(network: Network, name: str, value) -
 def test_message_for_representations_of_different_shapes(network: Network) -> None:
     z = [network.encoder(network.images()[: BATCH - t]) for t in range(TASKS)]
     losses = [head(x).square().mean() for head, x in zip(network.heads, z, strict=True)]
-    with pytest.raises(ValueError, match=r"\[1\]: every task must have the shape of task 0"):
+    with pytest.raises(
+        ValueError, match=r"representation\[1\]: every task must have the shape of task 0"
+    ):
         RepMTL()(losses, z)
 
 
