@@ -1,7 +1,8 @@
-"""The canonical view of task saliencies, shared by every backend."""
+"""The canonical view of task saliencies and their precision, shared by every backend."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,6 +13,12 @@ from torch import Tensor
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, similarities and losses for saliencies of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def float16_gram_factor(depth: int) -> float:
+    """The power of two that brings a Gram matrix of scaled saliencies, at most ``4 depth``, to at
+    most 2^15: float16 ends at 65504, and smaller numbers than needed would lose bits."""
+    return 2.0 ** -max(0, math.ceil(math.log2(depth)) - 13)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

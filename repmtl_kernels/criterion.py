@@ -67,8 +67,7 @@ def task_saliencies(losses: TaskLosses, representation: Representation) -> list[
         ValueError, TypeError: an argument is not as described, a loss has no graph or does not
             depend on the representation, or gradients are disabled.
     """
-    _check_order(losses, representation)
-    named = _named_losses(losses)
+    named = _named_losses(losses, representation)
     representations = _representations(representation, losses)
     _check_graph(named, representations)
     return _saliencies(named, representations)
@@ -177,8 +176,7 @@ class RepMTL(_Loss):
             ValueError, TypeError: an argument is not as described. In training mode also where
                 :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
         """
-        _check_order(losses, representation)
-        named = _named_losses(losses)
+        named = _named_losses(losses, representation)
         objectives = {t: loss.log() for t, loss in named.items()} if self.log_losses else named
         total = _weighted_sum(objectives, self._weights(losses))
         tsr = csa = regularizer = None
@@ -274,18 +272,15 @@ def _check_batch(
         check_present(present, len(representations), first.shape[0], first.device)
 
 
-def _check_order(losses: TaskLosses, representation: Representation) -> None:
-    if isinstance(losses, Tensor) and isinstance(representation, list | tuple | Mapping):
-        raise TypeError(
-            "losses: expected a list or dict of T scalar losses, got one Tensor, and "
-            f"representation: expected a Tensor, got {_kind(representation)}. Are they swapped? "
-            "The losses come first"
-        )
-
-
-def _named_losses(losses: TaskLosses) -> dict[Hashable, Tensor]:
+def _named_losses(losses: TaskLosses, representation: Representation) -> dict[Hashable, Tensor]:
     """The losses by key, or by index where they are a list."""
     if isinstance(losses, Tensor):
+        if isinstance(representation, list | tuple | Mapping):
+            raise TypeError(
+                "losses: expected a list or dict of T scalar losses, got one Tensor, and "
+                f"representation: expected a Tensor, got {_kind(representation)}. Are they "
+                "swapped? The losses come first"
+            )
         if losses.ndim == 0:
             raise TypeError(
                 "losses: expected a list or dict of T scalar losses, got one scalar Tensor. Pass "

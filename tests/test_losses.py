@@ -124,9 +124,8 @@ def test_autocast_changes_nothing(backend: str, loss: Loss, backward: bool):
     expected_grads = torch.autograd.grad(expected, tensors)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = loss.public(tensors, backend=backend)
-        if backward and backend != "reference":  # PyTorch's own backward follows autocast
-            grads = torch.autograd.grad(found, tensors)
-    if not backward or backend == "reference":
+    inside = backward and backend != "reference"  # PyTorch's own backward follows autocast
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=inside):
         grads = torch.autograd.grad(found, tensors)
     assert torch.equal(found, expected)
     assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))

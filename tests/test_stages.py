@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from cases import BACKEND_DTYPES, TSR_FORMS, TSR_IDS, Case
+from cases import BACKEND_DTYPES, DEVICE, TSR_FORMS, TSR_IDS, Case
 
 from repmtl_kernels import backends
 from repmtl_kernels._saliency import canonical_tasks
@@ -66,8 +66,7 @@ def test_statistics(backend: str, dtype: torch.dtype, scale: float, case: Case):
 )
 @pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
 def test_entropy(backend: str, shape: tuple, form: dict):
-    device = Case(1, 2, 2).make(torch.float32)[0].device
-    x = torch.randn(shape, device=device)
+    x = torch.randn(shape, device=DEVICE)
     x[..., 0] = 0
     for eps in (0.0, 0.3):
         stage = backends.load(backend).entropy
@@ -86,8 +85,7 @@ def test_entropy(backend: str, shape: tuple, form: dict):
 )
 @pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
 def test_contrast(backend: str, shape: tuple, eps: float):
-    device = Case(1, 2, 2).make(torch.float32)[0].device
-    a = torch.randn(shape, device=device) * torch.logspace(-12, 3, shape[1], device=device)[:, None]
+    a = torch.randn(shape, device=DEVICE) * torch.logspace(-12, 3, shape[1], device=DEVICE)[:, None]
     a[:, 0] = 0
     stage = backends.load(backend).contrast
     found = stage(a, temperature=0.3, eps=eps, with_grad=True)
@@ -113,7 +111,7 @@ def test_contrast_of_many_samples_in_parts(backend: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(module, "BUFFER", 1)
     # Similarities from 0 to 1 at a low temperature; the largest come last.
     batch = 1030
-    angle = torch.linspace(0, 1.5, batch, device=Case(1, 2, 2).make(torch.float32)[0].device)
+    angle = torch.linspace(0, 1.5, batch, device=DEVICE)
     a = torch.stack((angle.cos(), angle.sin(), 0.1 * angle), -1)[None]
     found = stages.contrast(a, temperature=0.02, eps=0.0, with_grad=True)
     exact = backends.load("eager").contrast(a.double(), temperature=0.02, eps=0.0, with_grad=True)

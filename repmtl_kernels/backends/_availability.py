@@ -45,9 +45,10 @@ def triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the Triton backend can't take saliencies of this kind, or None."""
     if dtype == torch.float64:
         return "float64 saliencies are for the 'eager' and 'reference' backends"
-    status = triton_status()
-    if status != "ok" or interpreting():
-        return None if status == "ok" else status
+    if (status := triton_status()) != "ok":
+        return status
+    if interpreting():
+        return None
     if device.type != "cuda":
         return f"saliencies are on {device}, expected a CUDA device"
     capability = torch.cuda.get_device_capability(device)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from repmtl_kernels._saliency import accumulation_dtype
+from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor
 from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram, Statistics
 
 # Rows of one block of the Gram matrix: small enough to skip most of the upper half, large enough
@@ -127,18 +125,18 @@ def gram(
 ) -> Gram:
     first = saliencies[0]
     n_side = _is_n_side(first)
-    shape = (*scale.shape, *[min(first.shape[1], first.shape[2:].numel())] * 2)
-    stored = first.new_empty(shape) if with_grad else None
+    side = min(first.shape[1], first.shape[2:].numel())
+    stored = first.new_empty(*scale.shape, side, side) if with_grad else None
+    in_place = with_grad and stored.dtype == scale.dtype
+    scratch = None
+    if not in_place and (with_grad or not n_side):
+        scratch = scale.new_empty(scale.shape[1], side, side)
     norms, positives, projections = [], [], []
     prescale = _needs_prescale(first, scale)
     for t, s in enumerate(saliencies):
         x, rest = _operand(s, scale[t], prescale)  # (B, C, N)
         u = anchors.transpose(0, 1)  # (B, T, C)
-        matrix = None
-        if with_grad and stored.dtype == x.dtype:
-            matrix = stored[t]
-        elif with_grad or not n_side:
-            matrix = x.new_empty(shape[1:])
+        matrix = stored[t] if in_place else scratch
         norms.append(_half_gram(x.mT if n_side else x, rest.square(), matrix))
         if n_side:
             v = (u @ x) * rest[:, None, None]
@@ -148,7 +146,7 @@ def gram(
             positives.append((u * v).sum((1, 2)))
         if with_grad:
             projections.append(v)
-            if stored.dtype != x.dtype:
+            if not in_place:
                 stored[t] = matrix.mul_(_storage_factor(s))
     norm = torch.stack(norms)
     inverse, free = _guarded_inverse(norm, scale, eps)
@@ -160,11 +158,10 @@ def gram(
 
 
 def _storage_factor(saliency: Tensor) -> float:
-    """The power of two on the stored Gram matrix, whose elements are at most ``max(C, N)``."""
+    """The power of two on the stored Gram matrix."""
     if saliency.dtype != torch.float16:
         return 1.0
-    depth = max(saliency.shape[1], saliency.shape[2:].numel())
-    return 2.0 ** -max(0, math.ceil(math.log2(depth)) - 15)
+    return float16_gram_factor(max(saliency.shape[1], saliency.shape[2:].numel()))
 
 
 def _is_n_side(saliency: Tensor) -> bool:

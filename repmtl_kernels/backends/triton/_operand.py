@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repmtl_kernels._saliency import float16_gram_factor
 from repmtl_kernels.backends.triton import _common
 from repmtl_kernels.backends.triton._common import (
     alignment,
@@ -55,6 +56,18 @@ class Operand(NamedTuple):
         return alignment(self.rows, self.depth) == 1
 
     @property
+    def step(self) -> int:
+        """Terms of a sum over ``X`` that one step of a Gram or gradient product takes."""
+        step = {"16-bit": 64, "tf32": 32, "tf32x3": 32, "ieee": 16}[self.precision]
+        # Odd rows are loaded element by element, with a pointer each.
+        return max(16, step // 2) if self.is_odd else step
+
+    @property
+    def fits_large_tiles(self) -> bool:
+        """Whether a tile of 128 x 128 leaves 8 warps the registers that its operands take."""
+        return self.precision in ("16-bit", "tf32") and not self.is_odd
+
+    @property
     def is_split(self) -> bool:
         """Whether float32 factors of ``X`` come in two 16-bit parts (:func:`split_columns`)."""
         return self.dtype != torch.float32
@@ -67,7 +80,7 @@ class Operand(NamedTuple):
         range. float16: at most 2^15, as far from the smallest numbers as possible.
         """
         if self.dtype == torch.float16:
-            return 2.0 ** -max(0, math.ceil(math.log2(self.depth)) - 13)
+            return float16_gram_factor(self.depth)
         return 2.0 ** -math.floor(math.log2(self.depth))
 
     def rounds(self, form: tuple[int, int, int], *, along_rows: bool) -> bool:

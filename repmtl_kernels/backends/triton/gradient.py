@@ -93,17 +93,13 @@ class _Tile(NamedTuple):
 
 def _tile(operand: Operand) -> _Tile:
     """As large as fits without register spills and in the smallest target's shared memory."""
-    large, depth = {"16-bit": (128, 64), "tf32": (128, 32), "tf32x3": (64, 32), "ieee": (64, 16)}[
-        operand.precision
-    ]
-    if operand.is_odd:  # loads of single elements, with a pointer each
-        large, depth = 64, max(16, depth // 2)
+    large = 128 if operand.fits_large_tiles else 64
     rows = min(large, max(16, triton.next_power_of_2(operand.rows)))
     columns = 128 if rows == 128 else 64 * 64 // rows
     columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
     warps = 8 if rows == 128 or operand.is_odd or operand.precision in ("16-bit", "ieee") else 4
     registers = 128 if operand.precision == "ieee" else None
-    return _Tile(rows, columns, min(depth, rows), warps, 3, registers)
+    return _Tile(rows, columns, min(operand.step, rows), warps, 3, registers)
 
 
 def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:

@@ -116,14 +116,13 @@ def _tile(operand: Operand) -> _Tile:
 
     The rest is what fits without register spills and in the shared memory of the smallest target.
     """
-    depth = {"16-bit": 64, "tf32": 32, "tf32x3": 32, "ieee": 16}[operand.precision]
+    if operand.rows > 600 and operand.fits_large_tiles:
+        return _Tile(128, operand.step, 8, 3, None)
     size = min(64, max(16, triton.next_power_of_2(operand.rows)))
-    if operand.is_odd:  # loads of single elements, with a pointer each
-        return _Tile(size, max(16, depth // 2), 8 if size == 64 else 4, 3, None)
-    if operand.rows > 600 and operand.precision in ("16-bit", "tf32"):
-        return _Tile(128, depth, 8, 3, None)
+    if operand.is_odd:
+        return _Tile(size, operand.step, 8 if size == 64 else 4, 3, None)
     registers = {"16-bit": 168, "tf32": 224, "tf32x3": 224, "ieee": 255}[operand.precision]
-    return _Tile(size, depth, 4, 3, registers)
+    return _Tile(size, operand.step, 4, 3, registers)
 
 
 def _scaling(operand: Operand) -> str:

@@ -201,8 +201,9 @@ def _write_group(
 
     samples = len(group.tasks) * first.shape[0]
     align = alignment(columns)
-    aligned = min(align, group.geometry.form[1])
-    deep, high, wide, chunk = _tile(samples, rows, columns, first.element_size(), aligned)
+    deep, high, wide, chunk = _tile(
+        samples, rows, columns, first.element_size(), min(align, group.geometry.form[1])
+    )
     chunks, tiles = triton.cdiv(rows, chunk), triton.cdiv(columns, wide)
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
     column_parts = column_means and empty(samples, chunks, columns)
