@@ -30,6 +30,7 @@ from benchmarks import report, results
 from benchmarks.machine import git_state, versions
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels import backends
+from repmtl_kernels._second_order import triton as batch_norm
 from repmtl_kernels.backends import CSAGradient
 
 CAPABILITIES = (80, 90, 100)
@@ -142,12 +143,7 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
     dtype, precision = MODES[mode]
     if precision is not None:
         os.environ["REPMTL_FP32_PRECISION"] = precision
-    size = (shape.batch, shape.channels, shape.positions)
-    if layout == "channels_last":
-        size = (shape.batch, shape.positions, shape.channels)
-    saliencies = [torch.empty(size, dtype=dtype) for _ in range(shape.tasks)]
-    if layout == "channels_last":
-        saliencies = [s.mT for s in saliencies]
+    saliencies = [_empty(shape, dtype, layout) for _ in range(shape.tasks)]
     with compiled_instead_of_launched(capability) as compiled:
         statistics = stages.statistics(saliencies, positions=True, channels=True)
         for over in ("tasks", "space"):
@@ -177,12 +173,39 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
     return [inspect(kernel, capability) for kernel in compiled.values()]
 
 
+def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) -> list[KernelReport]:
+    """Compiles the derivatives of batch norm with a ReLU behind it, in training.
+
+    There are no matrix products in them, so that float32 has one mode.
+    """
+    dtype, precision = MODES[mode]
+    if precision not in (None, "ieee"):
+        return []
+    x = _empty(shape, dtype, layout)
+    c = torch.empty(shape.channels)
+    operands = (x, x, c, c, c, x, True, (True, True, True))
+    with compiled_instead_of_launched(capability) as compiled:
+        batch_norm.batch_norm_backward(*operands)
+        batch_norm.batch_norm_double_backward(x, None, None, *operands)
+    return [inspect(kernel, capability) for kernel in compiled.values()]
+
+
+def _empty(shape: Shape, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    if layout == "channels_last":
+        return torch.empty(shape.batch, shape.positions, shape.channels, dtype=dtype).mT
+    return torch.empty(shape.batch, shape.channels, shape.positions, dtype=dtype)
+
+
+KERNELS = {"losses": compile_stages, "batch_norm": compile_batch_norm}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=CAPABILITIES)
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
+    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
     parser.add_argument(
         "--save",
@@ -191,10 +214,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     rows = []
-    for capability, mode, name, layout in itertools.product(
-        options.capability, options.mode, options.shape, options.layout
+    for capability, mode, name, layout, kernels in itertools.product(
+        options.capability, options.mode, options.shape, options.layout, options.kernels
     ):
-        for found in compile_stages(SHAPES[name], mode, layout, capability):
+        for found in KERNELS[kernels](SHAPES[name], mode, layout, capability):
             rows.append({"shape": name, "layout": layout, "mode": mode, **asdict(found)})
             if not options.json:
                 _print_row(rows[-1])
