@@ -4,6 +4,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import repmtl_kernels._operators  # noqa: F401  (registers the operators)
 from repmtl_kernels import reference
+from repmtl_kernels._preflight import SecondDerivativeError
+from repmtl_kernels._second_order import convert_second_order, second_order
 from repmtl_kernels.backends import available_backends, backend_report
 from repmtl_kernels.criterion import RepMTL, task_saliencies
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
@@ -19,12 +21,15 @@ __all__ = [
     "RepMTL",
     "RepMTLLoss",
     "RepMTLLosses",
+    "SecondDerivativeError",
     "TSRLoss",
     "available_backends",
     "backend_report",
+    "convert_second_order",
     "csa_loss",
     "reference",
     "rep_mtl_loss",
+    "second_order",
     "task_saliencies",
     "tsr_loss",
 ]

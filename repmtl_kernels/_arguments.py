@@ -118,11 +118,17 @@ def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.
 
 
 def check_tsr_options(
-    *, over: str, normalizer: str, temperature: float, eps: float, prefix: str = ""
+    *, over: str, normalizer: str, temperature: float, floor: float, eps: float, prefix: str = ""
 ) -> None:
     check_choice("over", over, OVER)
     check_choice("normalizer", normalizer, NORMALIZERS)
     check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
+    check_number(f"{prefix}floor", floor, minimum=0)
+    if floor != 0 and normalizer != "abs":
+        raise ValueError(
+            f"{prefix}floor: it is a share of the mean of |x|, for normalizer='abs'; expected 0 "
+            f"with normalizer={normalizer!r}, got {floor!r}"
+        )
     check_number("eps", eps, minimum=0)
 
 
@@ -154,11 +160,14 @@ def tsr_arguments(
     over: str,
     normalizer: str,
     temperature: float,
+    floor: float,
     eps: float,
     channel_dim: int,
 ) -> tuple[tuple[Tensor, ...], bool]:
     """Checked operands of TSR and whether they are one stacked tensor."""
-    check_tsr_options(over=over, normalizer=normalizer, temperature=temperature, eps=eps)
+    check_tsr_options(
+        over=over, normalizer=normalizer, temperature=temperature, floor=floor, eps=eps
+    )
     return check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from repmtl_kernels import backends
 from repmtl_kernels._saliency import canonical_tasks, positions_to_saliency, without_autocast
-from repmtl_kernels.backends import Contrast, CSAGradient, Gram
+from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram
 
 
 class Config(NamedTuple):
@@ -30,6 +31,7 @@ class Config(NamedTuple):
     over: str
     normalizer: str
     tsr_temperature: float
+    tsr_floor: float
     csa_temperature: float
     eps: float
     with_grad: bool
@@ -93,14 +95,7 @@ def _run_stages(
     tsr, csa, *empty = (operands[0].new_empty(0) for _ in range(2 + len(Saved._fields)))
     saved = Saved(*empty)
     if config.tsr:
-        entropy = stages.entropy(
-            statistics.positions,
-            over=config.over,
-            normalizer=config.normalizer,
-            temperature=config.tsr_temperature,
-            eps=config.eps,
-            with_grad=config.with_grad,
-        )
+        entropy = _entropy(stages, config, statistics.positions)
         tsr = entropy.value
         if config.with_grad:
             saved = saved._replace(position_grad=entropy.grad)
@@ -136,6 +131,25 @@ def _run_stages(
                 matrix=gram.matrix,
             )
     return tsr, csa, saved
+
+
+def _entropy(stages: ModuleType, config: Config, x: Tensor) -> Entropy:
+    """TSR of ``x`` (T, B, N) and its gradient; with a floor, of ``|x| + floor * mean |x|``."""
+    options = {
+        "over": config.over,
+        "normalizer": config.normalizer,
+        "temperature": config.tsr_temperature,
+        "eps": config.eps,
+        "with_grad": config.with_grad,
+    }
+    floor = config.tsr_floor
+    if not floor:
+        return stages.entropy(x, **options)
+    magnitude = x.abs()
+    value, grad = stages.entropy(magnitude + floor * magnitude.mean(), **options)
+    if grad is not None:
+        grad = (grad + floor * grad.mean()) * x.sign()
+    return Entropy(value, grad)
 
 
 def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: float) -> Tensor:

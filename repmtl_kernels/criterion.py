@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from repmtl_kernels import _preflight
 from repmtl_kernels._arguments import (
     check_csa_batch,
     check_csa_options,
@@ -16,34 +18,29 @@ from repmtl_kernels._arguments import (
     check_saliencies,
     check_tsr_options,
 )
+from repmtl_kernels._clip import Clip
+from repmtl_kernels._step import RepMTLStep
+from repmtl_kernels._strength import BackwardPass, RunningMean, is_transformed
+from repmtl_kernels._task_losses import (
+    Representation,
+    TaskLosses,
+    Weights,
+    check_graph,
+    checked_weights,
+    named_losses,
+    named_representations,
+    per_task,
+    present_of,
+    take_saliencies,
+    weighted_sum,
+)
 from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels.modules import _Loss
 
-TaskLosses = Sequence[Tensor] | Mapping[Hashable, Tensor]
-Representation = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
-Weights = Sequence[float] | Mapping[Hashable, float]
-
-_WHY_NOT_STACKED = (
-    "Every element of a stacked tensor backpropagates zeros through the branches of all other "
-    "tasks; pass the list of losses that torch.stack was given"
-)
-
-
-class RepMTLStep(NamedTuple):
-    """What the last call of :class:`RepMTL` computed: detached scalars, still on their device."""
-
-    tsr: Tensor | None
-    """TSR without its weight; None where this step did not compute it."""
-    csa: Tensor | None
-    """CSA without its weight; None where this step did not compute it."""
-    regularizer: Tensor | None
-    """What was added to the task losses, all weights included; None where nothing was."""
-    losses: dict[Hashable, Tensor]
-    """The task losses as they were given (no weight, no logarithm), by key or index."""
-    total: Tensor
-    """What the call returned."""
-    applied: bool
-    """Whether this step had the regulariser."""
+# The regulariser's gradient is taken to be at least this share of the tasks' at lambdas that sum to
+# 1: where it vanishes at the representation, e.g. behind heads without curvature, no weight makes
+# it the share that was asked for, and a large one would ruin the heads.
+SMALLEST_RATIO = 0.01
 
 
 def task_saliencies(losses: TaskLosses, representation: Representation) -> list[Tensor]:
@@ -67,10 +64,10 @@ def task_saliencies(losses: TaskLosses, representation: Representation) -> list[
         ValueError, TypeError: an argument is not as described, a loss has no graph or does not
             depend on the representation, or gradients are disabled.
     """
-    named = _named_losses(losses, representation)
-    representations = _representations(representation, losses)
-    _check_graph(named, representations)
-    return _saliencies(named, representations)
+    named = named_losses(losses, representation)
+    representations = named_representations(representation, losses)
+    check_graph(named, representations)
+    return take_saliencies(named, representations)
 
 
 class RepMTL(_Loss):
@@ -82,26 +79,58 @@ class RepMTL(_Loss):
         total.backward()
 
     ``sum_t w_t L_t + lambda_tsr TSR + lambda_csa CSA``. The regulariser is differentiated through
-    the saliencies, so heads and whatever follows the representation need second derivatives.
+    the saliencies, so heads and whatever follows the representation need second derivatives:
+    ``RepMTL.check(heads, z)`` tells whether they have them. ``with criterion.second_order():``
+    around the heads makes that pass faster.
 
     In ``eval()`` mode the result is ``sum_t w_t L_t`` alone (of the logarithms with
     ``log_losses``); it needs no graph and works under ``torch.no_grad()``.
 
+    With the defaults that is equation 10 exactly. All options are attributes, and a schedule may
+    set them. What training calls have seen (their number, running means) is part of
+    ``state_dict()``; a checkpoint without it leaves it as it is.
+
     Args:
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). Exactly 0: that
-            loss is not computed. It is an attribute, and a schedule may set it.
+            loss is not computed.
         lambda_csa: the same for :func:`csa_loss`. CSA needs a batch of at least 2; TSR does not.
-        over, normalizer, tsr_temperature: of :func:`tsr_loss`.
+        strength: None, or ``rho`` of at least 0 (0: off): the norm of the regulariser's gradient at
+            the representation is held at ``rho`` times that of the tasks' ``sum_t w_t L_t``, and
+            the lambdas only give the mix of TSR and CSA. Both losses are invariant to the scale of
+            the losses, so with fixed lambdas that ratio grows while the tasks are learned. The
+            ratio is observed in the backward pass of the total, without another one, and averaged
+            over about the last 50 (exponential mean, decay 0.98): ``rho`` is held on average,
+            single steps vary. The first call has lambdas that sum to ``rho``; later ones never sum
+            to more than ``100 rho``. A backward pass that doesn't reach the representation, or
+            with several gradients at a time, is not observed. See ``last.ratio``.
+        start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
+            cost of the losses alone; its weight then grows linearly, and is full at the
+            ``ramp``-th call after that.
+        over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
         csa_temperature, group: of :func:`csa_loss`.
         eps, channel_dim, backend: of both losses.
         log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies. A loss of
             exactly 0 then gives infinite or NaN totals and gradients, a negative one NaN: keep the
-            losses above 0, e.g. ``L_t + 0.01``.
+            losses above 0, or give an offset.
+        log_offset: of ``log_losses``, at least 0: ``log(L_t + log_offset)``, e.g. 0.01. It bounds
+            the weight ``1 / (L_t + log_offset)`` of a task that is nearly learned.
+        clip: None, or a number above 0: where ``|dR/dS| |S|``, the scale-free size of the
+            regulariser's gradient over the saliencies of all tasks, is more than ``clip`` times its
+            running mean (decay 0.98, of the unclipped sizes before this one), that gradient is
+            scaled down to it, for heads and encoder alike. TSR's is heavy-tailed from batch to
+            batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are. With CSA, the
+            backward pass holds a second copy of that gradient for a moment.
         task_weights: ``w_t``, finite and at least 0: a sequence, or a dict with the keys of the
             losses; None: all 1. The saliencies are those of ``L_t`` (or ``log L_t``) unweighted.
         every: apply the regulariser on every ``every``-th call in training mode, the first
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
-            R1). The count is part of ``state_dict()``; a checkpoint without one leaves it as it is.
+            R1): with ``strength`` the mean over all calls is ``rho``.
+
+    What is observed of the backward pass (``last.ratio``) costs each call about as many reads of
+    the representation as there are tasks, and one tensor of its size in float32 or better until
+    then. ``strength`` and ``clip`` are each process's own, and need ``backward()`` or
+    ``torch.autograd.grad``: not ``torch.func`` or a compiled region around the criterion. For a
+    CUDA graph, run a few calls before the capture.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -111,49 +140,58 @@ class RepMTL(_Loss):
     """The last call's values for logging; None before the first. Reading a value of it, e.g. with
     ``.item()``, waits for the device; nothing in the criterion does."""
 
+    check = staticmethod(_preflight.check)
+
     def __init__(
         self,
         lambda_tsr: float = 0.01,
         lambda_csa: float = 0.01,
         *,
+        strength: float | None = None,
+        start: int = 0,
+        ramp: int = 0,
         over: str = "tasks",
         normalizer: str = "abs",
         tsr_temperature: float = 1.0,
+        tsr_floor: float = 0.0,
         csa_temperature: float = 0.5,
         eps: float = 0.0,
         log_losses: bool = False,
+        log_offset: float = 0.0,
+        clip: float | None = None,
         task_weights: Weights | None = None,
         every: int = 1,
         channel_dim: int = 1,
         group: None = None,
         backend: str = "auto",
     ) -> None:
-        check_number("lambda_tsr", lambda_tsr, minimum=0)
-        check_number("lambda_csa", lambda_csa, minimum=0)
-        check_tsr_options(
-            over=over, normalizer=normalizer, temperature=tsr_temperature, eps=eps, prefix="tsr_"
-        )
-        check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
-        if not isinstance(log_losses, bool):
-            raise TypeError(f"log_losses: expected a bool, got {type(log_losses).__name__}")
-        _check_every(every)
         super().__init__(
             lambda_tsr=lambda_tsr,
             lambda_csa=lambda_csa,
+            strength=strength,
+            start=start,
+            ramp=ramp,
             over=over,
             normalizer=normalizer,
             tsr_temperature=tsr_temperature,
+            tsr_floor=tsr_floor,
             csa_temperature=csa_temperature,
             eps=eps,
             log_losses=log_losses,
-            task_weights=_checked_weights(task_weights),
+            log_offset=log_offset,
+            clip=clip,
+            task_weights=checked_weights(task_weights),
             every=every,
             channel_dim=channel_dim,
             group=group,
             backend=backend,
         )
+        self._check_options()
         # On the host, so that no step has to ask the device whether it is its turn.
         self._calls = 0
+        self._ratio = RunningMean()  # of the regulariser's gradient, at lambdas that sum to 1
+        self._size = RunningMean()  # that clip compares with
+        self._explained = False
         self.last = None
 
     def forward(
@@ -165,47 +203,62 @@ class RepMTL(_Loss):
         """The total loss, a scalar.
 
         Args:
-            losses: list, tuple or dict of T scalar losses, as for :func:`task_saliencies`.
+            losses: list, tuple or dict of T scalar losses, as for :func:`task_saliencies`. None in
+                place of a loss: that task is absent from this batch, and left out of the sum and
+                the regulariser. In distributed training all ranks have to use the same parameters,
+                so the same tasks have to be absent on all of them.
             representation: ``(B, C, *spatial)``, or ``channel_dim`` says where the channels are.
                 Multi-input: one per task, all of one shape; both losses then pair sample ``b`` of
-                every task, which are different images there. Not used in ``eval()`` mode.
+                every task, which are different images there. That of an absent task may be None.
+                Not used in ``eval()`` mode.
             present: bool ``(T, B)``, which task has a label for which sample, as for
-                :func:`csa_loss`.
+                :func:`csa_loss`. Rows of absent tasks are ignored.
 
         Raises:
             ValueError, TypeError: an argument is not as described. In training mode also where
                 :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
+            SecondDerivativeError: on the first call with the regulariser, where a head has an
+                operation that is known to have no second derivative; see :meth:`check`.
         """
-        named = _named_losses(losses, representation)
-        objectives = {t: loss.log() for t, loss in named.items()} if self.log_losses else named
-        total = _weighted_sum(objectives, self._weights(losses))
-        tsr = csa = regularizer = None
-        # Again, since a schedule may have set them.
-        _check_every(self.every)
-        lambda_tsr = self.every * check_number("lambda_tsr", self.lambda_tsr, minimum=0)
-        lambda_csa = self.every * check_number("lambda_csa", self.lambda_csa, minimum=0)
-        if self.training and (lambda_tsr or lambda_csa):
-            representations = _representations(representation, losses)
-            _check_graph(named, representations)
-            _check_batch([z for _, z in representations], self.channel_dim, lambda_csa, present)
-            if self._calls % self.every == 0:
-                saliencies = _saliencies(objectives, representations)
-                regularizer, tsr, csa = self._regularizer(
-                    saliencies, present, lambda_tsr, lambda_csa
-                )
-                total = total + regularizer
+        named = named_losses(losses, representation, absent=True)
+        self._check_options()
+        tasks = {t: loss for t, loss in named.items() if loss is not None}
+        objectives = {t: self._objective(loss) for t, loss in tasks.items()}
+        weights = present_of(self._weights(losses), losses)
+        total = weighted_sum(objectives, weights)
+        step = RepMTLStep(losses={t: _detached(loss) for t, loss in named.items()}, total=total)
+        lambdas = self._lambdas()
+        if self.training and any(lambdas):
+            representations = named_representations(representation, losses)
+            check_graph(tasks, representations)
+            present = self._checked_mask(representations, present, losses)
+            if weight := self._weight():
+                self._explain(tasks, representations)
+                saliencies = take_saliencies(objectives, representations)
+                zs = [z for _, z in representations]
+                lambdas = [weight * value for value in lambdas]
+                total = self._regularized(total, saliencies, zs, weights, present, lambdas, step)
         if self.training:
             self._calls += 1
-        self.last = RepMTLStep(
-            tsr=_detached(tsr),
-            csa=_detached(csa),
-            regularizer=_detached(regularizer),
-            losses={t: loss.detach() for t, loss in named.items()},
-            # A copy: `total /= accumulation_steps` is the caller's right.
-            total=total.detach().clone(),
-            applied=regularizer is not None,
-        )
+        # A copy: `total /= accumulation_steps` is the caller's right.
+        step.total = total.detach().clone()
+        self.last = step
         return total
+
+    def second_order(self) -> AbstractContextManager:
+        """Context for the heads' forward: :func:`repmtl_kernels.second_order` where the next call
+        will apply the regulariser, nothing where it will not::
+
+            with criterion.second_order():
+                losses = [loss(head(z), y) for head, loss, y in ...]
+            criterion(losses, z).backward()
+        """
+        self._check_options()
+        if self.training and any(self._lambdas()) and self._weight():
+            from repmtl_kernels import second_order
+
+            return second_order()
+        return nullcontext()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
         # A checkpoint of the model from before it had this criterion is complete without a count.
@@ -215,19 +268,143 @@ class RepMTL(_Loss):
 
     def get_extra_state(self) -> Tensor:
         # A tensor: the only type whose serialisation PyTorch keeps compatible.
-        return torch.tensor(self._calls, device="cpu")
+        numbers = [self._calls, *self._ratio.numbers(), *self._size.numbers()]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._calls = int(state)
+        calls, *means = state.flatten().tolist()
+        self._calls = int(calls)
+        if means:  # the first version kept the count alone
+            self._ratio.load(means[:2])
+            self._size.load(means[2:])
+
+    def _check_options(self) -> None:
+        """At each call too, since a schedule may have set them."""
+        check_number("lambda_tsr", self.lambda_tsr, minimum=0)
+        check_number("lambda_csa", self.lambda_csa, minimum=0)
+        if self.strength is not None:
+            check_number("strength", self.strength, minimum=0)
+        check_tsr_options(
+            over=self.over,
+            normalizer=self.normalizer,
+            temperature=self.tsr_temperature,
+            floor=self.tsr_floor,
+            eps=self.eps,
+            prefix="tsr_",
+        )
+        check_csa_options(
+            temperature=self.csa_temperature, eps=self.eps, group=self.group, prefix="csa_"
+        )
+        if not isinstance(self.log_losses, bool):
+            raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
+        check_number("log_offset", self.log_offset, minimum=0)
+        if self.log_offset and not self.log_losses:
+            raise ValueError(
+                "log_offset: it is added to the losses before their logarithm; expected 0 without "
+                f"log_losses=True, got {self.log_offset!r}"
+            )
+        if self.clip is not None:
+            check_number("clip", self.clip, minimum=0, exclusive=True)
+        _check_int("start", self.start, minimum=0)
+        _check_int("ramp", self.ramp, minimum=0)
+        _check_int("every", self.every, minimum=1)
+
+    def _checked_mask(
+        self,
+        representations: list[tuple[str, Tensor]],
+        present: Tensor | None,
+        losses: TaskLosses,
+    ) -> Tensor | None:
+        """The mask's rows of the tasks that have a loss.
+
+        On every step, so that a batch that the regulariser can't take doesn't pass for a while.
+        """
+        zs = [z for _, z in representations]
+        first = check_saliencies(zs, self.channel_dim, "representation")[0]
+        check_present(present, len(losses), first.shape[0], first.device)
+        if present is not None and len(zs) < len(losses):
+            present = torch.stack(present_of(present.unbind(), losses))
+        if self.lambda_csa:
+            check_csa_batch(zs, False, present)
+        return present
 
     def _weights(self, losses: TaskLosses) -> Sequence[float]:
         if self.task_weights is None:
             return [1.0] * len(losses)
-        return _per_task("task_weights", _checked_weights(self.task_weights), losses)
+        return per_task("task_weights", checked_weights(self.task_weights), losses)
 
-    def _regularizer(
+    def _objective(self, loss: Tensor) -> Tensor:
+        if not self.log_losses:
+            return loss
+        return (loss + self.log_offset if self.log_offset else loss).log()
+
+    def _lambdas(self) -> tuple[float, float]:
+        """The weights of TSR and CSA; with ``strength`` only their mix, which sums to 1."""
+        both = float(self.lambda_tsr), float(self.lambda_csa)
+        if self.strength is None:
+            return both
+        total = sum(both)
+        return tuple(value / total for value in both) if self.strength and total else (0.0, 0.0)
+
+    def _weight(self) -> float:
+        """What the schedule multiplies the regulariser with on this call; 0: not its turn."""
+        since = self._calls - self.start
+        if since < 0 or since % self.every:
+            return 0
+        return self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
+
+    def _explain(
+        self, tasks: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
+    ) -> None:
+        """Once, since it walks over the graph."""
+        if self._explained or any(is_transformed(loss) for loss in tasks.values()):
+            return
+        if all(loss.grad_fn is not None for loss in tasks.values()):  # else no saliency either
+            _preflight.explain(tasks, representations)
+            self._explained = True
+
+    def _regularized(
         self,
+        total: Tensor,
         saliencies: list[Tensor],
+        representations: list[Tensor],
+        weights: list[float],
+        present: Tensor | None,
+        lambdas: list[float],
+        step: RepMTLStep,
+    ) -> Tensor:
+        """``total`` plus the regulariser, and what of it goes into ``step``."""
+        observable = not is_transformed(total)
+        if not observable and (self.strength is not None or self.clip is not None):
+            raise ValueError(
+                "strength and clip observe the backward pass of the total, which torch.func and "
+                "torch.compile hide; expected both to be None there. Compile the encoder alone, "
+                "or use lambdas"
+            )
+        backward = BackwardPass()
+        strength, ratios = 1.0, None
+        if self.strength is not None:
+            ratios = self._ratio
+            strength = self.strength / ratios.value(total.device, 1.0).clamp_min(SMALLEST_RATIO)
+        factor = strength * sum(lambdas)
+        inputs = saliencies
+        if self.clip is not None:
+            inputs = Clip(self.clip, self._size, factor, backward)(saliencies)
+        regularizer, tsr, csa = self._losses(inputs, present, *lambdas)
+        if self.strength is not None:
+            regularizer = strength * regularizer
+        total = total + regularizer
+        step.tsr, step.csa = _detached(tsr), _detached(csa)
+        step.regularizer, step.applied = regularizer.detach(), True
+        if observable:
+            backward.follow(total)
+            report = partial(_report, step, factor, ratios)
+            backward.measure(representations, saliencies, weights, report)
+        return total
+
+    def _losses(
+        self,
+        saliencies: Sequence[Tensor],
         present: Tensor | None,
         lambda_tsr: float,
         lambda_csa: float,
@@ -235,9 +412,10 @@ class RepMTL(_Loss):
         """The weighted regulariser, TSR and CSA; None for the one that is off."""
         shared = {"eps": self.eps, "channel_dim": self.channel_dim, "backend": self.backend}
         of_tsr = {"over": self.over, "normalizer": self.normalizer}
+        tsr_options = {"temperature": self.tsr_temperature, "floor": self.tsr_floor}
         of_csa = {"present": present, "group": self.group}
         if lambda_csa == 0:
-            tsr = tsr_loss(saliencies, temperature=self.tsr_temperature, **of_tsr, **shared)
+            tsr = tsr_loss(saliencies, **tsr_options, **of_tsr, **shared)
             return lambda_tsr * tsr, tsr, None
         if lambda_tsr == 0:
             csa = csa_loss(saliencies, temperature=self.csa_temperature, **of_csa, **shared)
@@ -247,6 +425,7 @@ class RepMTL(_Loss):
             lambda_tsr=lambda_tsr,
             lambda_csa=lambda_csa,
             tsr_temperature=self.tsr_temperature,
+            tsr_floor=self.tsr_floor,
             csa_temperature=self.csa_temperature,
             **of_tsr,
             **of_csa,
@@ -254,210 +433,19 @@ class RepMTL(_Loss):
         )
 
 
-def _check_every(every: int) -> None:
-    if not isinstance(every, int) or isinstance(every, bool):
-        raise TypeError(f"every: expected an int, got {type(every).__name__}")
-    if every < 1:
-        raise ValueError(f"every: expected an int of at least 1; got {every}")
-
-
-def _check_batch(
-    representations: list[Tensor], channel_dim: int, lambda_csa: float, present: Tensor | None
+def _report(
+    step: RepMTLStep, factor: float | Tensor, ratios: RunningMean | None, ratio: Tensor
 ) -> None:
-    """On every step, so that a batch that the regulariser can't take doesn't pass for a while."""
-    first = check_saliencies(representations, channel_dim, "representation")[0]
-    if lambda_csa:
-        check_csa_batch(representations, False, present)
-    else:
-        check_present(present, len(representations), first.shape[0], first.device)
+    step.ratio = ratio
+    if ratios is not None:
+        ratios.observe(ratio / factor)
 
 
-def _named_losses(losses: TaskLosses, representation: Representation) -> dict[Hashable, Tensor]:
-    """The losses by key, or by index where they are a list."""
-    if isinstance(losses, Tensor):
-        if isinstance(representation, list | tuple | Mapping):
-            raise TypeError(
-                "losses: expected a list or dict of T scalar losses, got one Tensor, and "
-                f"representation: expected a Tensor, got {_kind(representation)}. Are they "
-                "swapped? The losses come first"
-            )
-        if losses.ndim == 0:
-            raise TypeError(
-                "losses: expected a list or dict of T scalar losses, got one scalar Tensor. Pass "
-                "the loss of each task, not their sum ([loss] for a single task)"
-            )
-        raise TypeError(
-            "losses: expected a list or dict of T scalar losses, got one Tensor of shape "
-            f"{tuple(losses.shape)}. {_WHY_NOT_STACKED}"
-        )
-    if isinstance(losses, Mapping):
-        named = dict(losses)
-    elif isinstance(losses, list | tuple):
-        named = dict(enumerate(losses))
-    else:
-        raise TypeError(
-            "losses: expected a list, tuple or dict of T scalar losses; got "
-            f"{type(losses).__name__}"
-        )
-    if not named:
-        raise ValueError(f"losses: expected at least one task, got an empty {_kind(losses)}")
-    for task, loss in named.items():
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"losses[{task!r}]: expected a scalar Tensor, got {type(loss).__name__}"
-            )
-        if loss.ndim != 0:
-            remedy = ".mean() or .squeeze()" if loss.numel() == 1 else ".mean() or .sum()"
-            raise ValueError(
-                f"losses[{task!r}]: expected a scalar of shape (), got shape "
-                f"{tuple(loss.shape)}. Reduce it with {remedy}"
-            )
-    return named
-
-
-def _representations(
-    representation: Representation, losses: TaskLosses
-) -> list[tuple[str, Tensor]]:
-    """Each task's representation with the name that messages use, in the order of the losses."""
-    if isinstance(representation, Tensor):
-        return [("representation", representation)] * len(losses)
-    if not isinstance(representation, list | tuple | Mapping):
-        raise TypeError(
-            "representation: expected a Tensor (multi-input: a list or dict of one per task), got "
-            f"{_kind(representation)}"
-        )
-    values = _per_task("representation", representation, losses)
-    tasks = list(losses) if isinstance(losses, Mapping) else range(len(losses))
-    named = [(f"representation[{t!r}]", z) for t, z in zip(tasks, values, strict=True)]
-    for name, z in named:
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(z).__name__}")
-    return named
-
-
-def _per_task(name: str, values: Any, losses: TaskLosses) -> list:
-    """The values in the order of the losses, which have them one for one, by key or by position."""
-    if isinstance(losses, Mapping):
-        if not isinstance(values, Mapping):
-            raise TypeError(
-                f"{name}: losses is a dict, so expected a dict with the same keys; got "
-                f"{_kind(values)}"
-            )
-        if values.keys() != losses.keys():
-            raise ValueError(
-                f"{name}: expected the keys of losses, {list(losses)}; got {list(values)}"
-            )
-        return [values[task] for task in losses]
-    if not isinstance(values, list | tuple):
-        raise TypeError(
-            f"{name}: losses is a {_kind(losses)}, so expected a list or tuple with one value per "
-            f"task; got {_kind(values)}"
-        )
-    if len(values) != len(losses):
-        raise ValueError(f"{name}: expected {len(losses)}, one for each loss; got {len(values)}")
-    return list(values)
-
-
-def _check_graph(named: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]) -> None:
-    """That saliencies can be taken, as far as it shows without taking them."""
-    if not torch.is_grad_enabled():
-        raise ValueError(
-            "losses: saliencies are gradients, and gradients are disabled here (torch.no_grad() or "
-            "torch.inference_mode()). Enable them, or call criterion.eval() on a RepMTL first: it "
-            "is then the sum of the losses alone"
-        )
-    for name, z in representations:
-        if not z.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor with requires_grad=True, got one without a graph: "
-                f"{_why_no_graph(z)}. Where the encoder is frozen, call "
-                "representation.requires_grad_() before the heads"
-            )
-    stacks = {}
-    for task, loss in named.items():
-        if not loss.requires_grad:
-            raise ValueError(
-                f"losses[{task!r}]: expected a loss with a graph, got one without: "
-                f"{_why_no_graph(loss)}"
-            )
-        stack = _stacked_in(loss)
-        if stack is None:
-            continue
-        if stack in stacks:
-            raise ValueError(
-                f"losses[{stacks[stack]!r}] and losses[{task!r}]: expected separate losses, got "
-                f"elements of one stacked tensor. {_WHY_NOT_STACKED}"
-            )
-        stacks[stack] = task
-
-
-def _why_no_graph(value: Tensor) -> str:
-    if value.is_inference():
-        return "it was computed under torch.inference_mode()"
-    return (
-        "it was detached (.detach(), .data, torch.tensor()), computed under torch.no_grad(), or "
-        "computed from tensors that need no gradient"
-    )
-
-
-def _stacked_in(loss: Tensor) -> torch.autograd.graph.Node | None:
-    """The node of the stacked tensor that ``loss`` is an element of."""
-    node = loss.grad_fn
-    if node is None or not node.name().startswith(("UnbindBackward", "SelectBackward")):
-        return None
-    whole = node.next_functions[0][0]
-    # CopySlices: losses written one by one into a tensor, `out[t] = loss`.
-    stacking = ("StackBackward", "CatBackward", "CopySlices")
-    return whole if whole is not None and any(s in whole.name() for s in stacking) else None
-
-
-def _saliencies(
-    named: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
-) -> list[Tensor]:
-    saliencies = []
-    for (task, loss), (name, z) in zip(named.items(), representations, strict=True):
-        (saliency,) = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True)
-        if saliency is None:
-            raise ValueError(
-                f"losses[{task!r}]: does not depend on {name}. Pass the very tensor that the head "
-                "of this task was given, not a copy of it; and it must not have been written in "
-                "place since, e.g. by ReLU(inplace=True)" + _if_compiled(loss)
-            )
-        saliencies.append(saliency)
-    return saliencies
-
-
-def _if_compiled(loss: Tensor) -> str:
-    if loss.grad_fn is None or "CompiledFunction" not in loss.grad_fn.name():
-        return ""
-    return (
-        ". This loss is the result of a torch.compile region: if the representation is computed "
-        "in the same region, no gradient passes between the two. Compile the encoder alone"
-    )
-
-
-def _weighted_sum(named: dict[Hashable, Tensor], weights: Sequence[float]) -> Tensor:
-    terms = zip(named.values(), weights, strict=True)
-    return sum(loss if weight == 1 else weight * loss for loss, weight in terms)
-
-
-def _checked_weights(weights: Weights | None) -> Weights | None:
-    """A copy, so that the caller's list or dict may change."""
-    if weights is None:
-        return None
-    if isinstance(weights, Mapping):
-        return {t: check_number(f"task_weights[{t!r}]", w, minimum=0) for t, w in weights.items()}
-    if isinstance(weights, list | tuple):
-        return tuple(
-            check_number(f"task_weights[{t}]", w, minimum=0) for t, w in enumerate(weights)
-        )
-    raise TypeError(
-        f"task_weights: expected a list, tuple or dict of numbers, or None; got {_kind(weights)}"
-    )
-
-
-def _kind(value: object) -> str:
-    return type(value).__name__
+def _check_int(name: str, value: int, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected an int of at least {minimum}; got {value}")
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

@@ -36,6 +36,7 @@ def tsr_loss(
     over: str = "tasks",
     normalizer: str = "abs",
     temperature: float = 1.0,
+    floor: float = 0.0,
     eps: float = 0.0,
     channel_dim: int = 1,
     backend: str = "auto",
@@ -61,6 +62,10 @@ def tsr_loss(
         over: axis of the distribution, ``"tasks"`` or ``"space"``.
         normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``.
         temperature: of the softmax, above 0; not used by ``"abs"``.
+        floor: of ``"abs"``, at least 0: the distribution is made from ``|x| + floor * mean |x|``,
+            the mean over all tasks, samples and positions, and differentiated. The gradient is of
+            order ``1 / |x|``, so a few positions with next to no saliency can make up most of it;
+            a floor, e.g. 0.1, bounds their part. 0, the default, is the paper.
         eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution
             that is zero everywhere has entropy 0 and gradient 0.
         channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
@@ -79,13 +84,21 @@ def tsr_loss(
         over=over,
         normalizer=normalizer,
         temperature=temperature,
+        floor=floor,
         eps=eps,
         channel_dim=channel_dim,
     )
     name = backends.resolve(backend, operands[0])
-    options = {"over": over, "normalizer": normalizer, "temperature": temperature, "eps": eps}
     if name == "reference":
-        return reference.tsr_loss(saliencies, channel_dim=channel_dim, **options)
+        return reference.tsr_loss(
+            saliencies,
+            over=over,
+            normalizer=normalizer,
+            temperature=temperature,
+            floor=floor,
+            eps=eps,
+            channel_dim=channel_dim,
+        )
     config = Config(
         backend=name,
         tsr=True,
@@ -95,6 +108,7 @@ def tsr_loss(
         over=over,
         normalizer=normalizer,
         tsr_temperature=float(temperature),
+        tsr_floor=float(floor),
         csa_temperature=1.0,
         eps=float(eps),
         with_grad=_grad_wanted(operands),
@@ -159,6 +173,7 @@ def csa_loss(
         over="tasks",
         normalizer="abs",
         tsr_temperature=1.0,
+        tsr_floor=0.0,
         csa_temperature=float(temperature),
         eps=float(eps),
         with_grad=_grad_wanted(operands),
@@ -174,6 +189,7 @@ def rep_mtl_loss(
     over: str = "tasks",
     normalizer: str = "abs",
     tsr_temperature: float = 1.0,
+    tsr_floor: float = 0.0,
     csa_temperature: float = 0.5,
     eps: float = 0.0,
     present: Tensor | None = None,
@@ -190,7 +206,7 @@ def rep_mtl_loss(
         saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5).
         lambda_csa: weight of :func:`csa_loss`, at least 0 (the paper: 0.7 to 1.5).
-        over, normalizer, tsr_temperature: of :func:`tsr_loss`.
+        over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
         csa_temperature, present, group: of :func:`csa_loss`.
         eps: guard of both losses; 0 is exact.
         channel_dim, backend: as for :func:`tsr_loss`.
@@ -204,7 +220,12 @@ def rep_mtl_loss(
     check_number("lambda_tsr", lambda_tsr, minimum=0)
     check_number("lambda_csa", lambda_csa, minimum=0)
     check_tsr_options(
-        over=over, normalizer=normalizer, temperature=tsr_temperature, eps=eps, prefix="tsr_"
+        over=over,
+        normalizer=normalizer,
+        temperature=tsr_temperature,
+        floor=tsr_floor,
+        eps=eps,
+        prefix="tsr_",
     )
     check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
@@ -216,6 +237,7 @@ def rep_mtl_loss(
             over=over,
             normalizer=normalizer,
             temperature=tsr_temperature,
+            floor=tsr_floor,
             eps=eps,
             channel_dim=channel_dim,
         )
@@ -236,6 +258,7 @@ def rep_mtl_loss(
             over=over,
             normalizer=normalizer,
             tsr_temperature=float(tsr_temperature),
+            tsr_floor=float(tsr_floor),
             csa_temperature=float(csa_temperature),
             eps=float(eps),
             with_grad=_grad_wanted(operands),

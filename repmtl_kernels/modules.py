@@ -43,15 +43,19 @@ class TSRLoss(_Loss):
         over: str = "tasks",
         normalizer: str = "abs",
         temperature: float = 1.0,
+        floor: float = 0.0,
         eps: float = 0.0,
         channel_dim: int = 1,
         backend: str = "auto",
     ) -> None:
-        check_tsr_options(over=over, normalizer=normalizer, temperature=temperature, eps=eps)
+        check_tsr_options(
+            over=over, normalizer=normalizer, temperature=temperature, floor=floor, eps=eps
+        )
         super().__init__(
             over=over,
             normalizer=normalizer,
             temperature=temperature,
+            floor=floor,
             eps=eps,
             channel_dim=channel_dim,
             backend=backend,
@@ -99,6 +103,7 @@ class RepMTLLoss(_Loss):
         over: str = "tasks",
         normalizer: str = "abs",
         tsr_temperature: float = 1.0,
+        tsr_floor: float = 0.0,
         csa_temperature: float = 0.5,
         eps: float = 0.0,
         channel_dim: int = 1,
@@ -108,7 +113,12 @@ class RepMTLLoss(_Loss):
         check_number("lambda_tsr", lambda_tsr, minimum=0)
         check_number("lambda_csa", lambda_csa, minimum=0)
         check_tsr_options(
-            over=over, normalizer=normalizer, temperature=tsr_temperature, eps=eps, prefix="tsr_"
+            over=over,
+            normalizer=normalizer,
+            temperature=tsr_temperature,
+            floor=tsr_floor,
+            eps=eps,
+            prefix="tsr_",
         )
         check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
         super().__init__(
@@ -117,6 +127,7 @@ class RepMTLLoss(_Loss):
             over=over,
             normalizer=normalizer,
             tsr_temperature=tsr_temperature,
+            tsr_floor=tsr_floor,
             csa_temperature=csa_temperature,
             eps=eps,
             channel_dim=channel_dim,

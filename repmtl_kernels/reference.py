@@ -23,6 +23,7 @@ def tsr_loss(
     over: str = "tasks",
     normalizer: str = "abs",
     temperature: float = 1.0,
+    floor: float = 0.0,
     eps: float = 0.0,
     channel_dim: int = 1,
 ) -> Tensor:
@@ -32,22 +33,31 @@ def tsr_loss(
         over=over,
         normalizer=normalizer,
         temperature=temperature,
+        floor=floor,
         eps=eps,
         channel_dim=channel_dim,
     )
     tasks = canonical_tasks(operands, stacked, channel_dim)
     with without_autocast(operands[0].device):
-        return _entropy(tasks, over, normalizer, temperature, eps)
+        return _entropy(tasks, over, normalizer, temperature, floor, eps)
 
 
 def _entropy(
-    tasks: list[Tensor], over: str, normalizer: str, temperature: float, eps: float
+    tasks: list[Tensor],
+    over: str,
+    normalizer: str,
+    temperature: float,
+    floor: float,
+    eps: float,
 ) -> Tensor:
     x = torch.stack([s.mean(dim=1).flatten(1) for s in tasks])  # (T, B, N), eq. 4
     dim = 0 if over == "tasks" else 2
     if normalizer == "abs":
-        total = x.abs().sum(dim, keepdim=True) + eps
-        p = x.abs() / total.where(total != 0, 1)  # eq. 5
+        magnitude = x.abs()
+        if floor:
+            magnitude = magnitude + floor * magnitude.mean()
+        total = magnitude.sum(dim, keepdim=True) + eps
+        p = magnitude / total.where(total != 0, 1)  # eq. 5
     else:
         p = torch.softmax(x / temperature, dim)
     entropy = -(p * p.where(p != 0, 1).log()).sum(dim)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -157,6 +158,8 @@ TSR_FORMS = [
     for normalizer in ("abs", "softmax")
 ]
 TSR_IDS = [f"{form['over']}-{form['normalizer']}" for form in TSR_FORMS]
+FLOOR_FORMS = [{"over": over, "floor": 0.1} for over in ("tasks", "space")]
+FLOOR_IDS = [f"{form['over']}-floor" for form in FLOOR_FORMS]
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ LOSSES = [
     Loss("tsr_loss", tsr_loss, reference.tsr_loss),
     Loss("csa_loss", csa_loss, reference.csa_loss),
     Loss("rep_mtl_loss", _total, _literal_total),
+    Loss("floor", partial(tsr_loss, floor=0.2), partial(reference.tsr_loss, floor=0.2)),
 ]
 
 

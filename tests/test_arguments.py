@@ -90,6 +90,10 @@ def test_channel_dim(function, channel_dim, error, message):
         (csa_loss, "present", torch.ones(2, 2), TypeError),
         (csa_loss, "present", torch.ones(2, 3, dtype=torch.bool), ValueError),
         (csa_loss, "present", torch.ones(2, 2, dtype=torch.bool, device="meta"), ValueError),
+        (tsr_loss, "floor", -0.1, ValueError),
+        (tsr_loss, "floor", "much", TypeError),
+        (reference.tsr_loss, "floor", float("inf"), ValueError),
+        (rep_mtl_loss, "tsr_floor", -1, ValueError),
         (rep_mtl_loss, "lambda_tsr", -0.1, ValueError),
         (rep_mtl_loss, "lambda_csa", "0.1", TypeError),
         (rep_mtl_loss, "over", "", ValueError),
@@ -101,6 +105,19 @@ def test_channel_dim(function, channel_dim, error, message):
 def test_options(function, option, value, error):
     with pytest.raises(error, match=f"^{option}: "):
         function(GOOD, **{option: value})
+
+
+@pytest.mark.parametrize("over", ["tasks", "space"])
+def test_no_floor_for_softmax(over):
+    for call, name in (
+        (tsr_loss, "floor"),
+        (reference.tsr_loss, "floor"),
+        (rep_mtl_loss, "tsr_floor"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: .*normalizer='softmax', got 0.1"):
+            call(GOOD, over=over, normalizer="softmax", **{name: 0.1})
+    with pytest.raises(ValueError, match="^tsr_floor: "):
+        RepMTLLoss(normalizer="softmax", tsr_floor=0.1)
 
 
 @pytest.mark.parametrize("loss", [csa_loss, rep_mtl_loss, reference.csa_loss])
@@ -137,6 +154,10 @@ def test_modules_check_when_they_are_made(module, option, value):
 
 def test_modules_are_the_functions():
     torch.testing.assert_close(TSRLoss(over="space")(GOOD), tsr_loss(GOOD, over="space"))
+    torch.testing.assert_close(TSRLoss(floor=0.3)(GOOD), tsr_loss(GOOD, floor=0.3))
+    assert TSRLoss(floor=0.3)(GOOD) > TSRLoss()(GOOD) + 0.01
+    assert RepMTLLoss(tsr_floor=0.3)(GOOD).tsr == rep_mtl_loss(GOOD, tsr_floor=0.3).tsr
+    assert rep_mtl_loss(GOOD, tsr_floor=0.3).tsr == tsr_loss(GOOD, floor=0.3)
     torch.testing.assert_close(CSALoss(temperature=0.2)(GOOD), csa_loss(GOOD, temperature=0.2))
     found = RepMTLLoss(lambda_tsr=0.3, lambda_csa=0.4, eps=1e-6)(GOOD)
     assert found == rep_mtl_loss(GOOD, lambda_tsr=0.3, lambda_csa=0.4, eps=1e-6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import BACKENDS, DEVICE, LOSSES, Case, Loss, supports
 
-from repmtl_kernels import rep_mtl_loss, tsr_loss
+from repmtl_kernels import RepMTL, rep_mtl_loss, tsr_loss
 from repmtl_kernels._autograd import Config, Saved
 
 CASE = Case(2, 3, 12, (3, 3))
@@ -101,6 +101,24 @@ def test_func_grad_of_leaves_inside_compile(graph: bool):
     torch.testing.assert_close(found, torch.func.grad(tsr_loss)(s).detach())
 
 
+def test_criterion_that_is_compiled():
+    """Its backward pass is not observed there, and nothing else is different."""
+    torch.manual_seed(0)
+    heads = [torch.nn.Conv1d(12, 3, 1, device=DEVICE) for _ in range(2)]
+    z = torch.randn(3, 12, 4, device=DEVICE, requires_grad=True)
+
+    def step(criterion):
+        total = criterion([head(z).square().mean() for head in heads], z)
+        return total, torch.autograd.grad(total, z)[0]
+
+    plain = RepMTL(0.5, 0.5)
+    compiled = torch.compile(RepMTL(0.5, 0.5), backend="aot_eager")
+    torch.testing.assert_close(step(compiled), step(plain))
+    validation = torch.compile(plain.eval(), backend="aot_eager", fullgraph=True)
+    losses = [head(z).square().mean() for head in heads]
+    torch.testing.assert_close(validation(losses, z), sum(losses))
+
+
 def test_second_derivative_by_function_transforms_is_refused():
     tensors = CASE.make(torch.float32)
 
@@ -112,13 +130,14 @@ def test_second_derivative_by_function_transforms_is_refused():
 
 
 def _config(backend: str, **changes) -> Config:
-    config = Config(backend, True, True, False, 1, "tasks", "abs", 1.0, 0.5, 0.0, True)
+    config = Config(backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True)
     return config._replace(**changes)
 
 
 CONFIGS = {
     "both": {},
     "tsr": {"csa": False},
+    "floor": {"csa": False, "tsr_floor": 0.1},
     "csa": {"tsr": False},
     "stacked": {"stacked": True},
     "without gradient": {"with_grad": False},

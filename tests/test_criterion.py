@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import repmtl_kernels
-from repmtl_kernels import RepMTL, reference, task_saliencies
+from repmtl_kernels import RepMTL, _preflight, reference, task_saliencies
 
 TASKS, BATCH, CHANNELS, HEIGHT, WIDTH = 3, 4, 5, 3, 2
 LAMBDAS = {"lambda_tsr": 0.9, "lambda_csa": 0.7}
@@ -66,16 +69,18 @@ def literal(
     lambda_csa: float,
     weights: list[float] | None = None,
     log_losses: bool = False,
+    offset: float = 0.0,
     present: Tensor | None = None,
     channel_dim: int = 1,
     over: str = "tasks",
     normalizer: str = "abs",
     tsr_temperature: float = 1.0,
+    tsr_floor: float = 0.0,
     csa_temperature: float = 0.5,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Total, TSR and CSA: equations 3 to 10, nothing skipped."""
-    objectives = [torch.log(loss) for loss in losses] if log_losses else losses
+    objectives = [torch.log(loss + offset) for loss in losses] if log_losses else losses
     saliencies = [
         torch.autograd.grad(objective, z, create_graph=True)[0]
         for objective, z in zip(objectives, representations, strict=True)
@@ -85,6 +90,7 @@ def literal(
         over=over,
         normalizer=normalizer,
         temperature=tsr_temperature,
+        floor=tsr_floor,
         eps=eps,
         channel_dim=channel_dim,
     )
@@ -135,8 +141,9 @@ PRESENT = torch.tensor([[1, 0, 1, 1], [1, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.b
             {"over": "space", "normalizer": "softmax"},
             {"over": "space", "normalizer": "softmax"},
         ),
+        ({"log_losses": True, "log_offset": 0.3}, {"log_losses": True, "offset": 0.3}),
     ],
-    ids=["plain", "log", "weights", "log-weights", "space-softmax"],
+    ids=["plain", "log", "weights", "log-weights", "space-softmax", "offset"],
 )
 def test_total_and_gradients_are_equation_10(
     network: Network, backend: str, options: dict, theirs: dict
@@ -169,6 +176,8 @@ def test_options_reach_the_losses(network: Network, lambdas: dict, softmax: bool
     options = {"over": "space", "csa_temperature": 0.2, "eps": 1e-5}
     if softmax:
         options |= {"normalizer": "softmax", "tsr_temperature": 1e-3}
+    else:
+        options |= {"tsr_floor": 0.3}
     expected, *_ = literal(losses, [z] * TASKS, **lambdas, **options)
     for name in options:
         matters = lambdas["lambda_csa" if name == "csa_temperature" else "lambda_tsr"] != 0
@@ -318,6 +327,167 @@ def applied(criterion: RepMTL, network: Network, steps: int) -> list[bool]:
     return found
 
 
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"strength": 0.5}], ids=str)
+def test_start_and_ramp(network: Network, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = RepMTL(**LAMBDAS, start=2, ramp=4, **options)
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(a) or grad(*a, **k))
+    images, targets = network.images(), network.targets()
+    weights = [0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
+    for call, weight in enumerate(weights):
+        z = network.encoder(images)
+        losses = network.losses(z, targets)
+        calls.clear()
+        total = criterion(losses, z)
+        weight = criterion.every * weight if (call - 2) % criterion.every == 0 else 0
+        assert len(calls) == (TASKS if weight else 0)
+        assert criterion.last.applied is bool(weight)
+        if not weight:
+            assert torch.equal(total, sum(losses))
+        elif criterion.strength is None:
+            lambdas = {name: weight * value for name, value in LAMBDAS.items()}
+            expected, *_ = literal(losses, [z] * TASKS, **lambdas)
+            assert_same_step(network, total, expected)
+        else:
+            total.backward()
+            if call > 2:  # the estimate of a network that stays as it is
+                assert criterion.last.ratio.item() == pytest.approx(0.5 * weight, rel=1e-6)
+
+
+def test_start_is_counted_in_the_checkpoint(network: Network) -> None:
+    criterion = RepMTL(start=3)
+    assert applied(criterion, network, 2) == [False, False]
+    resumed = RepMTL(start=3)
+    resumed.load_state_dict(criterion.state_dict())
+    assert applied(resumed, network, 3) == [False, True, True]
+
+
+def absent(values, task):
+    """With None for one task; a list or a dict."""
+    if isinstance(values, dict):
+        return {t: None if t == task else value for t, value in values.items()}
+    return [None if t == task else value for t, value in enumerate(values)]
+
+
+@pytest.mark.parametrize("task", range(TASKS))
+@pytest.mark.parametrize("keyed", (False, True), ids=("list", "dict"))
+@pytest.mark.parametrize("multi", (False, True), ids=("shared", "multi-input"))
+def test_absent_task(network: Network, task: int, keyed: bool, multi: bool) -> None:
+    """The same step as without that task: total, gradients, ratio."""
+    z = [network.encoder(network.images()) for _ in range(TASKS)]
+    losses = network.losses(z, network.targets()) if multi else None
+    if not multi:
+        z = z[:1] * TASKS
+        losses = network.losses(z[0], network.targets())
+    weights = [0.5, 2.0, 3.0]
+    rest = [t for t in range(TASKS) if t != task]
+    expected, *_ = literal(
+        [losses[t] for t in rest],
+        [z[t] for t in rest],
+        **LAMBDAS,
+        weights=[weights[t] for t in rest],
+        present=PRESENT[rest],
+    )
+    given, representation = absent(losses, task), absent(z, task) if multi else z[0]
+    if keyed:
+        names = "abc"
+        given, weights = (dict(zip(names, values, strict=True)) for values in (given, weights))
+        if multi:
+            representation = dict(zip(names, representation, strict=True))
+    criterion = RepMTL(**LAMBDAS, task_weights=weights)
+    mask = PRESENT.clone()
+    mask[task] = ~mask[task]  # ignored
+    assert_same_step(network, criterion(given, representation, mask), expected)
+    last = criterion.last
+    assert list(last.losses) == (list("abc") if keyed else [0, 1, 2])
+    assert [loss is None for loss in last.losses.values()] == [t == task for t in range(TASKS)]
+    assert last.ratio.isfinite()
+    plain = criterion.eval()(given, None)
+    torch.testing.assert_close(plain, expected.detach() - last.regularizer)
+
+
+def test_message_without_any_loss(network: Network) -> None:
+    z = network.encoder(network.images())
+    for losses in ([None] * 3, {"a": None}):
+        for training in (True, False):
+            with pytest.raises(ValueError, match=r"losses: .* at least one task, got None for all"):
+                RepMTL().train(training)(losses, z)
+    with pytest.raises(TypeError, match=r"losses\[0\]: expected a scalar Tensor, got NoneType"):
+        task_saliencies([None, z.mean()], z)
+
+
+def test_second_order_where_the_next_call_applies(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = []
+    module = type(sys)("second order")
+
+    @contextlib.contextmanager
+    def second_order():
+        entered.append(True)
+        yield
+
+    module.second_order = second_order
+    monkeypatch.setitem(sys.modules, "repmtl_kernels._second_order", module)
+
+    def found(criterion, steps):
+        shown = []
+        for _ in range(steps):
+            entered.clear()
+            z = network.encoder(network.images())
+            with criterion.second_order():
+                losses = network.losses(z, network.targets())
+            criterion(losses, z)
+            assert bool(entered) is criterion.last.applied
+            shown.append(bool(entered))
+        return shown
+
+    assert found(RepMTL(), 2) == [True, True]
+    assert found(RepMTL(start=1, every=2), 4) == [False, True, False, True]
+    assert found(RepMTL(strength=0.1), 1) == [True]
+    for off in (RepMTL(0, 0), RepMTL().eval(), RepMTL(strength=0.0)):
+        assert found(off, 1) == [False]
+    criterion = RepMTL()
+    criterion.every = 0
+    with pytest.raises(ValueError, match="every: expected"):
+        criterion.second_order()
+
+
+def test_step_under_second_order(network: Network) -> None:
+    z = network.encoder(network.images())
+    targets = network.targets()
+    expected, *_ = literal(network.losses(z, targets), [z] * TASKS, **LAMBDAS)
+    criterion = RepMTL(**LAMBDAS)
+    with criterion.second_order() as context:
+        losses = network.losses(z, targets)
+    assert isinstance(context, type(repmtl_kernels._second_order.second_order()))
+    assert_same_step(network, criterion(losses, z), expected)
+    assert criterion.last.ratio > 0
+
+
+def test_heads_without_a_second_derivative_are_explained_once(
+    network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walks = []
+    explain = _preflight.explain
+    monkeypatch.setattr(
+        _preflight, "explain", lambda tasks, z: walks.append(list(tasks)) or explain(tasks, z)
+    )
+    criterion = RepMTL(start=1)
+    assert applied(criterion, network, 3) == [False, True, True]
+    assert walks == [[0, 1, 2]]
+    z = network.encoder(network.images())
+    losses = network.losses(z, network.targets())
+    losses[1] = checkpoint(network.heads[1], z, use_reentrant=True).mean()
+    with pytest.raises(
+        _preflight.SecondDerivativeError, match=r"losses\[1\]: .*use_reentrant=False"
+    ):
+        RepMTL()(losses, z)
+    assert RepMTL.check is _preflight.check
+    RepMTL.check(network.heads, z)
+
+
 def test_evaluation_and_failed_calls_are_not_counted(network: Network) -> None:
     criterion = RepMTL(every=3)
     assert applied(criterion, network, 2) == [True, False]
@@ -395,6 +565,18 @@ def test_schedule_of_the_weights(network: Network) -> None:
         criterion(losses, z)
 
 
+def test_log_of_zero_with_an_offset(network: Network) -> None:
+    criterion = RepMTL(log_losses=True, log_offset=0.01)
+    for training in (True, False):
+        z = network.encoder(network.images())
+        losses = [*network.losses(z, network.targets())[:2], (0 * z).sum()]
+        total = criterion.train(training)(losses, z)
+        network.zero_grad()
+        total.backward()
+        assert total.isfinite() and network.encoder[0].weight.grad.isfinite().all()
+        assert criterion.last.losses[2] == 0
+
+
 def test_log_of_zero_is_not_hidden(network: Network) -> None:
     z = network.encoder(network.images())
     losses = [*network.losses(z, network.targets())[:2], (0 * z).sum()]
@@ -426,8 +608,15 @@ def test_last_has_no_graph_and_does_not_follow_the_total(network: Network) -> No
 
 @pytest.mark.parametrize(
     "options",
-    ({}, {"log_losses": True}, {"every": 2}, {"lambda_csa": 0}, {"lambda_tsr": 0}),
-    ids=("plain", "log", "every", "tsr", "csa"),
+    (
+        {},
+        {"log_losses": True, "log_offset": 0.1},
+        {"every": 2},
+        {"lambda_csa": 0, "tsr_floor": 0.1},
+        {"lambda_tsr": 0},
+        {"strength": 0.1, "clip": 2.0, "ramp": 4},
+    ),
+    ids=("plain", "log", "every", "tsr", "csa", "strength"),
 )
 def test_no_value_is_read_on_the_host(network: Network, options: dict) -> None:
     """Tensors on the meta device have no values, so that reading one raises.
@@ -438,10 +627,15 @@ def test_no_value_is_read_on_the_host(network: Network, options: dict) -> None:
     images, network = network.images().to("meta"), network.to("meta")
     criterion = RepMTL(**options, task_weights=[1, 2, 3], backend="eager")
     for training in (True, True, False):
-        z = network.encoder(images)
-        total = criterion.train(training)(network.losses(z, targets), z, PRESENT.to("meta"))
-        total.backward()
-        assert total.is_meta and all(loss.is_meta for loss in criterion.last.losses.values())
+        for absent in (None, 1):
+            z = network.encoder(images)
+            losses = [None if t == absent else x for t, x in enumerate(network.losses(z, targets))]
+            total = criterion.train(training)(losses, z, PRESENT.to("meta"))
+            total.backward()
+            last = criterion.last
+            given = [loss for loss in last.losses.values() if loss is not None]
+            assert total.is_meta and all(loss.is_meta for loss in given)
+            assert last.ratio.is_meta if last.applied else last.ratio is None
     with pytest.raises(RuntimeError, match="meta"):
         bool(criterion.last.total > 0)
 
@@ -541,12 +735,17 @@ BAD = {
     "detached": (
         lambda losses, z: ([losses[0], losses[1].detach()], z),
         ValueError,
-        r"losses\[1\]: expected a loss with a graph, got one without: it was detached",
+        r"losses\[1\]: expected a loss with a graph, got one without: it was detached.*pass None",
     ),
     "independent": (
         lambda losses, z: ({"a": losses[0], "c": losses[1].detach().requires_grad_().exp()}, z),
         ValueError,
         r"losses\['c'\]: does not depend on representation\. Pass the very tensor",
+    ),
+    "a leaf": (
+        lambda losses, z: ([losses[0], torch.ones((), requires_grad=True)], z),
+        ValueError,
+        r"losses\[1\]: does not depend on representation\.",
     ),
     "another representation": (
         lambda losses, z: (losses, z.clone()),
@@ -711,12 +910,24 @@ def test_a_bad_batch_is_refused_on_every_step(network: Network, lambda_csa: floa
         criterion(losses, z)
 
 
-@pytest.mark.parametrize("name, value", [("every", 0), ("task_weights", [1.0, -1.0, 1.0])])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("every", 0),
+        ("start", -1),
+        ("ramp", -1),
+        ("strength", -1.0),
+        ("clip", 0.0),
+        ("log_offset", 0.1),
+        ("tsr_floor", math.nan),
+        ("task_weights", [1.0, -1.0, 1.0]),
+    ],
+)
 def test_message_for_bad_options_set_later(network: Network, name: str, value) -> None:
     criterion = RepMTL()
     setattr(criterion, name, value)
     z = network.encoder(network.images())
-    with pytest.raises(ValueError, match=f"^{name}.*: expected"):
+    with pytest.raises(ValueError, match=f"^{name}.*: .*expected"):
         criterion(network.losses(z, network.targets()), z)
 
 
@@ -744,6 +955,20 @@ def test_message_for_representations_of_different_shapes(network: Network) -> No
         ({"every": 0}, ValueError, "every: expected an int of at least 1; got 0"),
         ({"every": 2.0}, TypeError, "every: expected an int, got float"),
         ({"every": True}, TypeError, "every: expected an int, got bool"),
+        ({"start": -1}, ValueError, "start: expected an int of at least 0; got -1"),
+        ({"ramp": 0.5}, TypeError, "ramp: expected an int, got float"),
+        ({"strength": -0.1}, ValueError, "strength: expected a finite number of at least 0"),
+        ({"strength": "high"}, TypeError, "strength: expected a number, got str"),
+        ({"clip": 0}, ValueError, "clip: expected a finite number above 0"),
+        ({"clip": math.inf}, ValueError, "clip: expected a finite number above 0"),
+        ({"log_offset": 0.1}, ValueError, "log_offset: .* expected 0 without log_losses=True"),
+        ({"log_losses": True, "log_offset": -1}, ValueError, "log_offset: expected"),
+        ({"tsr_floor": -1}, ValueError, "tsr_floor: expected a finite number of at least 0"),
+        (
+            {"tsr_floor": 0.1, "normalizer": "softmax"},
+            ValueError,
+            "tsr_floor: .* expected 0 with normalizer='softmax', got 0.1",
+        ),
         ({"group": "world"}, ValueError, "group: "),
         ({"task_weights": [1, -1]}, ValueError, r"task_weights\[1\]: expected .* at least 0"),
         ({"task_weights": {"a": None}}, TypeError, r"task_weights\['a'\]: expected a number"),

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import BACKENDS, DEVICE, LOSSES, TSR_FORMS, TSR_IDS, Case, Loss, supports
+from cases import (
+    BACKENDS,
+    DEVICE,
+    FLOOR_FORMS,
+    FLOOR_IDS,
+    LOSSES,
+    TSR_FORMS,
+    TSR_IDS,
+    Case,
+    Loss,
+    supports,
+)
 
 from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
 
@@ -25,7 +36,7 @@ def test_gradcheck(backend: str, loss: Loss, case: Case):
     )
 
 
-@pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
+@pytest.mark.parametrize("form", TSR_FORMS + FLOOR_FORMS, ids=TSR_IDS + FLOOR_IDS)
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("backend", [*EXACT, "reference"])
 def test_gradcheck_of_every_distribution(backend: str, eps: float, form: dict):
@@ -42,7 +53,7 @@ def test_gradcheck_of_csa_with_eps(backend: str, eps: float):
     assert torch.autograd.gradcheck(lambda *s: csa_loss(s, backend=backend, eps=eps), tensors)
 
 
-@pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
+@pytest.mark.parametrize("form", TSR_FORMS + FLOOR_FORMS, ids=TSR_IDS + FLOOR_IDS)
 def test_reference_supports_second_derivatives_of_tsr(form: dict):
     tensors = Case(2, 2, 2, (2,)).make(torch.float64)
     assert torch.autograd.gradgradcheck(lambda *s: reference.tsr_loss(s, **form), tensors)

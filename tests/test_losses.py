@@ -7,6 +7,8 @@ from cases import (
     BACKENDS,
     CASES,
     DEVICE,
+    FLOOR_FORMS,
+    FLOOR_IDS,
     LOSSES,
     TSR_FORMS,
     TSR_IDS,
@@ -29,7 +31,7 @@ def test_every_case(backend: str, dtype: torch.dtype, case: Case, loss: Loss):
     judge(loss, case, dtype, backend)
 
 
-@pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
+@pytest.mark.parametrize("form", TSR_FORMS + FLOOR_FORMS, ids=TSR_IDS + FLOOR_IDS)
 @pytest.mark.parametrize(
     "case", [Case(3, 2, 8, (5, 6)), Case(2, 3, 5), Case(2, 2, 3, (30, 41))], ids=str
 )
@@ -216,3 +218,30 @@ def test_tsr_of_the_paper_by_hand():
             second = second.to(first.device)
         found = tsr_loss([first, second], backend=backend)
         torch.testing.assert_close(found.cpu(), entropy / 2)
+
+
+def test_floor_by_hand():
+    """(1, 3) and (3, 0) with a floor of 0.4 of the mean 7/4: (1.7, 3.7) and (3.7, 0.7)."""
+    share = torch.tensor([[1.7, 3.7], [3.7, 0.7]])
+    share = share / share.sum(1, keepdim=True)
+    entropy = -(share * share.log()).sum(1).mean()
+    for backend in ("reference", *BACKENDS):
+        first = torch.tensor([[[1.0, 2.0], [1.0, 4.0]]], device=DEVICE)
+        second = torch.tensor([[[-3.0, 0.0], [-3.0, 0.0]]], device=DEVICE, requires_grad=True)
+        found = tsr_loss([first, second], floor=0.4, backend=backend)
+        torch.testing.assert_close(found.detach().cpu(), entropy)
+        (grad,) = torch.autograd.grad(found, second)
+        assert (grad[..., 1] == 0).all() and (grad[..., 0] != 0).all()  # that of |x| at 0 is 0
+
+
+def test_floor_bounds_the_gradient():
+    """Without, a position of next to no saliency has all of it."""
+    saliencies = [torch.ones(1, 1, 50, device=DEVICE) for _ in range(2)]
+    saliencies[0][..., 0], saliencies[1][..., 0] = 1e-6, 2e-6
+    for backend in BACKENDS:
+        largest = []
+        for floor in (0.0, 0.1):
+            given = [s.clone().requires_grad_() for s in saliencies]
+            grads = torch.autograd.grad(tsr_loss(given, floor=floor, backend=backend), given)
+            largest.append(max(g.abs().max().item() for g in grads))
+        assert largest[0] > 1e3 and largest[1] < 0.1

@@ -1,0 +1,544 @@
+"""Which operation of a task head has no second derivative, in which module, and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import types
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+Head = Callable[[Tensor], Any]
+Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict
+Representation = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
+
+
+class SecondDerivativeError(RuntimeError):
+    """A head can't be trained with Rep-MTL: its saliency has no derivative, or a wrong one.
+
+    The message names the head or task, the module where it was found, the operation and what to do.
+    """
+
+
+class Fault(NamedTuple):
+    what: str
+    remedy: str
+    node: Node | None = None  # in the graph of the head's forward
+    cause: BaseException | None = None
+    module: str | None = None
+
+
+# --- what is known about operations, by the name of their node ---
+
+_SDPA = "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+_ATTENTION = ("FlashAttn", "FlashAttention", "EfficientAttention", "FlexAttention", "_fMHA")
+_KNOWN = (
+    (
+        ("CompiledFunction",),
+        "a torch.compile region has no second derivative",
+        "Compile the encoder alone, or the whole step with torch.func.grad for all gradients",
+    ),
+    (
+        ("ScaledDotProduct",),
+        "fused attention has no second derivative",
+        f"Call the head under {_SDPA}",
+    ),
+    (
+        _ATTENTION,
+        "fused attention has no second derivative",
+        f"Use torch.nn.functional.scaled_dot_product_attention under {_SDPA}",
+    ),
+    (
+        ("CudnnRnn", "MiopenRnn"),
+        "a cuDNN RNN has no second derivative",
+        "Call the head under torch.backends.cudnn.flags(enabled=False)",
+    ),
+    (
+        ("CheckpointFunction",),
+        "re-entrant checkpointing can't give saliencies",
+        "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
+    ),
+    (
+        ("SyncBatchNorm",),
+        "SyncBatchNorm has no second derivative",
+        "Use BatchNorm or GroupNorm in the heads; the encoder may keep SyncBatchNorm",
+    ),
+)
+# once_differentiable wraps a function; all its wrappers share one code object.
+_ONCE = once_differentiable(print).__code__
+
+
+def _operation(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name())
+
+
+def _known_fault(node: Node) -> Fault | None:
+    operation = _operation(node)
+    for prefixes, what, remedy in _KNOWN:
+        if operation.startswith(prefixes):
+            return Fault(f"{what} (operation {operation})", remedy, node)
+    if isinstance(node, BackwardCFunction):
+        backward = node._forward_cls.backward
+        if getattr(backward, "__code__", None) is _ONCE:
+            return _custom_fault(node, "is marked with once_differentiable")
+    return None
+
+
+def _custom_fault(node: Node, why: str) -> Fault:
+    return Fault(
+        f"the backward of the autograd.Function {_operation(node)} {why}",
+        "Write that backward with differentiable operations of PyTorch (no once_differentiable, "
+        "detach, no_grad or own kernel), or use another operation",
+        node,
+    )
+
+
+def _fault_of(node: Node, why: str, cause: BaseException | None = None) -> Fault:
+    """The fault that ``node`` was found to have."""
+    fault = _known_fault(node)
+    if fault is None and isinstance(node, BackwardCFunction):
+        fault = _custom_fault(node, why)
+    if fault is None:
+        fault = Fault(
+            f"the backward of operation {_operation(node)} {why}",
+            "Use operations that PyTorch can differentiate twice instead",
+            node,
+        )
+    return fault._replace(cause=cause)
+
+
+# --- the graph between a result and the representation ---
+
+
+def _leads(
+    roots: Iterable[Node], end: GradientEdge, known: dict[Node, bool] | None = None
+) -> dict[Node, bool]:
+    """The nodes below ``roots`` that are not in ``known``, and whether they lead to ``end``.
+
+    Nothing below ``end`` is visited. Each node is visited once; ``known`` is filled.
+    """
+    known = {} if known is None else known
+    before = len(known)
+    stack = [(root, False) for root in roots if root is not end.node]
+    while stack:
+        node, parents_done = stack.pop()
+        parents = [(parent, nr) for parent, nr in node.next_functions if parent is not None]
+        if parents_done:
+            known[node] = any(
+                nr == end.output_nr if parent is end.node else known[parent]
+                for parent, nr in parents
+            )
+        elif node not in known:
+            known[node] = False
+            stack.append((node, True))
+            stack += [(parent, False) for parent, _ in parents if parent is not end.node]
+    return dict(list(known.items())[before:])
+
+
+def _depends(values: Iterable[Tensor], end: GradientEdge) -> bool:
+    roots = [v.grad_fn for v in values if v.grad_fn is not None]
+    return end.node in roots or any(_leads(roots, end).values())
+
+
+def explain(
+    losses: Mapping[Hashable, Tensor], representations: Sequence[tuple[str, Tensor]]
+) -> None:
+    """Raises where an operation between a loss and its representation is known to have no second
+    derivative; what only running it would show, :func:`check` finds.
+
+    Args:
+        losses: scalar losses with a graph, by task.
+        representations: for each of them the name that messages use, and the tensor.
+    """
+    visited: dict[tuple[Node, int], dict[Node, bool]] = {}
+    for (task, loss), (name, z) in zip(losses.items(), representations, strict=True):
+        end = get_gradient_edge(z)
+        known = visited.setdefault((end.node, end.output_nr), {})
+        found = _leads([loss.grad_fn], end, known)
+        depends = known.get(loss.grad_fn, loss.output_nr == end.output_nr)
+        if end.node.name().startswith("_DDPSink") and not depends:
+            raise SecondDerivativeError(
+                f"losses[{task!r}]: does not depend on {name}, a result of "
+                "DistributedDataParallel, which copies its results where static_graph or "
+                "find_unused_parameters is set. Call the criterion inside the wrapped module"
+            )
+        for node, leads in found.items():
+            fault = _known_fault(node) if leads else None
+            if fault is not None:
+                raise SecondDerivativeError(
+                    f"losses[{task!r}]: {fault.what}, and it is between {name} and this loss. "
+                    f"{fault.remedy}. RepMTL.check(heads, z) finds the module"
+                )
+
+
+# --- the preflight ---
+
+
+def check(heads: Heads, z: Representation) -> None:
+    """Finds heads that can't be trained with Rep-MTL, before a long run starts::
+
+        RepMTL.check(heads, encoder(x))
+
+    Runs each head, one after the other, on a detached copy of its representation, takes a saliency
+    and the derivative of it. Call it as the training step calls the heads: in the same mode, under
+    the same autocast, attention and cuDNN contexts, on every rank. Parameters, their gradients,
+    buffers (running statistics), modes, hooks and the random state of PyTorch are left as they are.
+
+    It takes what was observed for a batch like ``z``; another path through a head may differ.
+
+    Args:
+        heads: a module or a function of the representation, or a list, tuple, ``ModuleList``, dict
+            or ``ModuleDict`` of them. Its result holds tensors in lists, tuples, dicts and
+            dataclasses. A loss may be part of it: ``lambda z: cross_entropy(head(z), labels)``.
+        z: the shared representation. In multi-input learning a list, tuple or dict with one per
+            head. It needs no graph.
+
+    Raises:
+        SecondDerivativeError: a head has an operation without a second derivative (a compiled
+            region, fused attention, a cuDNN RNN, re-entrant checkpointing, SyncBatchNorm, a custom
+            ``autograd.Function``), with one that is wrong without a word (its backward detaches),
+            does not depend on ``z``, or writes to it.
+        ValueError, TypeError: an argument is not as described.
+    """
+    named = _named_heads(heads)
+    for (name, head), representation in zip(
+        named.items(), _representations(z, heads, len(named)), strict=True
+    ):
+        _check_head(name, head, representation)
+
+
+def _check_head(name: str, head: Head, z: Tensor) -> None:
+    modules = _modules_of(head)
+    with _left_as_found(modules, z):
+        fault = _find_fault(head, z, None)
+    if fault is None:
+        return
+    # Again, and now modules are watched: hooks on them could change what a compiler does.
+    calls = _Calls(modules)
+    with _left_as_found(modules, z), calls.watched():
+        fault = _find_fault(head, z, calls) or fault
+    if fault.module is None and fault.node is not None:
+        fault = fault._replace(module=calls.module_of(fault.node))
+    where = f"{name}, module {fault.module}" if fault.module else name
+    raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}") from fault.cause
+
+
+def _find_fault(head: Head, z: Tensor, calls: _Calls | None) -> Fault | None:
+    with torch.inference_mode(False), torch.enable_grad():
+        # Not a leaf, as in training: a head may then write to it, and that shows.
+        given = z.detach().clone().requires_grad_().clone()
+        end = get_gradient_edge(given)
+        if calls is not None:
+            calls.begin(given, end)
+        outputs = list(_tensors(head(given)))
+        if given._version:
+            return Fault(
+                "the representation is written in place",
+                "Use the out-of-place form, e.g. ReLU(inplace=False), on the representation",
+                module=calls and calls.writes,
+            )
+        outputs = [torch.view_as_real(o) if o.is_complex() else o for o in outputs]
+        outputs = [o for o in outputs if o.requires_grad]
+        if not _depends(outputs, end):
+            return Fault(
+                "the result does not depend on the representation: it is not used, or the graph "
+                "is cut (.detach(), .data, torch.no_grad(), argmax, .numpy())",
+                "Keep the graph from the representation to the result",
+                module=calls and calls.cuts,
+            )
+        # A square around each value: never saturated, so no gradient is lost to it.
+        squares = [(_weights(o) * (o - o.detach() + 1) ** 2).sum() for o in outputs]
+        probe = sum(square.to(given.device) for square in squares)
+        return _Derivatives(probe, given, end).fault()
+
+
+class _Derivatives:
+    """First and second derivative of ``probe``; remembers where each operation came from."""
+
+    def __init__(self, probe: Tensor, given: Tensor, end: GradientEdge) -> None:
+        self.probe, self.given, self.end = probe, given, end
+        self.forward = _leads([probe.grad_fn], end)
+        self.origin: dict[Node, Node] = {}  # of the nodes that the first derivative made
+        self.started: Node | None = None
+        self.constant: list[tuple[Node, bool]] = []  # nodes that lose the graph; if not by zeros
+
+    def fault(self) -> Fault | None:
+        # Without allow_unused: that it depends on the representation is known.
+        (saliency,), error = self._run(self.forward, self.probe, observe=True)
+        if error is not None:
+            return _fault_of(self.started, f"failed: {_first_line(error)}", error)
+        for node, nonzero in self.constant:
+            if nonzero or not saliency.any():
+                return _fault_of(
+                    node,
+                    "gives a gradient without a graph, so the second derivative leaves it out "
+                    "without a word" if nonzero else "is zero everywhere: no saliency reaches z",
+                )  # fmt: skip
+        second = _leads([saliency.grad_fn], self.end)
+        for node in second:
+            # Nodes that PyTorch puts where a derivative is missing: they raise in backward().
+            if node.name() in ("torch::autograd::NotImplemented", "torch::autograd::Error"):
+                return _fault_of(self.origin.get(node, node), "has no derivative")
+        _, error = self._run(second, saliency, observe=False)
+        if error is not None:
+            node = self.origin.get(self.started, self.started)
+            return _fault_of(node, f"has no derivative: {_first_line(error)}", error)
+        return None
+
+    def _run(
+        self, nodes: dict[Node, bool], value: Tensor, observe: bool
+    ) -> tuple[tuple[Tensor | None], RuntimeError | None]:
+        with contextlib.ExitStack() as hooks:  # left on, they would keep the graph alive
+            for node in (node for node, leads in nodes.items() if leads):
+                hooks.callback(node.register_prehook(functools.partial(self._start, node)).remove)
+                if observe:
+                    after = functools.partial(self._observe, node)
+                    hooks.callback(node.register_hook(after).remove)
+            try:
+                found = torch.autograd.grad(
+                    value, self.given, _weights(value), create_graph=observe,
+                    retain_graph=True, allow_unused=True,
+                )  # fmt: skip
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                return (None,), error
+        return found, None
+
+    def _start(self, node: Node, grads: tuple) -> None:
+        self.started = node
+
+    def _observe(self, node: Node, grads: tuple, incoming: tuple) -> None:
+        """After ``node`` gave ``grads``, one for each of its inputs."""
+        with_graph = any(g is not None and g.requires_grad for g in incoming)
+        for grad, (parent, _) in zip(grads, node.next_functions, strict=True):
+            if grad is None:
+                continue
+            self._claim(grad.grad_fn, node)
+            on_path = parent is self.end.node or self.forward.get(parent, False)
+            if with_graph and on_path and not grad.requires_grad:
+                self.constant.append((node, bool(grad.any())))
+
+    def _claim(self, new: Node | None, origin: Node) -> None:
+        stack = [new]
+        while stack:
+            node = stack.pop()
+            if node is None or node is self.end.node:
+                continue
+            if node in self.forward or node in self.origin:
+                continue
+            self.origin[node] = origin
+            stack += [parent for parent, _ in node.next_functions]
+
+
+# --- modules ---
+
+
+class _Calls:
+    """Which module was running when: by PyTorch's sequence number of graph nodes."""
+
+    def __init__(self, modules: dict[nn.Module, str]) -> None:
+        self.modules = modules
+        self.writes: str | None = None  # the innermost module that wrote to the representation
+        self.cuts: str | None = None  # the innermost module whose result lost the representation
+
+    def begin(self, given: Tensor, end: GradientEdge) -> None:
+        self.given, self.end = given, end
+        self.running: list[tuple[int, int, bool]] = []
+        self.spans: list[tuple[int, int, str]] = []
+        self.writes = self.cuts = None
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        with contextlib.ExitStack() as hooks:
+            for module in self.modules:
+                # Hooks would become part of what is compiled.
+                if not _is_compiled(module):
+                    for handle in (
+                        module.register_forward_pre_hook(self._enter),
+                        module.register_forward_hook(self._leave, with_kwargs=True),
+                    ):
+                        hooks.callback(handle.remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        number = torch.autograd._get_sequence_nr()
+        self.running.append((number, self.given._version, torch.is_grad_enabled()))
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
+        number, version, enabled = self.running.pop()
+        label = self.label(module)
+        # Children leave before their parents: the first one is the innermost.
+        self.spans.append((number, torch.autograd._get_sequence_nr(), label))
+        if self.writes is None and self.given._version != version:
+            self.writes = label
+        # What runs under no_grad is not at fault, but what switched it on.
+        if self.cuts is None and enabled:
+            took = _depends(_tensors((args, kwargs)), self.end)
+            if took and not _depends(_tensors(result), self.end):
+                self.cuts = label
+
+    def module_of(self, node: Node) -> str | None:
+        if _operation(node).startswith("CompiledFunction"):
+            compiled = [self.label(m) for m in self.modules if _is_compiled(m)]
+            if compiled:
+                return ", ".join(compiled)
+        number = node._sequence_nr()
+        return next((label for a, b, label in self.spans if a <= number < b), None)
+
+    def label(self, module: nn.Module) -> str:
+        kind = type(getattr(module, "_orig_mod", module)).__name__
+        name = self.modules[module]
+        return f"{name!r} ({kind})" if name else kind
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _modules_of(head: Head) -> dict[nn.Module, str]:
+    """The modules that a head runs, by their names; compiled ones as a whole."""
+    found: dict[nn.Module, str] = {}
+
+    def add(module: nn.Module, name: str) -> None:
+        if module in found:
+            return
+        found[module] = name
+        if not _is_compiled(module):
+            for child, value in module.named_children():
+                add(value, f"{name}.{child}" if name else child)
+
+    for name, module in _roots(head, ""):
+        add(module, name)
+    return found
+
+
+def _roots(value: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that a module, method, partial or function with a closure refers to."""
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, types.MethodType):
+        yield from _roots(value.__self__, "")
+    elif isinstance(value, functools.partial):
+        for part in (value.func, *value.args, *value.keywords.values()):
+            yield from _roots(part, "")
+    elif isinstance(value, types.FunctionType):
+        code = value.__code__
+        names = {n: value.__globals__[n] for n in code.co_names if n in value.__globals__}
+        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+        for variable, cell in cells:
+            with contextlib.suppress(ValueError):  # a variable that has no value yet
+                names[variable] = cell.cell_contents
+        for variable, item in names.items():
+            if isinstance(item, Mapping):
+                parts = {f"{variable}[{key!r}]": part for key, part in item.items()}
+            elif isinstance(item, list | tuple):
+                parts = {f"{variable}[{i}]": part for i, part in enumerate(item)}
+            else:
+                parts = {variable: item}
+            yield from ((n, part) for n, part in parts.items() if isinstance(part, nn.Module))
+
+
+@contextlib.contextmanager
+def _left_as_found(modules: Iterable[nn.Module], z: Tensor) -> Iterator[None]:
+    """Heads run on copies of their buffers, and the random state is put back."""
+    inside = {inner for module in modules for inner in module.modules()}
+    tensors = [z, *(p for m in inside for p in m._parameters.values() if p is not None)]
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    kept = {module: dict(module._buffers) for module in inside}
+    modes = {module: module.training for module in inside}
+    copies: dict[Tensor, Tensor] = {}
+    with contextlib.ExitStack() as random:
+        random.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {d.type for d in devices}:
+            random.enter_context(
+                torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind)
+            )
+        try:
+            for module, buffers in kept.items():
+                for name, buffer in buffers.items():
+                    if buffer is not None:
+                        if buffer not in copies:
+                            copies[buffer] = buffer.detach().clone()
+                        module._buffers[name] = copies[buffer]
+            yield
+        finally:
+            for module, buffers in kept.items():
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                module.training = modes[module]
+
+
+# --- arguments and results ---
+
+
+def _named_heads(heads: Heads) -> dict[str, Head]:
+    if isinstance(heads, Mapping | nn.ModuleDict):
+        named = {f"heads[{key!r}]": head for key, head in heads.items()}
+    elif isinstance(heads, list | tuple | nn.ModuleList):
+        named = {f"heads[{i}]": head for i, head in enumerate(heads)}
+    else:
+        named = {"heads": heads}
+    if not named:
+        raise ValueError(f"heads: expected at least one, got an empty {type(heads).__name__}")
+    for name, head in named.items():
+        if not callable(head):
+            raise TypeError(
+                f"{name}: expected a module or a function of the representation, got "
+                f"{type(head).__name__}"
+            )
+    return named
+
+
+def _representations(z: Representation, heads: Heads, count: int) -> list[Tensor]:
+    """One for each head, in their order."""
+    if isinstance(z, Tensor):
+        values = {"z": z}
+    elif isinstance(z, Mapping) and isinstance(heads, Mapping | nn.ModuleDict):
+        if set(z) != set(heads):
+            raise ValueError(f"z: expected the keys of heads, {list(heads)}; got {list(z)}")
+        values = {f"z[{key!r}]": z[key] for key in heads}
+    elif isinstance(z, list | tuple) and isinstance(heads, list | tuple | nn.ModuleList):
+        if len(z) != count:
+            raise ValueError(f"z: expected {count}, one for each head; got {len(z)}")
+        values = {f"z[{i}]": value for i, value in enumerate(z)}
+    else:
+        raise TypeError(
+            f"z: expected a Tensor, or one for each head in a container like heads "
+            f"({type(heads).__name__}); got {type(z).__name__}"
+        )
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point Tensor, got {value.dtype}")
+    return list(values.values()) * (count if isinstance(z, Tensor) else 1)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of a nested result."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
+
+
+def _weights(value: Tensor) -> Tensor:
+    """Fixed and all different: equal ones would cancel in a softmax, a norm, a difference."""
+    return torch.arange(1, value.numel() + 1, device=value.device).cos().to(value).view_as(value)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

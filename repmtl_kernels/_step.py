@@ -1,0 +1,33 @@
+"""What one call of the criterion shows for logging."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class RepMTLStep:
+    """What the last call of :class:`RepMTL` computed: detached scalars, still on their device."""
+
+    losses: dict[Hashable, Tensor | None]
+    """The task losses as they were given (no weight, no logarithm), by key or index; None for a
+    task that was absent."""
+    total: Tensor
+    """What the call returned."""
+    tsr: Tensor | None = None
+    """TSR without its weight; None where this step did not compute it."""
+    csa: Tensor | None = None
+    """CSA without its weight; None where this step did not compute it."""
+    regularizer: Tensor | None = None
+    """What was added to the task losses, all weights included; None where nothing was."""
+    applied: bool = False
+    """Whether this step had the regulariser."""
+    ratio: Tensor | None = None
+    """The norm of the regulariser's gradient at the representation over that of the (weighted)
+    tasks', as applied; float32. The first backward pass of the total fills it in; None before, and
+    where the regulariser was not applied. What else sends gradients to the representation, e.g. a
+    loss on it that is not among ``losses``, counts as the regulariser's. Both gradients are rounded
+    to the representation's dtype, so in bfloat16 ratios below 0.01 or so are noise."""

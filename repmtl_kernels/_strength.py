@@ -1,0 +1,145 @@
+"""How strong the regulariser is: its gradient against the tasks', seen in the one backward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels._saliency import accumulation_dtype
+
+# Of the running means: they follow the last fifty observations or so.
+DECAY = 0.98
+
+
+class RunningMean:
+    """Bias-corrected exponential mean of scalars that stay on their device.
+
+    An observation that is not finite, or not above 0, leaves it as it was. Its two numbers are
+    written in place, so that a captured CUDA graph carries them on.
+    """
+
+    def __init__(self) -> None:
+        self._state: Tensor | None = None  # weighted sum of the observations, and of ones
+
+    def value(self, device: torch.device, default: float) -> Tensor:
+        """The mean, ``default`` before the first observation."""
+        total, weight = self._on(device).unbind()
+        return (total / weight).where(weight > 0, default)
+
+    @torch.no_grad()
+    def observe(self, observation: Tensor) -> None:
+        state = self._on(observation.device)
+        added = torch.stack([observation, torch.ones_like(observation)])
+        valid = observation.isfinite() & (observation > 0)
+        state.copy_(torch.where(valid, DECAY * state + (1 - DECAY) * added, state))
+
+    def numbers(self) -> list[float]:
+        """For a checkpoint. Waits for the device, if there is something to wait for."""
+        return [0.0, 0.0] if self._state is None else self._state.tolist()
+
+    def load(self, numbers: Sequence[float]) -> None:
+        new = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        self._state = new if self._state is None else self._state.copy_(new)
+
+    def _on(self, device: torch.device) -> Tensor:
+        if self._state is None:
+            self._state = torch.zeros(2, dtype=torch.float32, device=device)
+        elif self._state.device != device:
+            self._state = self._state.to(device)
+        return self._state
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """2-norm over all elements of all tensors, at any scale: their squares may have no float32."""
+    compact = [unexpanded(x) for x in tensors]
+    largest = reduce(torch.maximum, [torch.linalg.vector_norm(x, torch.inf) for x in compact])
+    largest = largest.to(accumulation_dtype(largest.dtype)).where(largest != 0, 1)
+    norms = [torch.linalg.vector_norm(x / largest, dtype=largest.dtype) for x in compact]
+    for i, (x, view) in enumerate(zip(tensors, compact, strict=True)):
+        if x.numel() > view.numel():
+            norms[i] = norms[i] * math.sqrt(x.numel() // view.numel())
+    return largest * (norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """The view of ``x`` with size 1 where it is expanded."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` lives inside ``torch.func``, ``vmap``, batched gradients or a compiler."""
+    functorch = torch._C._functorch
+    return (
+        torch.compiler.is_compiling()
+        or functorch.is_functorch_wrapped_tensor(x)
+        or functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
+    )
+
+
+class BackwardPass:
+    """What the backward pass of one call's total brings to the representation, by hooks.
+
+    The gradient that arrives there, minus the tasks' first-order part that the saliencies give, is
+    the regulariser's. Nothing here refers to the graph, which would keep it alive. What is kept is
+    one tensor of the representation's size, until the first backward pass has come by.
+    """
+
+    def __init__(self) -> None:
+        self.incoming: Tensor | None = None  # d (what backward was called on) / d total
+        self._pass = -1  # the backward pass of `incoming`: hooks fire in others too
+        self._tasks: Tensor | None = None
+        self._parts: list[Tensor] = []  # the tasks' gradient, then minus the regulariser's
+        self._handles: list = []
+        self._missing = 0
+        self._report: Callable[[Tensor], None] | None = None
+
+    def follow(self, total: Tensor) -> None:
+        """Before everything else, since all gradients here are in units of ``incoming``."""
+        total.register_hook(self._begin)
+
+    def _begin(self, grad: Tensor) -> None:
+        if is_transformed(grad):  # several gradients at a time
+            self.incoming, self._pass = None, -1
+        else:
+            self.incoming, self._pass = grad.detach(), torch._C._current_graph_task_id()
+
+    @torch.no_grad()
+    def measure(
+        self,
+        representations: Sequence[Tensor],
+        saliencies: Sequence[Tensor],
+        weights: Sequence[float],
+        report: Callable[[Tensor], None],
+    ) -> None:
+        """Calls ``report``, once, with the norm of the regulariser's gradient over that of the
+        tasks', each over all representations: float32, on its device."""
+        parts: dict[int, Tensor] = {}
+        for z, saliency, weight in zip(representations, saliencies, weights, strict=True):
+            if id(z) in parts:
+                parts[id(z)].add_(saliency, alpha=weight)
+            else:
+                dtype = accumulation_dtype(saliency.dtype)
+                parts[id(z)] = saliency.to(dtype, copy=True).mul_(weight)
+        self._parts, self._report = list(parts.values()), report
+        self._tasks = norm(self._parts)
+        self._missing = len(parts)
+        for index, z in enumerate({id(z): z for z in representations}.values()):
+            self._handles.append(z.register_hook(partial(self._arrive, index)))
+
+    @torch.no_grad()
+    def _arrive(self, index: int, grad: Tensor) -> None:
+        if self._pass != torch._C._current_graph_task_id():  # e.g. that of another saliency
+            return
+        self._handles[index].remove()
+        self._parts[index].addcmul_(grad, -1 / self.incoming)
+        self._missing -= 1
+        if not self._missing:
+            self._report((norm(self._parts) / self._tasks).float())
+            self._parts, self._tasks, self._report = [], None, None

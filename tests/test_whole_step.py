@@ -1,0 +1,204 @@
+"""torch.compile of the second-order step: as documented, and of the encoder alone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DEVICE, relative_error
+from torch import nn
+from torch.func import functional_call, grad_and_value
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from repmtl_kernels import RepMTL, rep_mtl_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+# What the documented code finds in its module; each test sets them.
+encoder = heads = loss_functions = None
+
+
+def task_loss(z, buffers, parameters, task, target):
+    prediction = functional_call(heads[task], (parameters, buffers), z)
+    return loss_functions[task](prediction, target)
+
+
+def objective(parameters, buffers, x, targets):
+    z = functional_call(encoder, (parameters["encoder"], buffers["encoder"]), x)
+    losses, saliencies = {}, []
+    for task in heads:
+        saliency, losses[task] = grad_and_value(task_loss)(
+            z, buffers[task], parameters[task], task, targets[task]
+        )
+        saliencies.append(saliency)
+    regularizer = rep_mtl_loss(saliencies, lambda_tsr=0.01, lambda_csa=0.01)
+    return sum(losses.values()) + regularizer.total, (losses, regularizer)
+
+
+def step(parameters, buffers, x, targets):
+    return grad_and_value(objective, has_aux=True)(parameters, buffers, x, targets)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+
+
+class Tokens(nn.Module):
+    """Channels to the end and back around a transformer layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(width, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, z):
+        return self.layer(z.flatten(2).mT).mT.unflatten(2, z.shape[2:])
+
+
+def convolutions(width: int, outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, padding=2, dilation=2),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, outputs, 1),
+    )
+
+
+def transformer(width: int, outputs: int) -> nn.Module:
+    return nn.Sequential(Tokens(width), nn.Conv2d(width, outputs, 1))
+
+
+def few_kernels(width: int, outputs: int) -> nn.Module:
+    """Each kernel takes a C++ compiler seconds."""
+    return convolutions(width, outputs) if outputs > 1 else nn.Conv2d(width, outputs, 1)
+
+
+def model_and_data(make, dtype: torch.dtype, width: int = 6):
+    encoder = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU())
+    heads = {"segmentation": make(width, 4), "depth": make(width, 1)}
+    model = nn.ModuleDict({"encoder": encoder, **heads}).to(DEVICE, dtype)
+    losses = {"segmentation": nn.functional.cross_entropy, "depth": nn.functional.mse_loss}
+    x = torch.randn(3, 3, 6, 7, device=DEVICE, dtype=dtype)
+    targets = {
+        "segmentation": torch.randint(4, (3, 4, 5), device=DEVICE),
+        "depth": torch.randn(3, 1, 4, 5, device=DEVICE, dtype=dtype),
+    }
+    return model, losses, x, targets
+
+
+def eager_step(model: nn.ModuleDict, losses, x, targets, criterion: RepMTL):
+    z = model["encoder"](x)
+    model.zero_grad()
+    total = criterion({t: losses[t](model[t](z), targets[t]) for t in losses}, z)
+    total.backward()
+    return total.detach()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("make", [convolutions, transformer])
+def test_whole_step(make, dtype: torch.dtype, monkeypatch):
+    compare_whole_step("aot_eager", make, dtype, monkeypatch)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_whole_step_with_inductor(monkeypatch):
+    compare_whole_step("inductor", few_kernels, torch.float64, monkeypatch)
+
+
+def compare_whole_step(compiler: str, make, dtype: torch.dtype, monkeypatch) -> None:
+    model, losses, x, targets = model_and_data(make, dtype)
+    expected = copy.deepcopy(model)
+    modules = dict(model.items())
+    for name, value in (
+        ("encoder", modules["encoder"]),
+        ("heads", {t: modules[t] for t in losses}),
+        ("loss_functions", losses),
+    ):
+        monkeypatch.setitem(globals(), name, value)
+    criterion = RepMTL(lambda_tsr=0.01, lambda_csa=0.01)
+    tolerance = TOLERANCE[dtype]
+
+    parameters = {name: dict(m.named_parameters()) for name, m in modules.items()}
+    buffers = {name: dict(m.named_buffers()) for name, m in modules.items()}
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, expected)]
+    for _ in range(2):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            grads, (total, (found, regularizer)) = compiled(parameters, buffers, x, targets)
+        for name in modules:
+            for key, parameter in parameters[name].items():
+                parameter.grad = grads[name][key]
+        with sdpa_kernel(SDPBackend.MATH):
+            exact = eager_step(expected, losses, x, targets, criterion)
+
+        torch.testing.assert_close(total, exact, rtol=tolerance, atol=0)
+        last = criterion.last
+        torch.testing.assert_close(found, last.losses, rtol=tolerance, atol=0)
+        torch.testing.assert_close(regularizer.tsr, last.tsr, rtol=tolerance, atol=0)
+        torch.testing.assert_close(regularizer.csa, last.csa, rtol=tolerance, atol=0)
+        pairs = list(zip(model.parameters(), expected.parameters(), strict=True))
+        assert all(p.grad is not None for p, _ in pairs)
+        size = max(e.grad.norm() for _, e in pairs)
+        for p, e in pairs:
+            # A bias before batch norm has a gradient of rounding errors alone.
+            assert (p.grad - e.grad).norm() <= tolerance * max(e.grad.norm(), 1e-3 * size)
+        assert relative_error([p.grad for p, _ in pairs], [e.grad for _, e in pairs]) < tolerance
+        for optimizer in optimizers:
+            optimizer.step()
+    # Running statistics are updated where they are, once a step.
+    state, exact_state = model.state_dict(), expected.state_dict()
+    for name in exact_state:
+        torch.testing.assert_close(
+            state[name], exact_state[name], rtol=tolerance, atol=tolerance, msg=name
+        )
+    if make is convolutions:
+        assert modules["depth"][1].num_batches_tracked == 2
+
+
+def test_the_regularizer_counts(monkeypatch):
+    """The comparison above would see a step that leaves the second order out."""
+    model, losses, x, targets = model_and_data(convolutions, torch.float64)
+    grads = []
+    for strength in (0.0, 0.01):
+        copied = copy.deepcopy(model)
+        eager_step(copied, losses, x, targets, RepMTL(strength, strength))
+        grads.append([p.grad for p in copied.parameters()])
+    assert relative_error(*grads) > 1e3 * TOLERANCE[torch.float64]
+
+
+def test_documentation_shows_the_code_of_this_test():
+    text = (ROOT / "docs" / "training.md").read_text()
+    for function in (task_loss, objective, step):
+        assert inspect.getsource(function).strip() in text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "make"),
+    [
+        ("aot_eager", convolutions),
+        ("aot_eager", transformer),
+        pytest.param("inductor", convolutions, marks=[needs_compiler, pytest.mark.slow]),
+    ],
+)
+def test_compiled_encoder_with_eager_heads(compiler: str, make):
+    model, losses, x, targets = model_and_data(make, torch.float64)
+    expected = copy.deepcopy(model)
+    criterion = RepMTL()
+    whole = dict(model.items())
+    whole["encoder"] = torch.compile(model["encoder"], fullgraph=True, backend=compiler)
+    with sdpa_kernel(SDPBackend.MATH):
+        for _ in range(2):
+            total = eager_step(nn.ModuleDict(whole), losses, x, targets, criterion)
+            exact = eager_step(expected, losses, x, targets, criterion)
+            torch.testing.assert_close(total, exact, rtol=1e-9, atol=0)
+            grads = [p.grad for p in model.parameters()]
+            exact_grads = [p.grad for p in expected.parameters()]
+            assert relative_error(grads, exact_grads) < 1e-9
