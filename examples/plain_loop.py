@@ -1,0 +1,52 @@
+"""Rep-MTL in a plain PyTorch loop, with a batch in four that has no depth.
+
+python examples/plain_loop.py
+"""
+
+import torch
+from scenes import Scenes, encoder, heads, loss_functions
+from torch import nn
+from torch.utils.data import DataLoader
+
+from repmtl_kernels import RepMTL
+
+EPOCHS = 4
+
+torch.manual_seed(0)
+trunk, branches, loss_of = encoder(), nn.ModuleDict(heads()), loss_functions()
+criterion = RepMTL(lambda_tsr=0.01, lambda_csa=0.01)
+parameters = [*trunk.parameters(), *branches.parameters()]
+optimizer = torch.optim.Adam(parameters, lr=5e-3)
+# CSA contrasts the samples of a batch: no batch of one at the end.
+batches = DataLoader(Scenes(), batch_size=32, shuffle=True, drop_last=True)
+held_out = Scenes(64, seed=1)
+
+for epoch in range(EPOCHS):
+    trunk.train(), branches.train(), criterion.train()
+    for step, (images, targets) in enumerate(batches):
+        if step % 4 == 1:
+            targets["depth"] = None
+        z = trunk(images)
+        with criterion.second_order():
+            losses = {
+                task: None if targets[task] is None else loss_of[task](branch(z), targets[task])
+                for task, branch in branches.items()
+            }
+        total = criterion(losses, z)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    last = criterion.last
+    print(
+        f"epoch {epoch}: TSR {last.tsr:.3f}, CSA {last.csa:.3f}, regulariser's gradient "
+        f"{last.ratio:.3f} of the tasks'",
+        end="; ",
+    )
+    trunk.eval(), branches.eval(), criterion.eval()
+    with torch.no_grad():
+        z = trunk(held_out.images)
+        found = branches["segmentation"](z).argmax(1) == held_out.segmentation
+        off = (branches["depth"](z) - held_out.depth).abs()
+    print(
+        f"held out: {found.float().mean():.1%} of the pixels right, depth off by {off.mean():.3f}"
+    )

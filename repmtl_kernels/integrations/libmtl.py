@@ -1,0 +1,108 @@
+"""Rep-MTL as a weighting strategy of LibMTL's ``Trainer``; needs nothing of LibMTL to be imported.
+
+::
+
+    from repmtl_kernels.integrations.libmtl import register
+
+    trainer = Trainer(
+        weighting=register(),
+        rep_grad=True,
+        weight_args={"lambda_tsr": 0.01, "lambda_csa": 0.01},
+        arch_args={},
+        ...
+    )
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from repmtl_kernels.criterion import RepMTL
+
+
+class RepMTLWeighting(nn.Module):
+    """Weighting strategy of LibMTL with the objective of :class:`RepMTL`.
+
+    Single and multi-input, with any architecture of LibMTL that supports ``rep_grad=True``, which
+    it needs. The Trainer takes the name that :func:`register` gives; where it takes a class (LibMTL
+    1.1.5), this one.
+
+    ``weight_args`` are the options of :class:`RepMTL`; tasks go by their names in ``task_dict``,
+    e.g. ``{"task_weights": {"segmentation": 1.0, "depth": 0.5}}``. They may change between steps.
+    ``trainer.model.criterion.last`` has the values of the last step. CSA needs batches of two
+    samples at least: ``DataLoader(drop_last=True)``. ``strength`` and ``last.ratio`` compare norms
+    over all tasks' copies of the representation, since LibMTL gives each its own. For the fast
+    second-order pass, call ``convert_second_order(decoders)`` first.
+    """
+
+    def init_param(self) -> None:
+        # LibMTL has no options here yet. The criterion exists all the same, so that its state is
+        # part of the model's from the start, and `load_path` restores it.
+        self.criterion = RepMTL()
+        self._options: dict[str, Any] = {}
+
+    def backward(self, losses: Tensor, **weight_args: Any) -> np.ndarray:
+        """Gradients of the total in all parameters' ``.grad``.
+
+        Args:
+            losses: ``(T,)``, as the Trainer stacks them.
+            weight_args: options of :class:`RepMTL`.
+
+        Returns:
+            The weights of the task losses, ``(T,)``.
+
+        Raises:
+            ValueError, TypeError: ``rep_grad`` is False, ``losses`` is not of shape ``(T,)``, or
+                :class:`RepMTL` raises.
+        """
+        if not self.rep_grad:
+            raise ValueError(
+                "rep_grad: Rep-MTL needs the gradients of the representation; expected "
+                "Trainer(rep_grad=True), got False"
+            )
+        if losses.shape != (self.task_num,):
+            raise ValueError(
+                f"losses: expected shape ({self.task_num},), one for each of {self.task_name}; "
+                f"got {tuple(losses.shape)}"
+            )
+        criterion = self._criterion(weight_args)
+        # The architecture has given every task a leaf of its own with a copy of the
+        # representation, so what is differentiated with respect to it is this task's branch alone.
+        # That is why a stack costs nothing here, and clone() says so: RepMTL refuses the elements
+        # of one, rightly so where tasks share a representation.
+        separate = {task: losses[t].clone() for t, task in enumerate(self.task_name)}
+        leaves = {task: self.rep_tasks[task] for task in self.task_name}
+        criterion(separate, leaves).backward()
+        grads = [leaf.grad for leaf in leaves.values()]
+        if isinstance(self.rep, dict):
+            torch.autograd.backward([self.rep[task] for task in self.task_name], grads)
+        else:
+            self.rep.backward(sum(grads))
+        weights = criterion.task_weights
+        return np.array([1.0 if weights is None else weights[task] for task in self.task_name])
+
+    def _criterion(self, options: dict[str, Any]) -> RepMTL:
+        if options != self._options:
+            state = self.criterion.state_dict()
+            self.criterion = RepMTL(**options).train(self.training)
+            self.criterion.load_state_dict(state)
+            self._options = dict(options)
+        return self.criterion
+
+
+def register(name: str = "RepMTL") -> str:
+    """Makes :class:`RepMTLWeighting` known to LibMTL under ``name``, and returns the name.
+
+    Raises:
+        ValueError: LibMTL has another weighting of that name.
+    """
+    import LibMTL.weighting as weightings
+
+    if getattr(weightings, name, RepMTLWeighting) is not RepMTLWeighting:
+        raise ValueError(f"name: LibMTL has a weighting {name!r} already; choose another name")
+    setattr(weightings, name, RepMTLWeighting)
+    return name

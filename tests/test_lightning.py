@@ -1,0 +1,177 @@
+"""Training with Lightning, against the same steps written out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightning")
+
+from lightning import Callback, Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from repmtl_kernels import RepMTL
+from repmtl_kernels.integrations.lightning import RepMTLModule
+
+TASKS = ("a", "b")
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+# Lightning's advice on loaders and loggers, which is not about this package.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+
+
+class Module(RepMTLModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def module(**options):
+    torch.manual_seed(1)
+    return Module(
+        encoder=nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh()),
+        heads={
+            t: nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 2, 1))
+            for t in TASKS
+        },
+        losses={"a": nn.MSELoss(), "b": nn.functional.l1_loss},
+        criterion=RepMTL(**{"lambda_tsr": 0.9, "lambda_csa": 0.7, **options}),
+    )
+
+
+class Scenes(Dataset):
+    def __init__(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(0)
+        self.x, *y = torch.randn(3, 16, 3, 5, 6, generator=generator).to(dtype)
+        self.y = dict(zip(TASKS, (each[:, :2] for each in y), strict=True))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], {t: y[i] for t, y in self.y.items()}
+
+
+def loader(dtype=torch.float64):
+    return DataLoader(Scenes(dtype), batch_size=4)
+
+
+def fit(model, tmp_path, *, batches=None, ckpt_path=None, **options):
+    options = {"precision": "64-true", "max_epochs": 1, "logger": False, **options}
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        log_every_n_steps=1,
+        **options,
+    )
+    batches = loader() if batches is None else batches
+    trainer.fit(model, batches, val_dataloaders=batches, ckpt_path=ckpt_path)
+    return trainer
+
+
+def steps_written_out(model, batches, *, accumulate=1, autocast=False):
+    model = copy.deepcopy(model).to(next(iter(batches))[0].dtype)
+    optimizer = model.configure_optimizers()
+    for i, (x, targets) in enumerate(batches, 1):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            z = model.encoder(x)
+            losses = {}
+            if targets.get("a") is not None:
+                losses["a"] = (model.heads["a"](z).type_as(x) - targets["a"]).square().mean()
+            if targets.get("b") is not None:
+                losses["b"] = (model.heads["b"](z).type_as(x) - targets["b"]).abs().mean()
+            total = model.criterion(losses, z)
+        (total / accumulate).backward()
+        if i % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
+def assert_same_parameters(got, expected):
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(dict(got.named_parameters())[name], p, **TIGHT)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every", [1, 3])
+def test_fit_takes_the_steps_of_a_plain_loop(tmp_path, accumulate, every):
+    model = module(every=every)
+    before = copy.deepcopy(model)
+    expected = steps_written_out(model, loader(), accumulate=accumulate)
+    fit(model, tmp_path, accumulate_grad_batches=accumulate)
+    assert_same_parameters(model, expected)
+    moved = (model.encoder[0].weight - before.encoder[0].weight.double()).norm()
+    assert moved > 1e-2
+
+
+def test_what_is_logged(tmp_path):
+    seen = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            seen.append((dict(trainer.callback_metrics), module.criterion.last))
+
+    model = module(every=2)
+    trainer = fit(model, tmp_path, callbacks=[Keep()])
+    for (metrics, last), applied in zip(seen, (True, False, True, False), strict=True):
+        assert last.applied is applied
+        torch.testing.assert_close(metrics["train/loss"], last.total)
+        for t in TASKS:
+            torch.testing.assert_close(metrics[f"train/loss/{t}"], last.losses[t])
+        if applied:
+            torch.testing.assert_close(metrics["train/tsr"], last.tsr)
+            torch.testing.assert_close(metrics["train/csa"], last.csa)
+            torch.testing.assert_close(metrics["train/ratio"], last.ratio)
+            assert metrics["train/ratio"] > 0
+    # Validation: the plain losses, averaged over the loader.
+    model.double()
+    with torch.no_grad():
+        predictions = model(Scenes().x)
+        a = (predictions["a"] - Scenes().y["a"]).square().mean()
+        b = (predictions["b"] - Scenes().y["b"]).abs().mean()
+    logged = trainer.callback_metrics
+    torch.testing.assert_close(logged["val/loss/a"], a)
+    torch.testing.assert_close(logged["val/loss/b"], b)
+    torch.testing.assert_close(logged["val/loss"], a + b)
+
+
+def test_a_checkpoint_resumes_the_criterion(tmp_path):
+    """Four steps an epoch: with every=3, a count that starts anew regularises other steps."""
+    # In float64 already: Lightning loads the checkpoint before it converts the module.
+    whole, first, resumed = (module(every=3).double() for _ in range(3))
+    fit(whole, tmp_path, max_epochs=2)
+    fit(first, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
+    fit(resumed, tmp_path, max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
+    assert_same_parameters(resumed, whole)
+
+
+def test_bfloat16_mixed(tmp_path):
+    model, batches = module(), loader(torch.float32)
+    expected = steps_written_out(model, batches, autocast=True)
+    exact = steps_written_out(model, batches)
+    fit(model, tmp_path, batches=batches, precision="bf16-mixed")
+    assert model.encoder[0].weight.dtype == torch.float32
+    assert_same_parameters(model, expected)
+    with pytest.raises(AssertionError):
+        assert_same_parameters(model, exact)
+
+
+def test_absent_tasks(tmp_path):
+    x, y = Scenes().x, Scenes().y
+    batches = [
+        (x[:4], {"a": y["a"][:4], "b": None}),
+        (x[4:8], {"b": y["b"][4:8]}),
+        (x[8:12], {t: v[8:12] for t, v in y.items()}),
+    ]
+    model = module()
+    expected = steps_written_out(model, batches)
+    fit(model, tmp_path, batches=DataLoader(batches, batch_size=None))
+    assert_same_parameters(model, expected)
+
+
+def test_heads_and_losses_are_of_the_same_tasks():
+    with pytest.raises(ValueError, match="losses: expected the tasks of heads, .'a'.; got .'b'"):
+        RepMTLModule(nn.Identity(), {"a": nn.Identity()}, {"b": nn.MSELoss()})
