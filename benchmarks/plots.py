@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +29,26 @@ METHOD_LABELS = {
     "equal_weighting": "equal weighting",
     "rep_mtl_reference": "Rep-MTL, reference",
     "rep_mtl": "Rep-MTL, fused",
+    "rep_mtl_second_order": "fused, second_order()",
+    "rep_mtl_every": "the same, every=4",
+    "rep_mtl_compiled": "fused, compiled step",
     "nash_mtl": "Nash-MTL",
+    "nash_mtl_single_pass": "single pass",
+    "nash_mtl_representation": "at the representation",
     "fairgrad": "FairGrad",
+    "fairgrad_single_pass": "single pass",
+    "fairgrad_representation": "at the representation",
+}
+PHASE_LOOKS = {
+    "encoder_forward": ("#9ecae1", "encoder forward"),
+    "heads_forward": ("#c6dbef", "heads forward"),
+    "saliencies": ("#8fd0b0", "saliencies"),
+    "regularizer": ("#3a9d6e", "regulariser"),
+    "heads_backward": ("#e07b54", "heads backward (Rep-MTL: second order)"),
+    "weighting": ("#e0a458", "weighting"),
+    "encoder_backward": ("#4c78a8", "encoder backward"),
+    "compiled": ("#7b6fa8", "forward and backward in one graph"),
+    "optimizer": ("#b8b8b8", "optimiser"),
 }
 # The same numbers give the same file, byte for byte.
 STYLE = {
@@ -57,7 +74,7 @@ def draw(folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     with matplotlib.rc_context(STYLE):
-        for what, make in (("kernels", kernels_figures), ("training", training_figures)):
+        for what, make in (("kernels", kernels_figures), ("steps", steps_figures)):
             found = load(folder, what)
             if found is None or not found["rows"]:
                 continue
@@ -143,47 +160,42 @@ def _bars(
     return figure
 
 
-def training_figures(found: dict) -> dict[str, Figure]:
-    """Time of a step by its phases, and the accuracy of every seed."""
+def steps_figures(found: dict) -> dict[str, Figure]:
+    """Time of a step by its phases, a panel for each network in the first precision measured."""
     from matplotlib.figure import Figure
 
-    rows = found["rows"]
-    names = [METHOD_LABELS[row["method"]] for row in rows]
-    accuracy = all(row["accuracy"] for row in rows)
-    figure = Figure(figsize=(10 if accuracy else 6, 0.6 + 0.5 * len(rows)))
-    steps, *more = figure.subplots(1, 2 if accuracy else 1, sharey=True, squeeze=False)[0]
-    base = sum(rows[0]["phases"].values())
-    phases = list(dict.fromkeys(phase for row in rows for phase in row["phases"]))
-    phases.sort(key=["forward", "criterion", "aggregation", "backward", "optimizer"].index)
-    tones = {
-        "forward": "#9ecae1", "criterion": "#3a9d6e", "aggregation": "#e0a458",
-        "backward": "#4c78a8", "optimizer": "#b8b8b8",
-    }  # fmt: skip
-    left = [0.0] * len(rows)
-    for phase in phases:
-        widths = [row["phases"].get(phase, 0.0) / base for row in rows]
-        steps.barh(range(len(rows)), widths, 0.65, left, color=tones[phase], label=phase)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for k, row in enumerate(rows):
-        steps.text(left[k], k, f" {row['ratio_to_ew']:.2f}x", va="center", fontsize=9)
-    steps.set_xlim(0, max(left) * 1.15)
-    steps.set_yticks(range(len(rows)), names)
-    steps.invert_yaxis()
-    steps.set_xlabel("time of a step, equal weighting = 1")
-    steps.set_title(f"{rows[0]['data']} step, {_machine(found)}", fontsize=10, loc="left")
-    for axes in more:
-        for task, color in (("left", "#4c78a8"), ("right", "#e07b54")):
-            for k, row in enumerate(rows):
-                values = [100 * v for v in row["accuracy"][task]]
-                shift = -0.12 if task == "left" else 0.12
-                axes.plot(values, [k + shift] * len(values), "o", color=color, ms=5, alpha=0.6,
-                          label=f"{task} digit" if k == 0 else None)  # fmt: skip
-                axes.plot(statistics.mean(values), k + shift, "|", color=color, ms=13, mew=2)
-        axes.set_xlabel("test accuracy, % (points: seeds, bars: means)")
-        axes.set_title(
-            f"after {rows[0]['steps']} steps of {rows[0]['batch']} images", fontsize=10, loc="left"
-        )
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.22), ncols=2)
-    steps.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.22), ncols=3)
+    dtype = found["rows"][0]["dtype"]
+    panels: dict[str, list[dict]] = {}
+    for row in found["rows"]:
+        if row["dtype"] == dtype and row["phases"]:
+            panels.setdefault(row["network"], []).append(row)
+    panels = {n: rows for n, rows in panels.items() if rows[0]["method"] == "equal_weighting"}
+    if not panels:
+        return {}
+    for rows in panels.values():
+        rows.sort(key=lambda row: list(METHOD_LABELS).index(row["method"]))
+    heights = [len(rows) for rows in panels.values()]
+    figure = Figure(figsize=(8, 0.9 * len(panels) + 0.3 * sum(heights)))
+    subplots = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    used = [p for p in PHASE_LOOKS if any(p in row["phases"] for r in panels.values() for row in r)]
+    for axes, (network, rows) in zip(subplots, panels.items(), strict=True):
+        base = sum(rows[0]["phases"].values())
+        left = [0.0] * len(rows)
+        for phase in used:
+            widths = [row["phases"].get(phase, 0.0) / base for row in rows]
+            color, label = PHASE_LOOKS[phase]
+            axes.barh(range(len(rows)), widths, 0.7, left, color=color, label=label)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for k, row in enumerate(rows):
+            text = f" {row['ratio_to_ew']:.2f}x"
+            axes.text(left[k], k, text, va="center", fontsize=9)
+        axes.set_xlim(0, max(left) * 1.1)
+        axes.set_yticks(range(len(rows)), [METHOD_LABELS[row["method"]] for row in rows])
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(f"{network}: {rows[0]['architecture']}, {dtype}", fontsize=10, loc="left")
+    subplots[-1].set_xlabel(f"time of a step, equal weighting = 1; {_machine(found)}")
     figure.tight_layout()
-    return {"training": figure}
+    looks = subplots[0].get_legend_handles_labels()
+    figure.legend(*looks, loc="upper left", bbox_to_anchor=(0.02, 0.0), ncols=3)
+    return {"steps": figure}

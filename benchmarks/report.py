@@ -2,8 +2,10 @@
 
 A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, with NAME one of
 ``losses`` (default backend against the reference), ``kernels`` (every function and contestant),
-``training`` and ``static`` (what the compiler made of the kernels). Where a document has no such
-markers nothing is written.
+``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
+``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
+``quality_STUDY`` (``Delta_p`` of a study) and ``static`` (what the compiler made of the kernels).
+Where a document has no such markers nothing is written.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 from benchmarks import plots
 from benchmarks.machine import ROOT
 from benchmarks.progress import say
+from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
 
 README = ROOT / "README.md"
@@ -36,9 +39,41 @@ METHOD_TITLES = {
     "equal_weighting": "equal weighting",
     "rep_mtl_reference": "Rep-MTL, reference losses",
     "rep_mtl": "Rep-MTL, fused losses",
+    "rep_mtl_second_order": "Rep-MTL, fused, `second_order()`",
+    "rep_mtl_every": "the same, `every=4`",
+    "rep_mtl_compiled": "Rep-MTL, step compiled as a whole",
     "nash_mtl": "Nash-MTL (torchjd)",
+    "nash_mtl_single_pass": "Nash-MTL, own single pass",
+    "nash_mtl_representation": "Nash-MTL, at the representation",
     "fairgrad": "FairGrad (torchjd)",
+    "fairgrad_single_pass": "FairGrad, own single pass",
+    "fairgrad_representation": "FairGrad, at the representation",
 }
+SECOND_ORDER_TITLES = {
+    "equal_weighting": "equal weighting",
+    "rep_mtl": "Rep-MTL, plain PyTorch's double backward",
+    "rep_mtl_second_order": "Rep-MTL, `second_order()`",
+}
+PHASE_TITLES = {
+    "encoder_forward": "encoder",
+    "heads_forward": "heads",
+    "saliencies": "saliencies",
+    "regularizer": "regulariser",
+    "heads_backward": "heads backward, second order in Rep-MTL",
+    "weighting": "weighting",
+    "encoder_backward": "encoder backward",
+    "compiled": "one graph",
+    "optimizer": "optimiser",
+}
+# What the fused step, the fastest that was measured, is compared with in a table's caption.
+RIVALS = (
+    "rep_mtl_reference",
+    "nash_mtl",
+    "nash_mtl_single_pass",
+    "fairgrad",
+    "fairgrad_single_pass",
+)
+FASTEST = ("rep_mtl_second_order", "rep_mtl")
 
 
 def main() -> None:
@@ -67,9 +102,12 @@ def refresh_readme(readme: Path, results: Path) -> None:
 
 def _filled(match: re.Match[str], results: Path) -> str:
     name, machine = match["name"], match["machine"]
-    if name not in TABLES:
+    if name.startswith("quality_"):
+        what, make = name, quality_table
+    elif name in TABLES:
+        what, make = TABLES[name]
+    else:
         raise ValueError(f"marker bench:{name}:{machine}: expected a name of {', '.join(TABLES)}")
-    what, make = TABLES[name]
     found = load(results / machine, what)
     if found is None:
         say(f"marker bench:{name}:{machine}: no results of this machine, left as it is")
@@ -114,30 +152,160 @@ def kernels_table(found: dict) -> str:
     )
 
 
-def training_table(found: dict) -> str:
+def steps_table(found: dict) -> str:
+    """Time and memory of a step, a column for each network and precision."""
     gpu = "gpu" in found["machine"]
-    header = ["method", "steps per second" if gpu else "time of a step", "peak memory"]
-    header += ["test accuracy, left", "right"]
-    base = next(row for row in found["rows"] if row["method"] == "equal_weighting")
+    groups = _steps(found, gpu)
+    header = ["method", *(f"{where}: time, memory" for where, _ in groups)]
+    lines = []
+    for method, title in _methods(found):
+        by_group = [(rows.get(method), rows.get("equal_weighting")) for _, rows in groups]
+        lines.append([title, *(_step_cell(row, base, gpu) for row, base in by_group)])
+    units = (
+        f"{_networks(found)}. Steps of forward, backward and optimiser on random images: "
+        f"{'steps per second; ' if gpu else ''}time and memory as multiples of equal weighting's, "
+        "all methods in turns in one run. "
+    )
+    units += "".join(_faster(where, rows) for where, rows in groups)
+    return _with_caption(markdown(header, lines), found, units.strip())
+
+
+def _step_cell(row: dict | None, base: dict | None, gpu: bool) -> str:
+    if row is None:
+        return ""
+    if row["error"]:
+        return "out of memory" if "OutOfMemory" in row["error"] else "failed"
+    cells = [f"{row['steps_per_s']:.3g}/s"] if gpu else []
+    if base is not None and not base["error"]:
+        cells += [f"{row['ratio_to_ew']:.2f}x", f"{row['peak_mb'] / base['peak_mb']:.2f}x"]
+    return ", ".join(cells)
+
+
+def _faster(where: str, rows: dict[str, dict]) -> str:
+    """How many times faster the fused step is than each rival's."""
+    measured = {method: row for method, row in rows.items() if not row["error"]}
+    mine = next((method for method in FASTEST if method in measured), None)
+    rivals = [method for method in RIVALS if method in measured]
+    if mine is None or not rivals:
+        return ""
+    speed = measured[mine]["steps_per_s"]
+    said = [f"{speed / measured[m]['steps_per_s']:.2f} of {METHOD_TITLES[m]}" for m in rivals]
+    return f"{where}: for each step of a rival, {METHOD_TITLES[mine]}, makes {'; '.join(said)}. "
+
+
+def phases_table(found: dict) -> str:
+    """Where the time of a step goes: milliseconds on a GPU, shares of equal weighting's step."""
+    gpu = "gpu" in found["machine"]
+    phases = [p for p in PHASE_TITLES if any(p in (r["phases"] or ()) for r in found["rows"])]
+    header = ["network", "method", *(PHASE_TITLES[p] for p in phases), "sum"]
+    lines = []
+    for where, rows in _steps(found, gpu):
+        base = rows.get("equal_weighting")
+        for method, title in _methods(found):
+            row = rows.get(method)
+            if row is None or not row["phases"] or not base or base["error"]:
+                continue
+            unit = 1.0 if gpu else sum(base["phases"].values())
+            values = [row["phases"].get(p) for p in phases]
+            cells = ["" if v is None else _phase(v / unit, gpu) for v in values]
+            cells.append(_phase(sum(row["phases"].values()) / unit, gpu))
+            lines.append([where, title, *cells])
+    units = "Milliseconds, by events of the device, " if gpu else "Equal weighting's step is 1, "
+    units += "in steps of their own, apart from the timed ones."
+    return _with_caption(markdown(header, lines), found, units)
+
+
+def second_order_table(found: dict) -> str:
+    """A step with and without ``second_order()``, against what its convolutions allow."""
+    gpu = "gpu" in found["machine"]
+    header = ["method", "convolutions per convolution of a head", "time of a step"]
+    header += ["against plain PyTorch", "in the heads alone", "of the floor", "peak memory"]
+    if gpu:
+        header.insert(0, "dtype")
     lines = []
     for row in found["rows"]:
-        lines.append(
-            [
-                METHOD_TITLES[row["method"]],
-                f"{row['steps_per_s']:.0f}" if gpu else f"{row['ratio_to_ew']:.2f}x",
-                f"{row['peak_mb'] / base['peak_mb']:.2f}x",
-                *(_accuracy(row, task) for task in ("left", "right")),
-            ]
-        )
-    row = found["rows"][0]
-    seeds = f"{len(row['seeds'])} seed" + ("s" if len(row["seeds"]) > 1 else "")
-    data = "MultiMNIST" if row["data"] == "MultiMNIST" else "Noise images"
+        regularized = row["ratio_to_floor"] is not None
+        cells = [row["dtype"]] if gpu else []
+        cells += [
+            SECOND_ORDER_TITLES[row["method"]],
+            f"{row['convolutions_per_head_layer']:.3g}",
+            f"{row['ratio_to_ew']:.2f}x",
+            f"{1 / row['ratio_to_plain']:.2f}x faster" if regularized else "",
+            f"{1 / row['heads_ratio_to_plain']:.2f}x faster" if regularized else "",
+            f"{row['ratio_to_floor']:.2f}x" if regularized else "",
+            f"{row['peak_mb']:.4g} MB",
+        ]
+        lines.append(cells)
     units = (
-        f"{data}, {row['network']}; {row['steps']} steps of {row['batch']} images, {seeds}"
-        f"{'' if len(row['seeds']) == 1 else ' (mean and standard deviation)'}. "
-        "Time and memory relative to equal weighting, all methods in turns in one run."
+        f"{_networks(found)}, 3 x 3 convolutions of dilation 6, 12 and 18 with batch norm. Time of "
+        "a step relative to equal weighting, in turns in one run. The floor is the count of "
+        "convolutions at equal weighting's speed, its step and once more its heads, without the "
+        "regulariser's own time."
     )
     return _with_caption(markdown(header, lines), found, units)
+
+
+def _phase(value: float, gpu: bool) -> str:
+    return f"{value:.3g}" if gpu else f"{value:.2f}"
+
+
+def _steps(found: dict, gpu: bool) -> list[tuple[str, dict[str, dict]]]:
+    """Network, with its precision where there are several, and its rows by method."""
+    groups = _groups(found, "network", "dtype")
+    return [
+        (f"{network}, {dtype}" if gpu else network, {row["method"]: row for row in rows})
+        for (network, dtype), rows in groups
+    ]
+
+
+def _methods(found: dict) -> list[tuple[str, str]]:
+    measured = {row["method"] for row in found["rows"]}
+    return [(method, title) for method, title in METHOD_TITLES.items() if method in measured]
+
+
+def _networks(found: dict) -> str:
+    return "; ".join(
+        dict.fromkeys(f"{row['network']}: {row['architecture']}" for row in found["rows"])
+    )
+
+
+def accuracy_table(found: dict) -> str:
+    """Test accuracy of each task by method, mean and standard deviation over seeds."""
+    tasks = list(found["rows"][0]["metrics"])
+    lines = []
+    for method, rows in _groups(found, "method"):
+        cells = [method]
+        for task in tasks:
+            values = [row["metrics"][task]["accuracy"] for row in rows]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f} %{spread}")
+        lines.append(cells)
+    (settings,) = found["datasets"].values()
+    units = (
+        f"MultiMNIST, {settings['training']['steps']} steps of {settings['training']['batch']} "
+        f"images, {len(found['seeds'])} seeds (mean and standard deviation), test accuracy."
+    )
+    return _with_caption(markdown(["method", *tasks], lines), found, units)
+
+
+def quality_table(found: dict) -> str:
+    """`Delta_p` to equal weighting and to single-task training of every method and data set."""
+    found_lines = quality_tables.lines(found["rows"])
+    datasets = list(dict.fromkeys(line.dataset for line in found_lines))
+    by_place = {(line.method, line.dataset): line for line in found_lines}
+    parts = []
+    for title, which in (("single-task training", "to_single"), ("equal weighting", "to_equal")):
+        lines = []
+        for method in dict.fromkeys(line.method for line in found_lines):
+            here = [by_place.get((method, dataset)) for dataset in datasets]
+            values = [getattr(line, which) if line is not None else None for line in here]
+            lines.append([method, *("" if v is None else str(v) for v in values)])
+        parts.append(markdown([f"Δp to {title}, %", *datasets], lines))
+    units = (
+        f"Per cent, mean over tasks; mean and 95 % interval over {len(found['seeds'])} seeds, each "
+        "seed's run against the base's run of that seed."
+    )
+    return _with_caption("\n\n".join(parts), found, units)
 
 
 def static_table(found: dict) -> str:
@@ -171,7 +339,10 @@ def static_table(found: dict) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "losses": ("kernels", losses_table),
     "kernels": ("kernels", kernels_table),
-    "training": ("training", training_table),
+    "steps": ("steps", steps_table),
+    "phases": ("steps", phases_table),
+    "second_order": ("second_order", second_order_table),
+    "accuracy": ("quality_bench", accuracy_table),
     "static": ("static", static_table),
 }
 
@@ -250,14 +421,6 @@ def _memory(rows: list[dict], backend: str) -> str:
     if reference is None or reference["ms"] is None:
         return text
     return f"{text}, reference {reference['peak_mb']:.4g} MB"
-
-
-def _accuracy(row: dict, task: str) -> str:
-    if row["accuracy"] is None:
-        return ""
-    values = row["accuracy"][task]
-    mean = f"{statistics.mean(values):.1%}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1%}"
 
 
 if __name__ == "__main__":

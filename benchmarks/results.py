@@ -1,4 +1,4 @@
-"""Result files: ``kernels.json`` and ``training.json`` in one folder per machine."""
+"""Result files: ``kernels.json`` and ``steps.json`` in one folder per machine."""
 
 from __future__ import annotations
 

