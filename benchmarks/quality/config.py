@@ -1,0 +1,195 @@
+"""Studies: TOML or JSON files, and the training runs that they list."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+# What is left of a run where a study says nothing.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "network": {},
+    "training": {
+        "steps": 300, "batch": 16, "optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-5,
+        "halve_at": [0.5], "flip": False, "label_fraction": 1.0, "evaluations": 1, "init": "",
+        "log_every": 10, "clip": 0.0,
+    },
+    "pretraining": {
+        "kind": "", "task": "", "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5,
+        "noise": 1.0, "label_fraction": 1.0,
+    },
+}  # fmt: skip
+# Sections whose keys are those of the defaults; those of the others depend on a name in them.
+FIXED = ("training", "pretraining")
+STUDY_KEYS = {"datasets", "seeds", "methods", "grid", "override", "spectra"}
+METHOD_KEYS = {"name", "method", "options", "grid", "pick"}
+SINGLE, EQUAL = "single", "equal"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Its results depend on `settings`, `method`, `options`, `task`, `seed`."""
+
+    dataset: str  # as tables name it: the data set's file and what the grid varied
+    label: str  # of the method, as tables name it
+    family: str  # of the methods that a grid made
+    method: str
+    options: dict
+    seed: int
+    task: str | None  # the only task, in single-task training
+    settings: dict
+
+    @property
+    def key(self) -> str:
+        """Names the run's files: runs that would train alike share it."""
+        what = [self.settings, self.method, self.options, self.task, self.seed]
+        return digest(what)
+
+    @property
+    def pretraining_key(self) -> str | None:
+        """Names the encoder that the run starts from; None where nothing was trained before."""
+        if not self.settings["pretraining"]["kind"]:
+            return None
+        return digest([*(self.settings[k] for k in ("data", "network", "pretraining")), self.seed])
+
+    def __str__(self) -> str:
+        return f"{self.dataset}: {self.task or self.label}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file asks for."""
+
+    name: str
+    datasets: dict[str, dict]  # settings by name in tables
+    methods: list[dict]  # label, family, method, options, pick
+    seeds: list[int]
+    spectra: bool
+
+    def runs(self, tasks: dict[str, list[str]]) -> list[Run]:
+        """All runs; tasks: names by data set, for the single-task ones."""
+        found = []
+        for (dataset, settings), seed in itertools.product(self.datasets.items(), self.seeds):
+            for method in self.methods:
+                single = method["method"] == SINGLE
+                for task in tasks[dataset] if single else [None]:
+                    run = Run(
+                        dataset, method["label"], method["family"], EQUAL if single
+                        else method["method"], method["options"], seed, task, settings,
+                    )  # fmt: skip
+                    found.append(run)
+        return found
+
+
+def digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> dict:
+    """The content of a TOML or JSON file."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such study or data set file")
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(path.read_text())
+
+
+def find(name: str, beside: Path = CONFIGS) -> Path:
+    """A file by its path, or by its name without ending in this folder or in ``configs/``."""
+    if Path(name).suffix in (".toml", ".json"):
+        return Path(name)
+    candidates = [folder / f"{name}{end}" for folder in (beside, CONFIGS)
+                  for end in (".toml", ".json")]  # fmt: skip
+    return next((path for path in candidates if path.exists()), candidates[0])
+
+
+def study(path: Path, seeds: list[int] | None = None) -> Study:
+    """The study of a file. A file of one data set is a study of it with the usual methods."""
+    content = read(path)
+    if "data" in content:
+        content = {**read(CONFIGS / "usual.toml"), "datasets": [str(path)]}
+    _known(f"{path.name}", content, STUDY_KEYS)
+    for key in ("datasets", "seeds", "methods"):
+        if not content.get(key):
+            raise ValueError(f"{path.name}: expected {key!r}, a list that is not empty")
+    datasets = {}
+    for name in content["datasets"]:
+        file = find(name, path.parent)
+        settings = merged(DEFAULTS, read(file))
+        overrides = content.get("override", {})
+        for section in (overrides.get("all", {}), overrides.get(file.stem, {})):
+            settings = merged(settings, section)
+        for label, variant in _variants(settings, content.get("grid", {})):
+            _check_settings(file.name, variant)
+            datasets[f"{file.stem}{label}"] = variant
+    methods = [entry for method in content["methods"] for entry in _methods(path.name, method)]
+    if len({m["label"] for m in methods}) < len(methods):
+        raise ValueError(f"{path.name}: expected methods with different names")
+    return Study(
+        path.stem, datasets, methods, seeds or content["seeds"], content.get("spectra", False)
+    )
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """A copy of `base` with the changes, section by section."""
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else copy.deepcopy(value)
+    return result
+
+
+def _methods(file: str, method: dict) -> Iterator[dict]:
+    _known(f"{file}: methods", method, METHOD_KEYS)
+    for key in ("name", "method"):
+        if key not in method:
+            raise ValueError(f"{file}: methods: expected {key!r} in {method}")
+    for label, options in _variants(method.get("options", {}), method.get("grid", {})):
+        yield {
+            "label": method["name"] + label, "family": method["name"], "method": method["method"],
+            "options": options, "pick": method.get("pick", False),
+        }  # fmt: skip
+
+
+def _variants(settings: dict, grid: dict[str, list]) -> Iterator[tuple[str, dict]]:
+    """Settings for every point of a grid, ``{"section.key": [values]}``, with a label of each."""
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        variant = copy.deepcopy(settings)
+        for path, value in point.items():
+            *sections, key = path.split(".")
+            here = variant
+            for section in sections:
+                here = here.setdefault(section, {})
+            here[key] = value
+        words = [f"{path.rsplit('.', 1)[-1]}={_short(value)}" for path, value in point.items()]
+        yield (f" [{', '.join(words)}]" if words else ""), variant
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _check_settings(file: str, settings: dict) -> None:
+    _known(file, settings, set(DEFAULTS))
+    for section in FIXED:
+        _known(f"{file}: {section}", settings[section], set(DEFAULTS[section]))
+    if "name" not in settings["data"]:
+        raise ValueError(f"{file}: data: expected 'name', the data set's")
+
+
+def _known(where: str, content: dict, keys: set[str]) -> None:
+    if unknown := sorted(set(content) - keys):
+        raise ValueError(f"{where}: unknown {unknown[0]!r}; known are {', '.join(sorted(keys))}")
