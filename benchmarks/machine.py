@@ -21,7 +21,7 @@ from benchmarks.timing import block_ms
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "numpy", "torchjd", "ecos", "mlxtend", "scipy")
 # Measured files are no part of what is measured.
-NOT_CODE = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md")
+NOT_CODE = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!docs")
 
 
 def describe(device: torch.device) -> dict:

@@ -23,7 +23,7 @@ from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
 
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "benchmarks" / "README.md")
+DOCUMENTS = (README, ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tuning.md")
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
     r".*?(?P<close><!-- /bench -->)",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils.checkpoint import CheckpointError
 
 Head = Callable[[Tensor], Any]
 Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict
@@ -102,6 +103,14 @@ def _custom_fault(node: Node, why: str) -> Fault:
 
 def _fault_of(node: Node, why: str, cause: BaseException | None = None) -> Fault:
     """The fault that ``node`` was found to have."""
+    if isinstance(cause, CheckpointError):  # of what checkpointing does, whatever the node
+        return Fault(
+            f"checkpointing did not get the same operations in the backward: {_first_line(cause)}",
+            "Enter contexts, second_order() too, inside the checkpointed function, not around it; "
+            "or use convert_second_order(head) in place of second_order()",
+            node,
+            cause,
+        )
     fault = _known_fault(node)
     if fault is None and isinstance(node, BackwardCFunction):
         fault = _custom_fault(node, why)
@@ -359,8 +368,8 @@ class _Calls:
     def watched(self) -> Iterator[None]:
         with contextlib.ExitStack() as hooks:
             for module in self.modules:
-                # Hooks would become part of what is compiled.
-                if not _is_compiled(module):
+                # Hooks would become part of what is compiled; scripted modules take none.
+                if not _is_compiled(module) and not isinstance(module, torch.jit.ScriptModule):
                     for handle in (
                         module.register_forward_pre_hook(self._enter),
                         module.register_forward_hook(self._leave, with_kwargs=True),
@@ -455,25 +464,31 @@ def _left_as_found(modules: Iterable[nn.Module], z: Tensor) -> Iterator[None]:
     kept = {module: dict(module._buffers) for module in inside}
     modes = {module: module.training for module in inside}
     copies: dict[Tensor, Tensor] = {}
-    with contextlib.ExitStack() as random:
-        random.enter_context(torch.random.fork_rng(devices=[]))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in {d.type for d in devices}:
-            random.enter_context(
+            stack.enter_context(
                 torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind)
             )
-        try:
+        for module, buffers in kept.items():
+            stack.callback(_restore, module, buffers, modes[module])
+        with torch.inference_mode(False):  # else heads could not write to the copies
             for module, buffers in kept.items():
                 for name, buffer in buffers.items():
                     if buffer is not None:
                         if buffer not in copies:
                             copies[buffer] = buffer.detach().clone()
                         module._buffers[name] = copies[buffer]
-            yield
-        finally:
-            for module, buffers in kept.items():
-                module._buffers.clear()
-                module._buffers.update(buffers)
-                module.training = modes[module]
+        yield
+
+
+def _restore(module: nn.Module, buffers: dict[str, Tensor | None], training: bool) -> None:
+    # One by one: the buffers of a scripted module can be set, but not removed or added.
+    for name in module._buffers.keys() - buffers.keys():
+        del module._buffers[name]
+    for name, buffer in buffers.items():
+        module._buffers[name] = buffer
+    module.training = training
 
 
 # --- arguments and results ---

@@ -8,6 +8,7 @@ from functools import partial, reduce
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from repmtl_kernels._saliency import accumulation_dtype
 
@@ -19,7 +20,8 @@ class RunningMean:
     """Bias-corrected exponential mean of scalars that stay on their device.
 
     An observation that is not finite, or not above 0, leaves it as it was. Its two numbers are
-    written in place, so that a captured CUDA graph carries them on.
+    written in place, so that a captured CUDA graph carries them on: they are never inference
+    tensors, whatever mode a checkpoint is loaded in.
     """
 
     def __init__(self) -> None:
@@ -41,15 +43,18 @@ class RunningMean:
         """For a checkpoint. Waits for the device, if there is something to wait for."""
         return [0.0, 0.0] if self._state is None else self._state.tolist()
 
+    @torch.inference_mode(False)
     def load(self, numbers: Sequence[float]) -> None:
         new = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self._state = new if self._state is None else self._state.copy_(new)
 
     def _on(self, device: torch.device) -> Tensor:
-        if self._state is None:
-            self._state = torch.zeros(2, dtype=torch.float32, device=device)
-        elif self._state.device != device:
-            self._state = self._state.to(device)
+        if self._state is None or self._state.device != device:
+            with torch.inference_mode(False):
+                if self._state is None:
+                    self._state = torch.zeros(2, dtype=torch.float32, device=device)
+                else:
+                    self._state = self._state.to(device)
         return self._state
 
 
@@ -88,7 +93,8 @@ class BackwardPass:
 
     The gradient that arrives there, minus the tasks' first-order part that the saliencies give, is
     the regulariser's. Nothing here refers to the graph, which would keep it alive. What is kept is
-    one tensor of the representation's size, until the first backward pass has come by.
+    one tensor of the representation's size, and by the total the representation itself, until the
+    first backward pass has come by.
     """
 
     def __init__(self) -> None:
@@ -96,7 +102,8 @@ class BackwardPass:
         self._pass = -1  # the backward pass of `incoming`: hooks fire in others too
         self._tasks: Tensor | None = None
         self._parts: list[Tensor] = []  # the tasks' gradient, then minus the regulariser's
-        self._handles: list = []
+        self._handles: list[RemovableHandle] = []
+        self._kept: RemovableHandle | None = None
         self._missing = 0
         self._report: Callable[[Tensor], None] | None = None
 
@@ -104,8 +111,8 @@ class BackwardPass:
         """Before everything else, since all gradients here are in units of ``incoming``."""
         total.register_hook(self._begin)
 
-    def _begin(self, grad: Tensor) -> None:
-        if is_transformed(grad):  # several gradients at a time
+    def _begin(self, grad: Tensor | None) -> None:
+        if grad is None or is_transformed(grad):  # none, or several at a time
             self.incoming, self._pass = None, -1
         else:
             self.incoming, self._pass = grad.detach(), torch._C._current_graph_task_id()
@@ -113,6 +120,7 @@ class BackwardPass:
     @torch.no_grad()
     def measure(
         self,
+        total: Tensor,
         representations: Sequence[Tensor],
         saliencies: Sequence[Tensor],
         weights: Sequence[float],
@@ -130,16 +138,44 @@ class BackwardPass:
         self._parts, self._report = list(parts.values()), report
         self._tasks = norm(self._parts)
         self._missing = len(parts)
-        for index, z in enumerate({id(z): z for z in representations}.values()):
+        distinct = list({id(z): z for z in representations}.values())
+        for index, z in enumerate(distinct):
             self._handles.append(z.register_hook(partial(self._arrive, index)))
+        self._kept = total.register_hook(_Kept(distinct, self._handles))
 
     @torch.no_grad()
-    def _arrive(self, index: int, grad: Tensor) -> None:
+    def _arrive(self, index: int, grad: Tensor | None) -> None:
         if self._pass != torch._C._current_graph_task_id():  # e.g. that of another saliency
+            return
+        if grad is None:  # the nodes behind z ran, and none had a gradient for it
+            self._finish()
             return
         self._handles[index].remove()
         self._parts[index].addcmul_(grad, -1 / self.incoming)
         self._missing -= 1
         if not self._missing:
             self._report((norm(self._parts) / self._tasks).float())
-            self._parts, self._tasks, self._report = [], None, None
+            self._finish()
+
+    def _finish(self) -> None:
+        self._parts, self._tasks, self._report = [], None, None
+        self._kept.remove()
+
+
+class _Kept:
+    """A hook on the total that does nothing but live with its graph, or until it is removed.
+
+    Until then the representations are alive: a ReLU fused with the batch norm before it sends the
+    gradient through that one's output only while somebody has it. Then their hooks go: where the
+    graph dies before a gradient arrives, they would pile up on a leaf.
+    """
+
+    def __init__(self, representations: list[Tensor], handles: list[RemovableHandle]) -> None:
+        self.representations, self.handles = representations, handles
+
+    def __call__(self, grad: Tensor | None) -> None:
+        return None
+
+    def __del__(self) -> None:
+        for handle in self.handles:
+            handle.remove()

@@ -252,6 +252,8 @@ class RepMTL(_Loss):
             with criterion.second_order():
                 losses = [loss(head(z), y) for head, loss, y in ...]
             criterion(losses, z).backward()
+
+        A checkpointed function that calls ``F.relu`` after a batch norm has to enter it inside.
         """
         self._check_options()
         if self.training and any(self._lambdas()) and self._weight():
@@ -399,7 +401,7 @@ class RepMTL(_Loss):
         if observable:
             backward.follow(total)
             report = partial(_report, step, factor, ratios)
-            backward.measure(representations, saliencies, weights, report)
+            backward.measure(total, representations, saliencies, weights, report)
         return total
 
     def _losses(

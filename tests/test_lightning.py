@@ -9,9 +9,10 @@ from torch import nn
 pytest.importorskip("lightning")
 
 from lightning import Callback, Trainer
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from repmtl_kernels import RepMTL
+from repmtl_kernels import RepMTL, convert_second_order
 from repmtl_kernels.integrations.lightning import RepMTLModule
 
 TASKS = ("a", "b")
@@ -170,6 +171,49 @@ def test_absent_tasks(tmp_path):
     expected = steps_written_out(model, batches)
     fit(model, tmp_path, batches=DataLoader(batches, batch_size=None))
     assert_same_parameters(model, expected)
+
+
+def test_a_step_that_has_not_called_the_criterion(tmp_path):
+    class Pretrained(Module):
+        def training_step(self, batch, batch_idx):
+            return self(batch[0])["a"].square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    model = Pretrained(nn.Conv2d(3, 6, 1), {"a": nn.Conv2d(6, 2, 1)}, {"a": nn.MSELoss()})
+    fit(model, tmp_path)
+    assert model.criterion.last is None
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(6, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, z):
+        return checkpoint(self.body, z, use_reentrant=False)
+
+    def body(self, z):
+        return self.last(nn.functional.relu(self.norm(self.first(z))))
+
+
+def test_heads_that_use_checkpointing(tmp_path):
+    torch.manual_seed(1)
+    model = Module(
+        nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh()),
+        {t: convert_second_order(Checkpointed()) for t in TASKS},
+        {"a": nn.MSELoss(), "b": nn.functional.l1_loss},
+        RepMTL(0.9, 0.7),
+        second_order=False,
+    )
+    expected = steps_written_out(model, loader())
+    fit(model, tmp_path)
+    assert_same_parameters(model, expected)
+    model.second_order = True
+    with pytest.raises(CheckpointError):
+        fit(model, tmp_path)
 
 
 def test_heads_and_losses_are_of_the_same_tasks():

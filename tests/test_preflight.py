@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from repmtl_kernels import convert_second_order, second_order
 from repmtl_kernels._preflight import SecondDerivativeError, check, explain
 
 B, N, D = 2, 5, 8
@@ -439,6 +440,86 @@ def test_a_head_that_raises_leaves_everything_as_it_was():
     for name, b in head.named_buffers():
         torch.testing.assert_close(b, before[name], rtol=0, atol=0)
     torch.random.set_rng_state(state)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:cdist")
+@pytest.mark.parametrize("faulty", [False, True])
+def test_a_scripted_head(faulty: bool):
+    """Its buffers can be set one by one, and it takes no hooks."""
+
+    class Distances(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cdist(x, x + 1)
+
+    last = Distances() if faulty else nn.Tanh()
+    inner = torch.jit.script(nn.Sequential(nn.BatchNorm1d(N), last).to(DEVICE))
+    head = nn.Sequential(nn.Linear(D, D), inner, nn.BatchNorm1d(N)).to(DEVICE)
+    before = {name: b.clone() for name, b in head.named_buffers()}
+    if faulty:
+        with pytest.raises(SecondDerivativeError, match="Cdist has no derivative"):
+            check(head, tokens())
+    else:
+        check(head, tokens())
+    assert len(before) == 6
+    for name, b in head.named_buffers():
+        torch.testing.assert_close(b, before[name], rtol=0, atol=0)
+    assert inner.training
+
+
+def test_buffers_that_a_head_makes_or_replaces_go_back():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), device=DEVICE))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            self.register_buffer("made", x.detach())
+            return x.tanh()
+
+    head = Counts()
+    calls = head.calls
+    check(head, tokens())
+    assert list(head._buffers) == ["calls"] and head.calls is calls and calls == 0
+
+
+def test_under_inference_mode():
+    head = Noisy(nn.Linear(D, D)).to(DEVICE)
+    before = {name: b.clone() for name, b in head.named_buffers()}
+    with torch.inference_mode():
+        check(head, tokens())
+    for name, b in head.named_buffers():
+        torch.testing.assert_close(b, before[name], rtol=0, atol=0)
+
+
+class CheckpointedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(N, 4, 3, padding=1)
+        self.norm = nn.BatchNorm1d(4)
+        self.relu = nn.ReLU()
+
+    def body(self, x):
+        return self.relu(self.norm(self.convolution(x)))
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def test_checkpointing_under_second_order():
+    head = CheckpointedNorm().to(DEVICE)
+    check(head, tokens())
+    with second_order(), pytest.raises(SecondDerivativeError) as raised:
+        check([head], tokens())
+    message = str(raised.value)
+    assert message.startswith("heads[0]") and "Write that backward" not in message
+    assert "checkpointing" in message and "inside the checkpointed function" in message
+    # Both remedies that it names.
+    check([convert_second_order(CheckpointedNorm().to(DEVICE))], tokens())
+    head.body = second_order()(head.body)
+    with second_order():
+        check([head], tokens())
 
 
 def test_skip_connections_into_a_compiled_encoder():

@@ -1,13 +1,16 @@
 """second_order(): the same outputs and derivatives as plain PyTorch, at fewer convolutions."""
 
 import copy
+import gc
 import itertools
 import pickle
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from cases import DEVICE
@@ -113,6 +116,14 @@ def test_convolution(name, with_bias):
         assert torch.equal(found[0], expected[0])
         assert_same(found[1], expected[1])
         assert_same(found[2], expected[2])
+
+
+@pytest.mark.parametrize("stride", [np.int64(2), (np.int64(2), 1), torch.tensor(2)])
+def test_integers_of_other_types(stride):
+    x, w = leaf(1, 2, 7, 6), leaf(3, 2, 3, 3)
+    with second_order():
+        y = F.conv2d(x, w, stride=stride)
+    assert is_fast(y) and torch.equal(y, F.conv2d(x, w, stride=stride))
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
@@ -221,6 +232,29 @@ def test_nothing_is_kept():
         out = F.relu(layer(x))
     assert not batch_norm_module._made
     out.sum().backward()
+
+
+@pytest.mark.parametrize("activation", ["no ReLU", "ReLU", "in place"])
+def test_operands_go_with_the_graph(activation):
+    """Who keeps the output of a batch norm doesn't keep what it was computed from."""
+    layer, start = norm("2d", True)
+    x = 2 * start
+    watched = weakref.ref(x)
+    with second_order():
+        y = layer(x)
+        loss = RELUS[activation](y).sum()
+        assert (y in batch_norm_module._made) == (activation != "in place")
+    del x
+    torch.autograd.grad(loss, start, retain_graph=True)
+    assert watched() is not None
+    loss.backward()
+    del loss
+    gc.collect()
+    assert watched() is None and y not in batch_norm_module._made
+    with second_order():
+        again = F.relu(y)
+    with pytest.raises(RuntimeError, match="second time"):
+        again.sum().backward()
 
 
 SHARED_OUTPUTS = {
@@ -697,6 +731,84 @@ def test_function_transforms(way):
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected[2])
 
 
+def rows_of_derivatives(function, inputs, way):
+    """First derivatives for two vectors, what follows from these, and second ones for two."""
+
+    def pull(outputs, create_graph=False):
+        options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
+
+        def of_one(vectors, **more):
+            found = torch.autograd.grad(outputs, inputs, vectors, **options, **more)
+            return [t for t in found if t is not None]
+
+        vectors = [torch.stack([ramp(-1, 2, y), ramp(2, 1, y)]) for y in outputs]
+        if way == "vmap":
+            return torch.vmap(of_one)(vectors)
+        if way == "is_grads_batched":
+            return of_one(vectors, is_grads_batched=True)
+        rows = [of_one(row) for row in zip(*vectors, strict=True)]
+        return [torch.stack(row) for row in zip(*rows, strict=True)]
+
+    y = function(*inputs)
+    first = torch.autograd.grad((y**3).sum(), inputs, create_graph=True)
+    through = pull([y], create_graph=True)
+    probe = y.sum() + sum(g.square().sum() for g in through)
+    of_rows = torch.autograd.grad(probe, inputs, retain_graph=True, allow_unused=True)
+    return [*(t.detach() for t in through), *of_rows, *pull(first)]
+
+
+WAYS_OF_ROWS = pytest.mark.parametrize("way", ["vmap", "is_grads_batched"])
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet")
+@pytest.mark.parametrize("name", GEOMETRIES)
+@WAYS_OF_ROWS
+def test_rows_of_a_jacobian_through_convolution(name, way):
+    function, input_size, weight_size, options = GEOMETRIES[name]
+    inputs = leaf(*input_size), leaf(*weight_size)
+
+    def call(x, w):
+        return function(x, w, **options)
+
+    expected = rows_of_derivatives(call, inputs, "one by one")
+    assert_same(rows_of_derivatives(second_order()(call), inputs, way), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["2d", "no positions", "not affine"])
+@pytest.mark.parametrize("activation", ["no ReLU", "ReLU", "in place"])
+@WAYS_OF_ROWS
+def test_rows_of_a_jacobian_through_batch_norm(name, activation, training, way):
+    layer, x = norm(name, training)
+    inputs = (x,) if layer.weight is None else (x, layer.weight, layer.bias)
+    call = norm_and_relu(layer, RELUS[activation])
+    expected = rows_of_derivatives(call, inputs, "one by one")
+    assert_same(rows_of_derivatives(second_order()(call), inputs, way), expected)
+
+
+def test_encoder_under_torchjd():
+    pytest.importorskip("torchjd")
+    from torchjd.aggregation import UPGrad
+    from torchjd.autojac import jac_to_grad, mtl_backward
+
+    plain = network(HEADS["convolutional"])
+    plain[0].append(nn.ConvTranspose2d(6, 6, 3, padding=1))
+    plain[0].extend([nn.BatchNorm2d(6), nn.ReLU()])
+    plain.to(DEVICE, F64)
+    x, targets = images()
+    found = []
+    for model in (plain, convert_second_order(copy.deepcopy(plain))):
+        encoder, heads = model
+        z = encoder(x)
+        losses = [F.mse_loss(head(z), y) for head, y in zip(heads, targets, strict=True)]
+        mtl_backward(losses, features=z)
+        jac_to_grad(encoder.parameters(), UPGrad())
+        found.append([p.grad for p in model.parameters()])
+    assert_same(found[1], found[0], 1e-9)
+
+
 def aot_eager_into(graphs):
     def backend(module, inputs):
         graphs.append(module.print_readable(print_output=False))
@@ -777,6 +889,33 @@ def test_checkpoint():
     assert_same(gradients(head, lambda x: checkpoint(inside, x, use_reentrant=False)), expected)
     convert_second_order(head)
     assert_same(gradients(head, lambda x: checkpoint(head, x, use_reentrant=False)), expected)
+
+
+class FunctionalReLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_checkpoint_inside_a_context(converted):
+    """With a context inside the checkpointed function it doesn't matter what is around it."""
+    plain, x = FunctionalReLU().to(DEVICE, F64), leaf(2, 3, 4, 5)
+    found = []
+    for fast in (False, True):
+        head = copy.deepcopy(plain)
+        if fast and converted:
+            convert_second_order(head)
+        with second_order() if fast else nullcontext():
+            inside = second_order()(head) if fast else head
+            y = checkpoint(inside, x, use_reentrant=False) if fast else head(x)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        first.square().sum().backward(inputs=list(head.parameters()))
+        found.append([first.detach(), *(p.grad for p in head.parameters())])
+    assert_same(*found)
 
 
 ALL_LAYERS = [

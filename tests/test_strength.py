@@ -9,9 +9,9 @@ import pytest
 import torch
 from cases import DEVICE
 from test_criterion import TASKS, Network, literal
-from torch import Tensor
+from torch import Tensor, nn
 
-from repmtl_kernels import RepMTL, reference
+from repmtl_kernels import RepMTL, reference, second_order
 from repmtl_kernels._clip import Clip
 from repmtl_kernels._strength import DECAY, BackwardPass, RunningMean, norm, unexpanded
 from repmtl_kernels.criterion import SMALLEST_RATIO
@@ -269,11 +269,115 @@ def test_one_tensor_is_kept_until_backward(network: Network) -> None:
     saliencies = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses]
     total = sum(losses)
     held.follow(total)
-    held.measure([z] * TASKS, saliencies, [1.0] * TASKS, lambda ratio: None)
+    held.measure(total, [z] * TASKS, saliencies, [1.0] * TASKS, lambda ratio: None)
     (kept,) = held._parts
     torch.testing.assert_close(kept, sum(saliencies))
     total.backward()
     assert held._parts == []
+
+
+def graph_ends_on_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str) -> None:
+    total = criterion(network.losses(z, network.targets()), z)
+    if how == "heads only":
+        torch.autograd.grad(total, list(network.heads.parameters()))
+    elif how == "backward":
+        total.backward()
+    elif how == "of a part":  # the variable dies before the graph does
+        total = total / 2
+        total.backward()
+        assert criterion.last.ratio is not None
+
+
+@pytest.mark.parametrize("how", ["heads only", "never", "backward", "of a part"])
+def test_no_hook_stays_on_a_representation_that_outlives_its_totals(network, how: str) -> None:
+    """Features that are cached; no backward pass may ever reach them."""
+    z = network.encoder(network.images()).detach().requires_grad_()
+    criterion = RepMTL(**LAMBDAS, clip=2.0, strength=0.1)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            graph_ends_on_leaf(network, criterion, z, how)
+            z.grad = None
+            assert not z._backward_hooks
+            assert tensors_of(z.shape) == 1
+    finally:
+        gc.enable()
+
+
+def dropped(criterion: RepMTL, encoder: nn.Module, heads: nn.ModuleList, x: Tensor) -> Tensor:
+    """The heads' fused ReLU goes around ``z`` where nobody has it."""
+    with second_order():
+        z = encoder(x)
+        losses = [head(z).square().mean() for head in heads]
+    return criterion(losses, z)
+
+
+@pytest.mark.parametrize("all_heads", [True, False])
+def test_ratio_where_only_the_total_is_left(all_heads: bool) -> None:
+    """Of a batch norm's output, whose ReLU in the heads is fused with it."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5)).double()
+    heads = nn.ModuleList(
+        nn.Sequential(nn.ReLU(), nn.Conv2d(5, 4, 3), nn.Softplus(), nn.Conv2d(4, 2, 1))
+        for _ in range(2)
+    ).double()
+    if not all_heads:
+        heads[1] = heads[1][1:]  # its gradient comes by in any case
+    x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
+    parameters = [*encoder.parameters(), *heads.parameters()]
+    z = encoder(x)
+    losses = [head(z).square().mean() for head in heads]
+    tasks, regularizer = parts(losses, [z] * 2)
+    expected = ratio_of(tasks, regularizer, [z])
+    want = torch.autograd.grad(tasks + regularizer, parameters)
+    criterion = RepMTL(**LAMBDAS)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors_of(z.shape)
+        total = dropped(criterion, encoder, heads, x)
+        # Where the graph is retained, what a convolution has saved keeps z alive too.
+        got = torch.autograd.grad(total, parameters, retain_graph=all_heads)
+        assert criterion.last.ratio.item() == pytest.approx(expected, rel=1e-6)
+        if all_heads:
+            again = torch.autograd.grad(total, parameters)  # nobody has z any more
+            torch.testing.assert_close(again, want, rtol=1e-9, atol=1e-12)
+        assert tensors_of(z.shape) == before  # with the total alive
+    finally:
+        gc.enable()
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+class NoGradient(torch.autograd.Function):
+    """Behind it all nodes run, and none has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_backward_pass_without_a_gradient_is_not_observed(network: Network) -> None:
+    z, losses = batch(network)
+    criterion = RepMTL(**LAMBDAS, strength=0.1)
+    total = criterion(losses, z)
+    NoGradient.apply(total).backward()
+    assert criterion.last.ratio is None and network.encoder[0].weight.grad is None
+    assert criterion.get_extra_state()[1:].tolist() == [0, 0, 0, 0]
+
+
+def test_a_representation_without_a_gradient_ends_the_observation(network: Network) -> None:
+    z = network.encoder(network.images())
+    held, reports = BackwardPass(), []
+    total = NoGradient.apply(z).sum()
+    held.follow(total)
+    held.measure(total, [z], [torch.ones_like(z)], [1.0], reports.append)
+    total.backward()
+    assert held._parts == [] and reports == [] and not z._backward_hooks
 
 
 # --- strength ---
@@ -421,6 +525,22 @@ def test_resumed_run_is_the_uninterrupted_one(network: Network, tmp_path) -> Non
     fresh = RepMTL(**options)
     fresh._calls = 3
     assert not torch.equal(run(fresh, data[3:])[3], expected[3])
+
+
+def test_checkpoint_that_is_loaded_in_inference_mode(network: Network) -> None:
+    options = {**LAMBDAS, "strength": 0.3, "clip": 2.0}
+    first, resumed, fresh = (RepMTL(**options) for _ in range(3))
+    z, losses = batch(network)
+    first(losses, z).backward()
+    with torch.inference_mode():
+        resumed.load_state_dict(first.state_dict())
+        fresh._ratio.value(z.device, 1.0)
+        assert fresh._size.numbers() == [0, 0]
+    z, losses = batch(network)
+    for criterion in (first, resumed, fresh):
+        criterion(losses, z).backward(retain_graph=True)
+    assert torch.equal(first.get_extra_state(), resumed.get_extra_state())
+    assert fresh.get_extra_state()[1] > 0
 
 
 def test_checkpoint_of_the_first_version_has_a_count_alone() -> None:

@@ -1,4 +1,4 @@
-"""What a node's backward has to know of the autograd engine."""
+"""What nodes have to know of the autograd engine and of who calls it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def wanted(node: torch.autograd.graph.Node) -> list[bool]:
     return [
         need and torch._C._will_engine_execute_node(next(edges)) for need in node.needs_input_grad
     ]
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform is active: ``Function.apply`` is not for these.
+
+    In a backward it is the ``vmap`` of who wants the rows of a Jacobian at once; that of
+    ``is_grads_batched`` is another one.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+    )
 
 
 def visible(tensor: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Batch norm, fused with the ReLU that follows it, with a closed-form double backward.
 
 The forward is PyTorch's own. There is a node for it, one for its gradient and one for that one's;
-derivatives beyond are PyTorch's, of the formula in elementary operations.
+derivatives beyond, and all under ``vmap``, are PyTorch's, of the formula in elementary operations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from repmtl_kernels._second_order import stages
-from repmtl_kernels._second_order._engine import visible, wanted
+from repmtl_kernels._second_order._engine import transformed, visible, wanted
 
 
 class Operands(NamedTuple):
@@ -33,7 +33,7 @@ class Made(NamedTuple):
     node: torch.autograd.graph.Node
 
 
-# Outputs of batch norm that are still reachable: a ReLU of one can be fused with it.
+# Outputs of batch norm that are reachable and have their graph: a ReLU of one can be fused with it.
 _made = WeakTensorKeyDictionary()
 
 
@@ -59,6 +59,7 @@ def batch_norm(
         statistics = mean.to(precise), invstd.to(precise)
     operands = Operands(visible(x), visible(weight), visible(bias), *statistics, training)
     y = BatchNorm.apply([result], *operands)
+    y.grad_fn.output = TensorWeakRef(y)
     _made[y] = Made(operands, y.grad_fn)
     return y
 
@@ -72,6 +73,8 @@ def relu(y: Tensor, inplace: bool) -> Tensor | None:
     made = _made.get(y)
     if made is None or y.grad_fn is not made.node or y._backward_hooks or y.retains_grad:
         return None
+    if inplace:
+        del _made[y]
     return BatchNormReLU.apply(None if inplace else TensorWeakRef(y), y, *made.operands)
 
 
@@ -86,6 +89,9 @@ class BatchNorm(Function):
     @staticmethod
     def backward(ctx, grad):
         needs = tuple(wanted(ctx)[1:4])
+        y = ctx.output()
+        if y is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            _made.pop(y, None)  # its operands go with the graph
         if grad is None:
             return (None,) * 7
         gradients = _gradients(ctx.training, needs, grad, *ctx.saved_tensors, None)
@@ -122,6 +128,9 @@ class BatchNormReLU(Function):
 
 
 def _gradients(training, needs, grad, x, weight, mean, invstd, output):
+    if transformed():
+        found = _first_gradient(training, grad, x, weight, mean, invstd, output)
+        return tuple(f if need else None for f, need in zip(found, needs, strict=True))
     operands = visible(grad), x, weight, mean, invstd, output
     return BatchNormGradient.apply(training, needs, *operands)
 
@@ -140,8 +149,12 @@ class BatchNormGradient(Function):
         needs = tuple(wanted(ctx)[2:5])
         if all(vector is None for vector in vectors):
             return (None,) * 8
-        operands = *map(visible, vectors), *ctx.saved_tensors
-        gradients = BatchNormSecondGradient.apply(ctx.training, needs, *operands)
+        if transformed():
+            found = _second_gradient_of_rows(ctx.training, vectors, *ctx.saved_tensors)
+            gradients = [f if need else None for f, need in zip(found, needs, strict=True)]
+        else:
+            operands = *map(visible, vectors), *ctx.saved_tensors
+            gradients = BatchNormSecondGradient.apply(ctx.training, needs, *operands)
         return None, None, *gradients, None, None, None
 
 
@@ -168,8 +181,8 @@ class BatchNormSecondGradient(Function):
         return None, None, *(next(gradients) if need else None for need in needs), None, None, None
 
 
-def _second_gradient(training, v, p, q, grad, x, weight, mean, invstd, output):
-    """``batch_norm_double_backward`` in operations that PyTorch can differentiate."""
+def _first_gradient(training, grad, x, weight, mean, invstd, output):
+    """``batch_norm_backward`` in operations that PyTorch can differentiate."""
     over, column = [0, *range(2, x.ndim)], [-1, *[1] * (x.ndim - 2)]
     g, z = grad.to(mean.dtype), x.to(mean.dtype)
     if output is not None:
@@ -187,9 +200,28 @@ def _second_gradient(training, v, p, q, grad, x, weight, mean, invstd, output):
     grad_bias = g.sum(over)
     if training:
         g = g - g.mean(over, keepdim=True) - z * (g * z).mean(over, keepdim=True)
-    first = g * scale.view(column), along, grad_bias
+    of_weight = mean.dtype if weight is None else weight.dtype
+    return (g * scale.view(column)).to(x.dtype), along.to(of_weight), grad_bias.to(of_weight)
+
+
+def _second_gradient(training, v, p, q, grad, x, weight, mean, invstd, output):
+    """``batch_norm_double_backward``, in the same way."""
+    first = _first_gradient(training, grad, x, weight, mean, invstd, output)
     targets = [grad, x] if weight is None else [grad, x, weight]
     found = _pull_back(first, targets, (v, p, q), True)
+    return (*found, None) if weight is None else found
+
+
+def _second_gradient_of_rows(training, vectors, grad, x, weight, *rest):
+    """The same under ``vmap``, which lets no tensor require a gradient but by ``torch.func``."""
+
+    def first(grad, x, weight=None):
+        return _first_gradient(training, grad, x, weight, *rest)
+
+    targets = (grad, x) if weight is None else (grad, x, weight)
+    outputs, pull = torch.func.vjp(first, *targets)
+    pairs = zip(vectors, outputs, strict=True)
+    found = pull(tuple(torch.zeros_like(y) if v is None else v for v, y in pairs))
     return (*found, None) if weight is None else found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from repmtl_kernels._second_order._engine import transformed
 from repmtl_kernels._second_order.batch_norm import batch_norm, relu
 from repmtl_kernels._second_order.convolution import Geometry, convolution
 
@@ -42,13 +44,21 @@ def second_order() -> SecondOrder:
     parameters, ``state_dict``, running statistics. Other functions are PyTorch's own, and so are
     these for arguments that need no gradient, aren't real floating point, or are of a subclass of
     Tensor, under ``torch.compile``, ``torch.func`` transforms, forward-mode differentiation and
-    ``torch.jit.trace``.
+    ``torch.jit.trace``. Backwards of several rows at once (``torch.vmap`` of
+    ``torch.autograd.grad``, ``is_grads_batched``, TorchJD) use PyTorch's derivatives; the third
+    ones of batch norm have to be taken row by row.
 
     It holds for the thread that enters it and may be nested. Where
     ``torch.utils.checkpoint.checkpoint`` runs heads again in the backward, enter it inside the
-    checkpointed function, or use :func:`convert_second_order`. A gradient that is asked for at the
-    output of a batch norm followed by a ReLU that is not in place is found while that output is
-    kept; a hook has to be registered on it before the ReLU, or the output kept.
+    checkpointed function. Layers converted by :func:`convert_second_order` enter it there by
+    themselves; ``F.relu`` after a converted batch norm does not, so that with a context around the
+    checkpoint the two runs differ (CheckpointError): enter it inside as well.
+
+    A gradient that is asked for at the output of a batch norm followed by a ReLU that is not in
+    place is found while that output is kept; a hook has to be registered on it before the ReLU, or
+    the output kept. Where the representation is such an output, with the ReLU in a head, enter the
+    context for the heads only: who follows the graph down to the representation, as TorchJD does to
+    find the tasks' parameters, would get past it.
     """
     return SecondOrder()
 
@@ -58,7 +68,7 @@ def _applicable() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transformed()
         and torch.autograd.forward_ad._current_level < 0
         and not torch.jit.is_tracing()
     )
@@ -130,7 +140,8 @@ def _ranks(dims: int, input: Tensor, weight: Tensor) -> bool:
 
 
 def _each(dims: int, value: int | Sequence[int]) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
+    # PyTorch has checked it: what is no sequence is an integer, of NumPy perhaps.
+    values = tuple(value) if isinstance(value, (list, tuple)) else (operator.index(value),)
     return values * dims if len(values) == 1 else values
 
 

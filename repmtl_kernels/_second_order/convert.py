@@ -66,12 +66,15 @@ def convert_second_order(module: nn.Module, *, undo: bool = False) -> nn.Module:
     ``ReLU`` layers for subclasses: parameters, buffers, ``state_dict``, hooks, printed form stay.
     Layers of other classes, subclasses of these and ``SyncBatchNorm`` included, are left alone.
     Converting twice does nothing more. Unlike the context it also holds where layers run again in
-    the backward, as under ``torch.utils.checkpoint``.
+    the backward, as under ``torch.utils.checkpoint``. Only where the checkpointed function calls
+    ``F.relu`` after a batch norm, and a context such as ``criterion.second_order()`` is around the
+    checkpoint, enter :func:`second_order` inside the function too.
 
     Args:
         module: the module with all its submodules, usually a task head.
         undo: swap the classes back, e.g. before the whole module is pickled for a machine that
-            doesn't have this package, or scripted.
+            doesn't have this package, scripted, or traced by ``torch.fx``, which looks into layers
+            that are not PyTorch's own.
 
     Returns:
         ``module``, or its conversion where it is itself such a layer: the same object.

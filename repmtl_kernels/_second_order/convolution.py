@@ -3,7 +3,8 @@
 Output, gradient of the input and gradient of the weight are three bilinear maps. The derivatives of
 each are the other two, so that every order of derivative is made of the library's own convolutions,
 and each is computed only where it is asked for. PyTorch's double backward computes the weight's
-gradient as a convolution whose kernel is the output's gradient, which no library is fast at.
+gradient as a convolution whose kernel is the output's gradient, which no library is fast at. Under
+``vmap`` the maps are PyTorch's nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from repmtl_kernels._saliency import without_autocast
-from repmtl_kernels._second_order._engine import visible, wanted
+from repmtl_kernels._second_order._engine import transformed, visible, wanted
 
 
 class Geometry(NamedTuple):
@@ -31,6 +32,8 @@ class Geometry(NamedTuple):
 
 def convolution(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``aten.convolution`` of a batch."""
+    if transformed():
+        return _output(geometry, x, weight, bias)
     return Output.apply(geometry, visible(x), visible(weight), visible(bias))
 
 
@@ -40,8 +43,7 @@ class Output(Function):
         ctx.set_materialize_grads(False)
         ctx.geometry = geometry
         ctx.save_for_backward(x, weight)
-        with without_autocast(x.device):  # on CUDA it would cast what a backward convolves
-            return torch.ops.aten.convolution(x, weight, bias, *geometry)
+        return _output(geometry, x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -107,11 +109,20 @@ class WeightGradient(Function):
 
 
 def _input_gradient(geometry: Geometry, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    if transformed():
+        return _backward(geometry, grad, like.detach(), weight, 0)
     return InputGradient.apply(geometry, visible(grad), visible(weight), like.detach())
 
 
 def _weight_gradient(geometry: Geometry, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    if transformed():
+        return _backward(geometry, grad, x, like.detach(), 1)
     return WeightGradient.apply(geometry, visible(grad), visible(x), like.detach())
+
+
+def _output(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with without_autocast(x.device):  # on CUDA it would cast what a backward convolves
+        return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
 
 def _backward(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:

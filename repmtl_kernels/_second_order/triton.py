@@ -552,11 +552,14 @@ class _Walk:
         self.inverse_count = 1 / (outer * inner)
         channel_columns = inner == 1
         columns = self.channels if channel_columns else inner
+        align = alignment(columns)
+        # Elements of odd rows are loaded one by one, with a pointer each.
+        rows = WARPS if align > 1 else WARPS // 2
         widest = 512 // itemsize  # one warp of 16-byte loads
         if channel_columns:
             # One cache line: of many blocks of channels, each can have many positions.
             wide = min(widest // 4, triton.next_power_of_2(columns))
-            high = min(WARPS * widest // wide, triton.next_power_of_2(outer))
+            high = min(rows * widest // wide, triton.next_power_of_2(outer))
             row_tiles, steps = 1, triton.cdiv(outer, high)
             positions, self.blocks = high, triton.cdiv(self.channels, wide)
         else:
@@ -566,7 +569,7 @@ class _Walk:
                 widths or [triton.next_power_of_2(columns)],
                 key=lambda w: (max(3 * triton.cdiv(columns, w) * w, 4 * columns), -w),
             )
-            high = min(WARPS * widest // wide, triton.next_power_of_2(self.channels))
+            high = min(rows * widest // wide, triton.next_power_of_2(self.channels))
             row_tiles = triton.cdiv(columns, wide)
             steps = outer * row_tiles
             positions, self.blocks = wide, triton.cdiv(self.channels, high)
@@ -577,7 +580,6 @@ class _Walk:
         ):
             chunk *= 2
         self.chunks = triton.cdiv(steps, chunk)
-        align = alignment(columns)
         self._sizes = (outer, self.channels, columns // align, row_tiles, self.blocks)
         self._constants = {
             "LENGTH_ALIGN": align,

@@ -8,6 +8,7 @@ switches it between training and validation and puts its state into checkpoints.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from lightning import LightningModule
@@ -49,6 +50,10 @@ class RepMTLModule(LightningModule):
         heads: one module per task, from the representation to the prediction.
         losses: one callable per task, ``loss(prediction, target)``, a scalar.
         criterion: None: ``RepMTL()``.
+        second_order: run the heads under ``criterion.second_order()``. False where heads use
+            ``torch.utils.checkpoint``, which would run them again outside of it, and fail: these
+            enter :func:`second_order` inside the checkpointed function, or are converted by
+            :func:`convert_second_order`.
 
     Raises:
         ValueError: ``heads`` and ``losses`` are not of the same tasks.
@@ -60,6 +65,7 @@ class RepMTLModule(LightningModule):
         heads: Mapping[str, nn.Module],
         losses: Mapping[str, Callable[[Any, Any], Tensor]],
         criterion: RepMTL | None = None,
+        second_order: bool = True,
     ) -> None:
         super().__init__()
         if heads.keys() != losses.keys():
@@ -67,6 +73,7 @@ class RepMTLModule(LightningModule):
         self.encoder = encoder
         self.heads = nn.ModuleDict(heads)
         self.criterion = RepMTL() if criterion is None else criterion
+        self.second_order = second_order
         self.losses = dict(losses)
         # Those that are modules move to the device and into checkpoints, e.g. with class weights.
         self.loss_modules = nn.ModuleDict(
@@ -89,8 +96,9 @@ class RepMTLModule(LightningModule):
 
     def on_after_backward(self) -> None:
         # The backward has filled it in, on steps with the regulariser.
-        if (ratio := self.criterion.last.ratio) is not None:
-            self.log("train/ratio", ratio)
+        last = self.criterion.last  # None in a subclass whose step has not called it yet
+        if last is not None and last.ratio is not None:
+            self.log("train/ratio", last.ratio)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._total(batch, "val")
@@ -98,7 +106,7 @@ class RepMTLModule(LightningModule):
     def _total(self, batch: Batch, stage: str) -> Tensor:
         inputs, targets = batch
         z = self.encoder(inputs)
-        with self.criterion.second_order():
+        with self.criterion.second_order() if self.second_order else nullcontext():
             losses = {
                 task: self.losses[task](head(z), targets[task])
                 if targets.get(task) is not None

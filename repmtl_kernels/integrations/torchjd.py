@@ -38,6 +38,11 @@ def rep_mtl_backward(
     their gradients and the encoder the regulariser's: a head is passed as often as in Rep-MTL, the
     encoder once more than in ``mtl_backward``.
 
+    Run the heads alone under ``criterion.second_order()``, and convert them alone: a batch norm at
+    the end of the encoder would be fused with a ReLU that begins a head, and TorchJD then finds
+    parameters of the encoder in the head. Don't scale losses (``GradScaler``): the rows would be
+    scaled, and the regulariser, which is invariant to the scale of the losses, would not.
+
     Args:
         losses: list or dict of T scalar losses, as for :class:`RepMTL`. A task whose loss is None
             has no row in this step.
