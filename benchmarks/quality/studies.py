@@ -22,7 +22,7 @@ def run_study(
     saliency: bool = False,
     **options,
 ) -> None:
-    """Trains what is not in ``work`` yet; writes ``quality_<study>``, .json, .md and .svg.
+    """Trains what is not in ``work`` yet; writes ``quality_<study>``, .json and .svg.
 
     head: the head of the result file; out: the folder of results; saliency: also pictures of
     saliencies, into ``work``; options: of :func:`benchmarks.quality.training.execute`.
@@ -43,7 +43,6 @@ def run_study(
     settings = {"datasets": study.datasets, "seeds": study.seeds}
     results.save(out, what, head, rows, notes=[], **settings)
     text = tables.markdown(tables.picked(tables.lines(rows), study), len(study.seeds))
-    (out / f"{what}.md").write_text(text)
     pictures.draw(out, what)
     if saliency:
         picture_saliencies(study, runs, folder, work)
