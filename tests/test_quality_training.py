@@ -363,9 +363,7 @@ def test_committed_studies_are_sound():
 
 
 @pytest.mark.slow
-def test_the_command_from_study_to_tables_and_pictures(
-    study_file, tmp_path, monkeypatch, capsys, capsys
-):
+def test_the_command_from_study_to_tables_and_pictures(study_file, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda device: dict.fromkeys(
         results.HEAD))  # fmt: skip
