@@ -164,10 +164,9 @@ def steps_table(found: dict) -> str:
     units = (
         f"{_networks(found)}. Steps of forward, backward and optimiser on random images: "
         f"{'steps per second; ' if gpu else ''}time and memory as multiples of equal weighting's, "
-        "all methods in turns in one run. "
+        "all methods in turns in one run."
     )
-    units += "".join(_faster(where, rows) for where, rows in groups)
-    return _with_caption(markdown(header, lines), found, units.strip())
+    return _with_caption(markdown(header, lines), found, units)
 
 
 def _step_cell(row: dict | None, base: dict | None, gpu: bool) -> str:
@@ -211,7 +210,8 @@ def phases_table(found: dict) -> str:
             cells.append(_phase(sum(row["phases"].values()) / unit, gpu))
             lines.append([where, title, *cells])
     units = "Milliseconds, by events of the device, " if gpu else "Equal weighting's step is 1, "
-    units += "in steps of their own, apart from the timed ones."
+    units += "in steps of their own, apart from the timed ones. "
+    units += "".join(_faster(where, rows) for where, rows in _steps(found, gpu)).strip()
     return _with_caption(markdown(header, lines), found, units)
 
 

@@ -37,11 +37,13 @@ for epoch in range(EPOCHS):
         total.backward()
         optimizer.step()
     last = criterion.last
-    print(
-        f"epoch {epoch}: TSR {last.tsr:.3f}, CSA {last.csa:.3f}, regulariser's gradient "
-        f"{last.ratio:.3f} of the tasks'",
-        end="; ",
-    )
+    print(f"epoch {epoch}", end=": ")
+    if last.applied:  # not on every call with `every` or `start`
+        print(
+            f"TSR {last.tsr:.3f}, CSA {last.csa:.3f}, regulariser's gradient {last.ratio:.3f} of "
+            "the tasks'",
+            end="; ",
+        )
     trunk.eval(), branches.eval(), criterion.eval()
     with torch.no_grad():
         z = trunk(held_out.images)

@@ -30,6 +30,7 @@ for epoch in range(4):
         rep_mtl_backward(losses, features=z, criterion=criterion)
         weights = jac_to_grad(trunk.parameters(), aggregator)
         optimizer.step()
+    # Where the tasks don't conflict, UPGrad's weights are those of their mean.
     named = zip(losses, weights.tolist(), strict=True)
     print(
         f"epoch {epoch}: total {criterion.last.total:.3f}, weights of the last step:",

@@ -505,9 +505,10 @@ def _named_heads(heads: Heads) -> dict[str, Head]:
         raise ValueError(f"heads: expected at least one, got an empty {type(heads).__name__}")
     for name, head in named.items():
         if not callable(head):
+            swapped = ". Are they swapped? The heads come first" if isinstance(head, Tensor) else ""
             raise TypeError(
                 f"{name}: expected a module or a function of the representation, got "
-                f"{type(head).__name__}"
+                f"{type(head).__name__}{swapped}"
             )
     return named
 

@@ -138,8 +138,9 @@ def check_graph(named: dict[Hashable, Tensor], representations: list[tuple[str, 
         if not z.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor with requires_grad=True, got one without a graph: "
-                f"{_why_no_graph(z)}. Where the encoder is frozen, call "
-                "representation.requires_grad_() before the heads"
+                f"{_why_no_graph(z)}. It has to be the encoder's output, the tensor that the heads "
+                "were given. Where the encoder is frozen, call representation.requires_grad_() "
+                "before the heads"
             )
     stacks = {}
     for task, loss in named.items():

@@ -43,7 +43,7 @@ class RepMTLModule(LightningModule):
 
     Every precision and ``accumulate_grad_batches`` of the Trainer work as usual; ``every`` of the
     criterion counts batches, and CSA contrasts the samples of one batch. With DDP, absent tasks
-    need ``find_unused_parameters=True``, and ``static_graph=True`` has no second derivative.
+    need ``find_unused_parameters=True`` and have to be the same on all ranks.
 
     Args:
         encoder: from the inputs of a batch to the shared representation ``(B, C, *spatial)``.
