@@ -17,7 +17,12 @@ WORK = ROOT / "build" / "quality"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description="Trains what the studies list, several seeds each, and compares the methods.",
+        epilog=f"Studies and data sets in configs: {', '.join(config.names())}. Only multimnist "
+        "comes with a dependency; the messages of the others say where their files are from.",
+    )
     parser.add_argument(
         "studies", nargs="+", metavar="STUDY",
         help="a TOML or JSON file, or the name of one in benchmarks/quality/configs; the file of "

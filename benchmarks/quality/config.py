@@ -93,10 +93,18 @@ def digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def names() -> list[str]:
+    """The studies and data sets that come with the benchmark."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
 def read(path: Path) -> dict:
     """The content of a TOML or JSON file."""
     if not path.exists():
-        raise FileNotFoundError(f"{path}: there is no such study or data set file")
+        raise FileNotFoundError(
+            f"{path}: there is no such study or data set file; in {CONFIGS.name} are "
+            f"{', '.join(names())}"
+        )
     if path.suffix == ".json":
         return json.loads(path.read_text())
     if sys.version_info >= (3, 11):
