@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from repmtl_kernels import _preflight
+from repmtl_kernels import _preflight, _second_order
 from repmtl_kernels._arguments import (
     check_csa_batch,
     check_csa_options,
@@ -257,9 +257,7 @@ class RepMTL(_Loss):
         """
         self._check_options()
         if self.training and any(self._lambdas()) and self._weight():
-            from repmtl_kernels import second_order
-
-            return second_order()
+            return _second_order.second_order()
         return nullcontext()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
