@@ -39,13 +39,13 @@ class Forward(NamedTuple):
         return self.representations * len(self.losses) if shared else self.representations
 
 
-def nash_mtl(tasks: int):
-    """torchjd's Nash-MTL in LibMTL's and its own default setting."""
+def nash_mtl(tasks: int, **options):
+    """torchjd's Nash-MTL, without options in LibMTL's and its own default setting."""
     from torchjd.aggregation import NashMTL
 
     # Says once that solving Nash-MTL's problem again is no faster: so it is, and it is measured.
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not")
-    return NashMTL(n_tasks=tasks)
+    return NashMTL(n_tasks=tasks, **options)
 
 
 def fairgrad(tasks: int):

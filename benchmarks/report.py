@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from benchmarks import plots
 from benchmarks.machine import ROOT
-from benchmarks.progress import say
+from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
 
@@ -345,11 +345,6 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "accuracy": ("quality_bench", accuracy_table),
     "static": ("static", static_table),
 }
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
 def _with_caption(table: str, found: dict, units: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from benchmarks.peers import nash_mtl
 from benchmarks.quality.networks import Network
 from repmtl_kernels import RepMTL
 
@@ -109,13 +109,7 @@ class NashMTLMethod(GradientWeighting):
     KEPT = ("step", "prvs_alpha", "normalization_factor")
 
     def __init__(self, tasks: int, **options) -> None:
-        from torchjd.aggregation import NashMTL
-
-        # Says once that solving Nash-MTL's problem again is no faster: so it is.
-        warnings.filterwarnings(
-            "ignore", message="You are solving a parameterized problem that is not"
-        )
-        super().__init__(NashMTL(n_tasks=tasks, **options))
+        super().__init__(nash_mtl(tasks, **options))
 
     def state(self):
         return {name: getattr(self.aggregator.weighting, name) for name in self.KEPT}

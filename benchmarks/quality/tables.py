@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from benchmarks import progress
 from benchmarks.quality.config import EQUAL, SINGLE, Run, Study
 from benchmarks.quality.delta import Interval, delta_p, delta_per_metric, interval
 
@@ -163,7 +164,7 @@ def markdown(found: list[Line], seeds: int) -> str:
             "method", "Δp to single task", "Δp to equal weighting", "the same, validation",
             *tasks, "gradient ratio",
         ]  # fmt: skip
-        table = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
+        rows = []
         for line in here:
             name = f"{line.method} (equal weights!)" if line.equal_weights else line.method
             intervals = (line.to_single, line.to_equal, line.validation)
@@ -173,8 +174,8 @@ def markdown(found: list[Line], seeds: int) -> str:
                 *(f"{line.tasks[t]:+.2f}" if t in line.tasks else "" for t in tasks),
                 "" if line.ratio is None else f"{line.ratio:.3g}",
             ]
-            table.append("| " + " | ".join(cells) + " |")
-        parts.append(f"### {dataset}\n\n" + "\n".join(table))
+            rows.append(cells)
+        parts.append(f"### {dataset}\n\n{progress.markdown(header, rows)}")
     count = f"{seeds} seed{'s' if seeds > 1 else ''}"
     note = f"Per cent; mean and 95 % interval over {count}, paired by seed. "
     note += "By task: Δp to single-task training."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torchjd.autojac import backward, mtl_backward
 
-from repmtl_kernels.criterion import RepMTL, Representation, TaskLosses
+from repmtl_kernels._task_losses import Representation, TaskLosses, named_losses, present_of
+from repmtl_kernels.criterion import RepMTL
 
 
 def rep_mtl_backward(
@@ -62,7 +63,7 @@ def rep_mtl_backward(
     finally:
         for hook in hooks:
             hook.remove()
-    tasks = _present_tasks(losses)
+    tasks = present_of(named_losses(losses, features, absent=True), losses)
     shared = isinstance(features, Tensor)
     representations = [features] if shared else [features[task] for task in tasks]
     if len({id(z) for z in representations}) < len(representations):
@@ -114,12 +115,6 @@ def _with_graph(features: Representation) -> list[Tensor]:
         features = list(features.values())
     listed = features if isinstance(features, list | tuple) else [features]
     return [z for z in listed if isinstance(z, Tensor) and z.requires_grad]
-
-
-def _present_tasks(losses: TaskLosses) -> list[Hashable]:
-    """The keys, or indices, of the tasks that have a loss."""
-    named = losses.items() if isinstance(losses, Mapping) else enumerate(losses)
-    return [task for task, loss in named if loss is not None]
 
 
 def _one_row_each(rows: list[Tensor]) -> list[Tensor]:
