@@ -289,23 +289,12 @@ def accuracy_table(found: dict) -> str:
 
 
 def quality_table(found: dict) -> str:
-    """`Delta_p` to equal weighting and to single-task training of every method and data set."""
-    found_lines = quality_tables.lines(found["rows"])
-    datasets = list(dict.fromkeys(line.dataset for line in found_lines))
-    by_place = {(line.method, line.dataset): line for line in found_lines}
-    parts = []
-    for title, which in (("single-task training", "to_single"), ("equal weighting", "to_equal")):
-        lines = []
-        for method in dict.fromkeys(line.method for line in found_lines):
-            here = [by_place.get((method, dataset)) for dataset in datasets]
-            values = [getattr(line, which) if line is not None else None for line in here]
-            lines.append([method, *("" if v is None else str(v) for v in values)])
-        parts.append(markdown([f"Δp to {title}, %", *datasets], lines))
+    """`Delta_p` of every method and data set."""
     units = (
         f"Per cent, mean over tasks; mean and 95 % interval over {len(found['seeds'])} seeds, each "
         "seed's run against the base's run of that seed."
     )
-    return _with_caption("\n\n".join(parts), found, units)
+    return _with_caption(quality_tables.by_base(found["rows"]), found, units)
 
 
 def static_table(found: dict) -> str:

@@ -287,6 +287,7 @@ method = "rep_mtl"
 options = { lambda_csa = 0.0, start_share = 0.5 }
 grid = { strength = [0.1, 0.3] }
 pick = true
+against = "alone"
 """
 SMALL = """
 [data]
@@ -340,6 +341,7 @@ def test_json_reads_like_toml(study_file):
         ("steps = 4", "step = 4", r"training: unknown 'step'; known are .*steps"),
         ("pick = true", "picked = true", r"methods: unknown 'picked'"),
         ('name = "equal"', 'name = "alone"', "methods with different names"),
+        ('against = "alone"', 'against = "one"', "against: no method is named 'one'"),
         ("seeds = [0, 1, 2]", "seeds = []", "expected 'seeds', a list that is not empty"),
     ],
 )
@@ -381,6 +383,12 @@ def test_the_command_from_study_to_tables_and_pictures(study_file, tmp_path, mon
             other = by[dataset, base, seed]
             assert row[name] == pytest.approx(delta_p(row["metrics"], other["metrics"]), abs=1e-4)
             assert row[name]["mean"] == 0 or method != base
+        if method.startswith("Rep-MTL"):
+            assert row["against"] == "alone" and row["delta_p_to_against"] == row["delta_p"]
+        else:
+            assert "against" not in row and "delta_p_to_against" not in row
+    *_, last = tables.by_base(rows).split("| Δp to ")
+    assert last.startswith("alone, % |") and last.count("\n| Rep-MTL") == 2
     rep = by["small [label_fraction=1]", "Rep-MTL [strength=0.3]", 2]
     assert rep["settings"] == {
         "method": "rep_mtl", "lambda_csa": 0.0, "start_share": 0.5, "strength": 0.3,
@@ -412,7 +420,7 @@ def test_the_command_from_study_to_tables_and_pictures(study_file, tmp_path, mon
 
 
 def test_pick_needs_a_validation_split():
-    line = tables.Line("d", "m", "f", None, interval([1.0]), None, {}, None, False)
+    line = tables.Line("d", "m", "f", None, interval([1.0]), "", None, None, {}, None, False)
     study = config.Study("s", {}, [{"family": "f", "pick": True}], [0], False)
     with pytest.raises(ValueError, match="f: pick needs a validation split"):
         tables.picked([line], study)

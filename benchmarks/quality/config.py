@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Sections whose keys are those of the defaults; those of the others depend on a name in them.
 FIXED = ("training", "pretraining")
 STUDY_KEYS = {"datasets", "seeds", "methods", "grid", "override", "spectra"}
-METHOD_KEYS = {"name", "method", "options", "grid", "pick"}
+METHOD_KEYS = {"name", "method", "options", "grid", "pick", "against"}
 SINGLE, EQUAL = "single", "equal"
 
 
@@ -70,7 +70,7 @@ class Study:
 
     name: str
     datasets: dict[str, dict]  # settings by name in tables
-    methods: list[dict]  # label, family, method, options, pick
+    methods: list[dict]  # label, family, method, options, pick, against
     seeds: list[int]
     spectra: bool
 
@@ -145,6 +145,9 @@ def study(path: Path, seeds: list[int] | None = None) -> Study:
     methods = [entry for method in content["methods"] for entry in _methods(path.name, method)]
     if len({m["label"] for m in methods}) < len(methods):
         raise ValueError(f"{path.name}: expected methods with different names")
+    labels = {m["label"] for m in methods} | {""}
+    if unknown := sorted({m["against"] for m in methods} - labels):
+        raise ValueError(f"{path.name}: methods.against: no method is named {unknown[0]!r}")
     return Study(
         path.stem, datasets, methods, seeds or content["seeds"], content.get("spectra", False)
     )
@@ -168,6 +171,7 @@ def _methods(file: str, method: dict) -> Iterator[dict]:
         yield {
             "label": method["name"] + label, "family": method["name"], "method": method["method"],
             "options": options, "pick": method.get("pick", False),
+            "against": method.get("against", ""),
         }  # fmt: skip
 
 

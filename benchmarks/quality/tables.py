@@ -10,12 +10,16 @@ from benchmarks.quality.config import EQUAL, SINGLE, Run, Study
 from benchmarks.quality.delta import Interval, delta_p, delta_per_metric, interval
 
 BASES = {SINGLE: "delta_p", EQUAL: "delta_p_to_equal"}
+AGAINST = "delta_p_to_against"
 # So many points of a history are kept in a row.
 POINTS = 20
 
 
 def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
-    """A row per data set, method and seed, compared with single-task and equal runs of its seed."""
+    """A row per data set, method and seed, compared with runs of its seed.
+
+    With single-task training, with equal weighting, and with the method that it is ``against``.
+    """
     found: dict[tuple, dict] = {}
     for run in runs:
         record = records[run.key]
@@ -36,7 +40,12 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
         for (dataset, label, seed), row in found.items()
         if kinds[label] in BASES
     }
-    for (dataset, _, seed), row in found.items():
+    against = {m["label"]: m["against"] for m in study.methods if m["against"]}
+    for (dataset, label, seed), row in found.items():
+        if label in against:
+            other = found[dataset, against[label], seed]
+            row["against"] = against[label]
+            row[AGAINST] = _rounded(delta_p(row["metrics"], other["metrics"]))
         for base, name in BASES.items():
             if (other := bases.get((dataset, seed, base))) is None:
                 continue
@@ -92,6 +101,8 @@ class Line(NamedTuple):
     family: str
     to_single: Interval | None
     to_equal: Interval | None
+    against: str  # the method that it is compared with beside these, or nothing
+    to_against: Interval | None
     validation: Interval | None  # to equal weighting, by which options are picked
     tasks: dict[str, float]  # Delta_p of each task
     ratio: float | None  # of the gradients, at the last step logged
@@ -128,7 +139,7 @@ def _line(dataset: str, method: str, group: list[dict]) -> Line:
     count = len(group[0]["metrics"])
     return Line(
         dataset, method, group[0]["family"], over("delta_p"), over("delta_p_to_equal"),
-        over("delta_p_to_equal_validation"), tasks,
+        group[0].get("against", ""), over(AGAINST), over("delta_p_to_equal_validation"), tasks,
         sum(ratios) / len(ratios) if ratios else None,
         bool(shares) and all(abs(share - 1 / count) < 1e-3 for share in shares),
     )  # fmt: skip
@@ -152,6 +163,30 @@ def picked(found: Iterable[Line], study: Study) -> list[Line]:
         if where not in best or line.validation.mean > best[where].validation.mean:
             best[where] = line
     return kept + list(best.values())
+
+
+def by_base(rows: list[dict]) -> str:
+    """A table for each base that methods are compared with, a column for each data set."""
+    found = lines(rows)
+    datasets = list(dict.fromkeys(line.dataset for line in found))
+    others = dict.fromkeys(line.against for line in found if line.against)
+    parts = []
+    for base, which, against in [
+        ("single-task training", "to_single", ""),
+        ("equal weighting", "to_equal", ""),
+        *((other, "to_against", other) for other in others),
+    ]:
+        intervals = {
+            (line.method, line.dataset): getattr(line, which)
+            for line in found
+            if not against or line.against == against
+        }
+        table = []
+        for method in dict.fromkeys(method for method, _ in intervals):
+            here = [intervals.get((method, dataset)) for dataset in datasets]
+            table.append([method, *("" if i is None else str(i) for i in here)])
+        parts.append(progress.markdown([f"Δp to {base}, %", *datasets], table))
+    return "\n\n".join(parts)
 
 
 def markdown(found: list[Line], seeds: int) -> str:
