@@ -70,7 +70,7 @@ def tsr_loss(
             that is zero everywhere has entropy 0 and gradient 0.
         channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
             ``(B, N, D)``. Not 0, the batch.
-        backend: ``"auto"``, ``"reference"``, ``"eager"`` or ``"triton"``.
+        backend: ``"auto"``, ``"reference"``, ``"eager"``, ``"native"`` or ``"triton"``.
 
     Returns:
         Scalar in nats, float32 (float64 for float64 saliencies). Its gradient is constant along the

@@ -11,7 +11,12 @@ import repmtl_kernels
 from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = [name for name in repmtl_kernels.available_backends() if name != "reference"]
+# Those that take tensors of the device.
+BACKENDS = [
+    name
+    for name in repmtl_kernels.available_backends()
+    if name != "reference" and not (name == "native" and DEVICE == "cuda")
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # Relative errors that rounding alone explains, with float64 as the judge. Larger ones are allowed

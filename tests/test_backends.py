@@ -8,10 +8,11 @@ import pytest
 import torch
 from cases import DEVICE
 
-from repmtl_kernels import available_backends, backend_report, backends, csa_loss, tsr_loss
+from repmtl_kernels import _native, available_backends, backend_report, backends, csa_loss, tsr_loss
 from repmtl_kernels.backends import _availability
 
 GOOD = [torch.randn(2, 3, 4) for _ in range(2)]
+ON_CPU = "native" if "native" in available_backends() else "eager"
 
 
 def test_report_names_every_backend():
@@ -21,8 +22,8 @@ def test_report_names_every_backend():
     assert available_backends() == tuple(name for name in report if report[name] == "ok")
 
 
-def test_auto_is_eager_on_the_cpu():
-    assert backends.resolve("auto", GOOD[0]) == "eager"
+def test_auto_on_the_cpu_is_native_where_that_was_built():
+    assert backends.resolve("auto", GOOD[0]) == ON_CPU
 
 
 @pytest.mark.gpu
@@ -36,7 +37,7 @@ def test_environment_overrides_auto_only(monkeypatch):
     assert backends.resolve("auto", GOOD[0]) == "reference"
     assert backends.resolve("eager", GOOD[0]) == "eager"
     monkeypatch.setenv("REPMTL_BACKEND", "")
-    assert backends.resolve("auto", GOOD[0]) == "eager"
+    assert backends.resolve("auto", GOOD[0]) == ON_CPU
     monkeypatch.setenv("REPMTL_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="REPMTL_BACKEND: expected one of.*'nonsense'"):
         tsr_loss(GOOD)
@@ -65,7 +66,7 @@ def test_triton_on_other_gpus(monkeypatch, hip, capability, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    refusal = _availability.triton_refusal.__wrapped__(torch.float32, torch.device("cuda", 0))
+    refusal = _availability.refusal.__wrapped__("triton", torch.float32, torch.device("cuda", 0))
     status = backend_report()["triton"]
     if reason is None:
         assert refusal is None and status == "ok"
@@ -94,7 +95,7 @@ def test_without_a_gpu_triton_says_why():
         "except ValueError as e: print(e)\n"
     )
     assert "no CUDA device" in out
-    assert "('reference', 'eager')" in out
+    assert "'triton'" not in out.splitlines()[1]
     assert "backend: 'triton' cannot run here: no CUDA device" in out
 
 
@@ -116,3 +117,26 @@ def test_without_triton_the_package_works_and_says_why():
     )
     assert "triton cannot be imported" in out
     assert "0.693" in out
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_native_library_that_cannot_be_loaded_says_why(monkeypatch, tmp_path, broken):
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    if broken:
+        (tmp_path / _native.CPU_LIBRARY).write_text("not a library")
+    status = _native.status.__wrapped__()
+    assert ("cannot be loaded" in status) if broken else ("was built without it" in status)
+    monkeypatch.setattr(_native, "status", lambda: status)
+    refusal = _availability.refusal.__wrapped__
+    monkeypatch.setattr(backends, "refusal", refusal)
+    assert backend_report()["native"] == status and "native" not in available_backends()
+    assert backends.resolve("auto", GOOD[0]) == "eager"
+    with pytest.raises(ValueError, match="backend: 'native' cannot run here: _native_cpu.so"):
+        tsr_loss(GOOD, backend="native")
+
+
+def test_native_is_for_the_cpu():
+    if "native" not in available_backends():
+        pytest.skip("needs the native backend")
+    with pytest.raises(ValueError, match="backend: 'native' cannot run here: .*on meta"):
+        tsr_loss([s.to("meta") for s in GOOD], backend="native")

@@ -52,10 +52,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from repmtl_kernels.backends._availability import triton_refusal
+from repmtl_kernels.backends._availability import refusal
 
 
 def load(x: Tensor) -> ModuleType:
     """The form for tensors like ``x``: Triton on CUDA devices that it supports, else eager."""
-    usable = x.is_cuda and triton_refusal(x.dtype, x.device) is None
+    usable = x.is_cuda and refusal("triton", x.dtype, x.device) is None
     return importlib.import_module(f"{__package__}.{'triton' if usable else 'eager'}")

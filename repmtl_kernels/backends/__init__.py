@@ -33,8 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repmtl_kernels import _native
 from repmtl_kernels._arguments import check_choice
-from repmtl_kernels.backends._availability import triton_refusal, triton_status
+from repmtl_kernels.backends._availability import refusal, triton_status
 
 
 class Statistics(NamedTuple):
@@ -89,12 +90,14 @@ class CSAGradient(NamedTuple):
     negatives: Tensor  # (): dL / d mean_b logsumexp
 
 
-KNOWN = ("reference", "eager", "triton")
+KNOWN = ("reference", "eager", "native", "triton")
 
 
 def backend_report() -> dict[str, str]:
     """Each known backend's name to ``"ok"``, or to the reason why it can't be used here."""
-    return {"reference": "ok", "eager": "ok", "triton": triton_status()}
+    return {
+        "reference": "ok", "eager": "ok", "native": _native.status(), "triton": triton_status(),
+    }  # fmt: skip
 
 
 def available_backends() -> tuple[str, ...]:
@@ -110,24 +113,24 @@ def check_backend(backend: str, source: str = "backend") -> None:
 def resolve(backend: str, saliency: Tensor) -> str:
     """The name of the backend to run: never ``"auto"``.
 
-    ``"auto"`` is REPMTL_BACKEND if that is set, else ``"triton"`` for CUDA tensors it supports,
-    else ``"eager"``. A backend asked for by name that can't run raises instead of falling back.
+    ``"auto"`` is REPMTL_BACKEND if that is set, else the fastest one that takes the tensor:
+    ``"triton"`` on CUDA, ``"native"`` on the CPU, ``"eager"`` where neither runs. A backend asked
+    for by name that can't run raises instead of falling back.
     """
     source = "backend"
     if backend == "auto":
         backend = os.environ.get("REPMTL_BACKEND") or "auto"
         source = "REPMTL_BACKEND"
     check_backend(backend, source)
-    if backend not in ("auto", "triton"):
-        return backend
-    refusal = triton_refusal
+    why_not = refusal
     if torch.compiler.is_compiling():  # no compiler traces what this asks of Triton and of CUDA
-        from repmtl_kernels.backends._constant import triton_refusal as refusal
+        from repmtl_kernels.backends._constant import refusal as why_not
     if backend == "auto":
-        usable = saliency.is_cuda and refusal(saliency.dtype, saliency.device) is None
-        return "triton" if usable else "eager"
-    if (reason := refusal(saliency.dtype, saliency.device)) is not None:
-        raise ValueError(f"{source}: 'triton' cannot run here: {reason}")
+        fastest = "triton" if saliency.is_cuda else "native"
+        usable = why_not(fastest, saliency.dtype, saliency.device) is None
+        return fastest if usable else "eager"
+    if (reason := why_not(backend, saliency.dtype, saliency.device)) is not None:
+        raise ValueError(f"{source}: {backend!r} cannot run here: {reason}")
     return backend
 
 

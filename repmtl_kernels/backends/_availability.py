@@ -1,10 +1,12 @@
-"""Whether the Triton backend can run here, and if not, why."""
+"""Whether a backend can run here, and if not, why."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+
+from repmtl_kernels import _native
 
 # The least compute capability that Triton supports and that has TF32.
 TRITON_CAPABILITY = (8, 0)
@@ -41,8 +43,22 @@ def _too_old(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the Triton backend can't take saliencies of this kind, or None."""
+def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the backend can't take saliencies of this kind, or None."""
+    if backend == "triton":
+        return _triton_refusal(dtype, device)
+    if backend == "native":
+        return _native_refusal(device)
+    return None
+
+
+def _native_refusal(device: torch.device) -> str | None:
+    if (status := _native.status()) != "ok":
+        return status
+    return None if device.type == "cpu" else f"saliencies are on {device}, expected the CPU"
+
+
+def _triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
     if dtype == torch.float64:
         return "float64 saliencies are for the 'eager' and 'reference' backends"
     if (status := triton_status()) != "ok":

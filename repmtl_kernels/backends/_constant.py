@@ -8,5 +8,5 @@ from repmtl_kernels.backends import _availability
 
 
 @torch.compiler.assume_constant_result
-def triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
-    return _availability.triton_refusal(dtype, device)
+def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    return _availability.refusal(backend, dtype, device)

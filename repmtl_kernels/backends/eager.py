@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -216,14 +219,24 @@ def _square_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=2).square().sum(1)
 
 
-def saliency_grad(
-    saliencies: list[Tensor],
-    outputs: list[Tensor | None],
-    csa: CSAGradient,
-    position_grad: Tensor | None,
-) -> None:
+class GradientTerms(NamedTuple):
+    """One task's gradient (B, C, N): ``a @ b + da 1^T + sum_k left_k right_k^T``, without TSR's."""
+
+    task: int
+    output: Tensor  # (B, C, *spatial), where it goes
+    a: Tensor  # (B, C, R)
+    b: Tensor  # (B, R, N)
+    da: Tensor  # (B, C)
+    left: Tensor  # (K, B, C)
+    right: Tensor  # (B, K, N)
+
+
+def gradient_terms(
+    saliencies: list[Tensor], outputs: list[Tensor | None], csa: CSAGradient
+) -> Iterator[GradientTerms]:
+    """Of each task whose gradient is wanted."""
     prescale = _needs_prescale(saliencies[0], csa.scale)
-    anchors = csa.contrast.anchors.permute(1, 2, 0)  # (B, C, T)
+    anchors = csa.contrast.anchors  # (T, B, C)
     anchor_grad = _anchor_grad(saliencies, csa, prescale)
     for t, (s, output) in enumerate(zip(saliencies, outputs, strict=True)):
         if output is None:
@@ -232,20 +245,32 @@ def saliency_grad(
         rank = csa.rank[t] * csa.scale[t]
         curl = csa.curl[t] * csa.scale[t] * rest / _storage_factor(s)
         matrix = csa.gram.matrix[t] * curl[:, None, None]
-        # All but the product with the Gram matrix is a sum of few outer products (C) x (N).
-        ones = rank.new_ones(len(s), 1, 1)
-        left, right = [anchor_grad[t][:, :, None]], [ones.expand(-1, 1, x.shape[2])]
-        if position_grad is not None:
-            left.append(ones.expand(-1, x.shape[1], 1))
-            right.append(position_grad[t][:, None])
         if _is_n_side(s):
-            left.append(anchors)
-            right.append(csa.gram.projection[t] * rank[:, None, None])
+            right = csa.gram.projection[t] * rank[:, None, None]
+            yield GradientTerms(t, output, x, matrix, anchor_grad[t], anchors, right)
         else:
-            weighted = anchors * (rank * rest)[:, None, None]
-            matrix.baddbmm_(weighted, anchors.mT)
+            weighted = anchors.permute(1, 2, 0) * (rank * rest)[:, None, None]
+            matrix.baddbmm_(weighted, anchors.transpose(0, 1))
+            right = x.new_empty(len(x), 0, x.shape[2])
+            yield GradientTerms(t, output, matrix, x, anchor_grad[t], anchors[:0], right)
+
+
+def saliency_grad(
+    saliencies: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+) -> None:
+    for term in gradient_terms(saliencies, outputs, csa):
+        # All but the product with the Gram matrix is a sum of few outer products (C) x (N).
+        ones = term.da.new_ones(len(term.da), 1, 1)
+        left = [term.da[:, :, None], term.left.permute(1, 2, 0)]
+        right = [ones.expand(-1, 1, term.b.shape[2]), term.right]
+        if position_grad is not None:
+            left.append(ones.expand(-1, term.a.shape[1], 1))
+            right.append(position_grad[term.task][:, None])
         outer = torch.cat(left, 2), torch.cat(right, 1)
-        _write_sum(output, outer, (x, matrix) if _is_n_side(s) else (matrix, x))
+        _write_sum(term.output, outer, (term.a, term.b))
 
 
 def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> Tensor:
@@ -262,10 +287,15 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> 
     return (csa.negatives * contrast.grad + through) / saliencies[0].shape[2:].numel()
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of ``(B, C, N)``, not its positions, lie side by side in memory."""
+    return x.stride(1) == 1 and x.stride(2) != 1
+
+
 def _write_sum(output: Tensor, *products: tuple[Tensor, Tensor]) -> None:
     """Writes ``sum of a @ b`` (B, C, N) into the view ``output`` (B, C, *spatial)."""
     target = output.flatten(2)
-    channels_last = target.stride(1) == 1 and target.stride(2) != 1
+    channels_last = is_channels_last(target)
     if channels_last:  # matrix products write rows
         products = tuple((b.mT, a.mT) for a, b in products)
     (a, b), *others = products

@@ -1,0 +1,72 @@
+// What every stage shares: number types, views of saliencies, parallel loops.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <vector>
+
+// The loops of a function with this mark are compiled for several vector widths; the loader picks.
+// Sums have a fixed number of lanes, so that every width gives the same bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && \
+    !defined(__SANITIZE_ADDRESS__)
+#define REPMTL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define REPMTL_CLONES
+#endif
+
+namespace repmtl {
+
+using bfloat16 = c10::BFloat16;
+using float16 = c10::Half;
+
+// The type that sums, similarities and losses have for saliencies of a type.
+template <typename S>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <typename S>
+using acc_t = typename Accumulation<S>::type;
+
+// One task's saliencies or their gradient (B, C, N) in memory; strides and offsets count elements.
+template <typename S>
+struct View {
+  S* data;  // (0, 0, 0)
+  int64_t batch_stride;
+  int64_t channel_stride;
+  int64_t position_stride;       // where `offsets` is empty
+  std::vector<int64_t> offsets;  // (N), of positions that have no single stride
+};
+
+struct Shape {
+  int64_t tasks, batch, channels, positions;
+};
+
+// What parallelises loops: f(begin, end) over parts of [0, count), each of at least `grain`.
+struct ParallelFor {
+  virtual void run(int64_t count, int64_t grain, void (*f)(int64_t, int64_t, void*),
+                   void* context) const = 0;
+
+  template <typename F>
+  void operator()(int64_t count, int64_t grain, const F& f) const {
+    if (count == 0) return;
+    run(
+        count, grain,
+        [](int64_t begin, int64_t end, void* context) {
+          (*static_cast<const F*>(context))(begin, end);
+        },
+        const_cast<void*>(static_cast<const void*>(&f)));
+  }
+
+ protected:
+  ~ParallelFor() = default;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace repmtl

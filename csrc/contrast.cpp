@@ -1,0 +1,172 @@
+#include "contrast.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "scale.h"
+
+namespace repmtl {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+template <typename A>
+inline __attribute__((always_inline)) A dot_body(const A* x, const A* y, int64_t count) {
+  A sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) sums[j] += x[i + j] * y[i + j];
+  }
+  for (int64_t j = 0; i < count; ++i, ++j) sums[j] += x[i] * y[i];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
+}
+
+REPMTL_CLONES float dot(const float* x, const float* y, int64_t count) {
+  return dot_body(x, y, count);
+}
+
+REPMTL_CLONES double dot(const double* x, const double* y, int64_t count) {
+  return dot_body(x, y, count);
+}
+
+}  // namespace
+
+template <typename A>
+void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, double eps, A* u,
+                  A* factor, A* pull, const ParallelFor& parallel_for) {
+  const int64_t grain = std::max<int64_t>(1, 4096 / (tasks * tasks * channels));
+  parallel_for(batch, grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> products(tasks * tasks);
+    const auto row = [&](auto* x, int64_t t, int64_t b) { return x + (t * batch + b) * channels; };
+    for (int64_t b = begin; b < end; ++b) {
+      A largest = 0;
+      for (int64_t t = 0; t < tasks; ++t) {
+        const A* from = row(a, t, b);
+        for (int64_t c = 0; c < channels; ++c) largest = std::max(largest, std::fabs(from[c]));
+      }
+      const A scale = power_of_two(largest);
+      for (int64_t t = 0; t < tasks; ++t) {
+        const A* from = row(a, t, b);
+        A* to = row(u, t, b);
+        for (int64_t c = 0; c < channels; ++c) to[c] = from[c] * scale;
+      }
+      double square = 0;
+      for (int64_t t = 0; t < tasks; ++t) {
+        for (int64_t v = 0; v <= t; ++v) {
+          const A product = dot(row(u, t, b), row(u, v, b), channels);
+          products[t * tasks + v] = products[v * tasks + t] = product;
+          square += static_cast<double>(product) * product * (v < t ? 2 : 1);
+        }
+      }
+      const Guarded<A> guarded = guarded_inverse(static_cast<A>(std::sqrt(square)), scale, eps);
+      const A root = std::sqrt(guarded.inverse);
+      factor[b] = scale * root;
+      for (int64_t t = 0; t < tasks; ++t) {
+        A* to = row(u, t, b);
+        for (int64_t c = 0; c < channels; ++c) to[c] *= root;
+      }
+      if (!pull) continue;
+      const A share = guarded.clamped ? 0 : guarded.inverse;
+      for (int64_t t = 0; t < tasks; ++t) {
+        A* to = row(pull, t, b);
+        std::fill_n(to, channels, A(0));
+        for (int64_t v = 0; v < tasks; ++v) {
+          const A* from = row(u, v, b);
+          const A weight = products[t * tasks + v] * share;
+          for (int64_t c = 0; c < channels; ++c) to[c] += weight * from[c];
+        }
+      }
+    }
+  });
+}
+
+template <typename A>
+void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, const A* dots,
+                 double temperature, A* similarity, A* logsumexp,
+                 const ParallelFor& parallel_for) {
+  const int64_t grain = std::max<int64_t>(1, 4096 / (tasks * tasks * batch));
+  parallel_for(samples, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      A* r = similarity + m * batch;
+      std::fill_n(r, batch, A(0));
+      for (int64_t t = 0; t < tasks; ++t) {
+        for (int64_t v = 0; v < tasks; ++v) {
+          const A* d = dots + ((t * samples + m) * tasks + v) * batch;
+          for (int64_t k = 0; k < batch; ++k) r[k] += d[k] * d[k];
+        }
+      }
+      for (int64_t k = 0; k < batch; ++k) r[k] /= static_cast<A>(temperature);
+      r[first + m] = -std::numeric_limits<A>::infinity();
+      A largest = r[0];
+      for (int64_t k = 1; k < batch; ++k) largest = std::max(largest, r[k]);
+      double sum = 0;
+      for (int64_t k = 0; k < batch; ++k) sum += std::exp(r[k] - largest);
+      logsumexp[m] = largest + static_cast<A>(std::log(sum));
+    }
+  });
+}
+
+template <typename A>
+void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A* dots,
+                const A* similarity, const A* logsumexp, double temperature,
+                const ParallelFor& parallel_for) {
+  const A factor = static_cast<A>(2 / (temperature * static_cast<double>(batch)));
+  const int64_t grain = std::max<int64_t>(1, 4096 / (tasks * tasks * batch));
+  parallel_for(samples, grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> weight(batch);
+    for (int64_t m = begin; m < end; ++m) {
+      const A* r = similarity + m * batch;
+      for (int64_t k = 0; k < batch; ++k) {
+        weight[k] = factor * (std::exp(r[k] - logsumexp[first + m]) + std::exp(r[k] - logsumexp[k]));
+      }
+      for (int64_t t = 0; t < tasks; ++t) {
+        for (int64_t v = 0; v < tasks; ++v) {
+          A* d = dots + ((t * samples + m) * tasks + v) * batch;
+          for (int64_t k = 0; k < batch; ++k) d[k] *= weight[k];
+        }
+      }
+    }
+  });
+}
+
+template <typename A>
+void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const A* u,
+                           const A* factor, const A* pull, A* du,
+                           const ParallelFor& parallel_for) {
+  parallel_for(batch, std::max<int64_t>(1, 4096 / (tasks * channels)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t b = begin; b < end; ++b) {
+                   A tug = 0;
+                   for (int64_t t = 0; t < tasks; ++t) {
+                     const int64_t row = (t * batch + b) * channels;
+                     tug += dot(du + row, u + row, channels);
+                   }
+                   for (int64_t t = 0; t < tasks; ++t) {
+                     const int64_t row = (t * batch + b) * channels;
+                     for (int64_t c = row; c < row + channels; ++c) {
+                       du[c] = factor[b] * (du[c] - tug * pull[c]);
+                     }
+                   }
+                 }
+               });
+}
+
+#define INSTANTIATE(A)                                                                            \
+  template void unit_anchors(int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,             \
+                             const ParallelFor&);                                                 \
+  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*, A*,         \
+                            const ParallelFor&);                                                  \
+  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, const A*, double,    \
+                           const ParallelFor&);                                                   \
+  template void through_normalisation(int64_t, int64_t, int64_t, const A*, const A*, const A*, A*, \
+                                      const ParallelFor&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace repmtl

@@ -1,0 +1,34 @@
+// Stage `contrast`: unit anchors (eq. 8) and the negatives' half of CSA (eq. 9). The products of
+// anchors are the library's; these are the parts before, between and after them.
+#pragma once
+
+#include "common.h"
+
+namespace repmtl {
+
+// Unit anchors of the channels' means a (T, B, C): u (T, B, C) = factor (B) * a, with Frobenius norm
+// 1 of sum_t u u^T, or a norm of at least eps before. pull (T, B, C) or null: what normalisation
+// takes out of a gradient.
+template <typename A>
+void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, double eps, A* u,
+                  A* factor, A* pull, const ParallelFor& parallel_for);
+
+// dots (T, M, T, B): products u_t,first+m . u_vk. logsumexp (M): over k != first + m, of
+// sum_tv dots^2 / temperature; similarity (M, B): these, -inf for the sample itself.
+template <typename A>
+void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, const A* dots,
+                 double temperature, A* similarity, A* logsumexp, const ParallelFor& parallel_for);
+
+// Multiplies dots (T, M, T, B) with 2 / (temperature B) (softmax_m[k] + softmax_k[m]), so that
+// another product with u gives the gradient. similarity (M, B), logsumexp (B).
+template <typename A>
+void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A* dots,
+                const A* similarity, const A* logsumexp, double temperature,
+                const ParallelFor& parallel_for);
+
+// du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) pull).
+template <typename A>
+void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const A* u,
+                           const A* factor, const A* pull, A* du, const ParallelFor& parallel_for);
+
+}  // namespace repmtl

@@ -1,0 +1,260 @@
+#include "statistics.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <type_traits>
+
+#include "scale.h"
+
+namespace repmtl {
+namespace {
+
+// Independent partial sums of a row.
+constexpr int64_t kLanes = 8;
+// Rows of one unit of work: sums are the same, however many threads share the units.
+constexpr int64_t kChunk = 256;
+// Elements that are worth a thread.
+constexpr int64_t kGrain = 16384;
+// Elements of a row at a time: four of them fit the first cache.
+constexpr int64_t kBlock = 1024;
+
+// `rows` rows of `count` elements, `stride` apart: added to `across` (count), the sums over rows, and
+// to `along` (rows), the sums of the rows; `top` (kLanes) become at least the largest |x|. Four
+// numbers at a time are added in their own precision, these sums in double: where saliencies of
+// opposite signs cancel, the entropy sees what is left.
+template <bool kAcross, bool kAlong, typename A>
+inline __attribute__((always_inline)) void add_rows(const A* __restrict data, int64_t stride,
+                                                    int64_t rows, int64_t count,
+                                                    double* __restrict across,
+                                                    double* __restrict along, A* __restrict top) {
+  if (kAcross) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      const A *r0 = data + r * stride, *r1 = r0 + stride, *r2 = r1 + stride, *r3 = r2 + stride;
+      for (int64_t i = 0; i < count; ++i) across[i] += (r0[i] + r1[i]) + (r2[i] + r3[i]);
+    }
+    for (; r < rows; ++r) {
+      for (int64_t i = 0; i < count; ++i) across[i] += data[r * stride + i];
+    }
+  }
+  if (kAlong) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = data + r * stride;
+      double sums[kLanes] = {};
+      int64_t i = 0;
+      for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        for (int64_t j = i; j < i + kLanes; ++j) {
+          const A x0 = row[j], x1 = row[j + kLanes];
+          const A x2 = row[j + 2 * kLanes], x3 = row[j + 3 * kLanes];
+          sums[j - i] += (x0 + x1) + (x2 + x3);
+          const A a = std::max(std::fabs(x0), std::fabs(x1));
+          const A b = std::max(std::fabs(x2), std::fabs(x3));
+          top[j - i] = std::max(top[j - i], std::max(a, b));
+        }
+      }
+      for (; i + kLanes <= count; i += kLanes) {
+        for (int64_t j = i; j < i + kLanes; ++j) {
+          sums[j - i] += row[j];
+          top[j - i] = std::max(top[j - i], std::fabs(row[j]));
+        }
+      }
+      for (int64_t j = i; j < count; ++j) {
+        sums[j - i] += row[j];
+        top[j - i] = std::max(top[j - i], std::fabs(row[j]));
+      }
+      along[r] += ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
+                  ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+    }
+  }
+}
+
+#define ADD_ROWS(A, name, across, along)                                                         \
+  REPMTL_CLONES void name(const A* data, int64_t stride, int64_t rows, int64_t count,            \
+                          double* sums, double* row_sums, A* top) {                              \
+    add_rows<across, along>(data, stride, rows, count, sums, row_sums, top);                     \
+  }
+ADD_ROWS(float, add_across, true, false)
+ADD_ROWS(float, add_along, false, true)
+ADD_ROWS(float, add_both, true, true)
+ADD_ROWS(double, add_across, true, false)
+ADD_ROWS(double, add_along, false, true)
+ADD_ROWS(double, add_both, true, true)
+#undef ADD_ROWS
+
+REPMTL_CLONES void widen_row(const bfloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+REPMTL_CLONES void widen_row(const float16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+// Saliencies of one task and sample as rows along memory.
+template <typename S>
+struct Rows {
+  const S* data;
+  int64_t row_stride, stride;           // of the elements in a row
+  const int64_t *row_offsets, *offsets;  // in place of a stride, or null
+
+  // Whether rows can be read where they are.
+  bool direct() const {
+    return std::is_same_v<S, acc_t<S>> && stride == 1 && !row_offsets && !offsets;
+  }
+
+  // `count` elements of row r from `begin` on.
+  void copy(int64_t r, int64_t begin, int64_t count, acc_t<S>* to) const {
+    const S* from = data + (row_offsets ? row_offsets[r] : r * row_stride);
+    if (offsets) {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<S>>(from[offsets[begin + i]]);
+    } else if (stride != 1) {
+      from += begin * stride;
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<S>>(from[i * stride]);
+    } else if constexpr (std::is_same_v<S, acc_t<S>>) {
+      std::copy_n(from + begin, count, to);
+    } else {
+      widen_row(from + begin, count, to);
+    }
+  }
+};
+
+// Adds `rows` rows of `length` from `first` on to `across` (length), which is zero before; `along`
+// (rows) are their sums; either may be null. Returns the largest |x|, if there is `along`.
+template <typename S>
+acc_t<S> add_chunk(const Rows<S>& matrix, int64_t first, int64_t rows, int64_t length,
+                   double* across, double* along) {
+  using A = acc_t<S>;
+  A top[kLanes] = {};
+  if (along) std::fill_n(along, rows, 0.0);
+  const auto add = [&](const A* data, int64_t stride, int64_t r, int64_t count, int64_t begin,
+                       int64_t block) {
+    double* sums = across ? across + begin : nullptr;
+    double* row_sums = along ? along + r : nullptr;
+    void (*function)(const A*, int64_t, int64_t, int64_t, double*, double*, A*) = add_both;
+    if (!along) function = add_across;
+    if (!across) function = add_along;
+    function(data, stride, count, block, sums, row_sums, top);
+  };
+  constexpr int64_t group = 4;
+  A buffer[group * kBlock];
+  for (int64_t begin = 0; begin < length; begin += kBlock) {
+    const int64_t block = std::min(kBlock, length - begin);
+    if constexpr (std::is_same_v<S, A>) {
+      if (matrix.direct()) {
+        // Rows that fit the cache, so that both kinds of sums read them once from memory.
+        const int64_t some = std::max<int64_t>(group, group * kBlock / block);
+        for (int64_t r = 0; r < rows; r += some) {
+          add(matrix.data + (first + r) * matrix.row_stride + begin, matrix.row_stride, r,
+              std::min(some, rows - r), begin, block);
+        }
+        continue;
+      }
+    }
+    for (int64_t r = 0; r < rows; r += group) {
+      const int64_t count = std::min(group, rows - r);
+      for (int64_t k = 0; k < count; ++k) {
+        matrix.copy(first + r + k, begin, block, buffer + k * kBlock);
+      }
+      add(buffer, kBlock, r, count, begin, block);
+    }
+  }
+  return *std::max_element(top, top + kLanes);
+}
+
+}  // namespace
+
+template <typename S>
+void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions, acc_t<S>* channels,
+                acc_t<S>* scale, const ParallelFor& parallel_for) {
+  using A = acc_t<S>;
+  const auto [tasks, batch, C, N] = shape;
+  struct Task {
+    Rows<S> rows;  // of sample 0
+    bool by_channel;
+    bool across, along;  // what is needed of add_chunk
+    int64_t count, length, chunks;
+    int64_t unit, partial;  // the first of its units of work, of its partial sums
+  };
+  std::vector<Task> plan;
+  int64_t units = 0, partials = 0;
+  for (int64_t t = 0; t < tasks; ++t) {
+    const View<const S>& view = views[t];
+    const int64_t* offsets = view.offsets.empty() ? nullptr : view.offsets.data();
+    Task task{};
+    task.by_channel = view.channel_stride != 1 || (view.position_stride == 1 && N > 1);
+    if (task.by_channel) {
+      task.rows = {view.data, view.channel_stride, view.position_stride, nullptr, offsets};
+    } else {
+      task.rows = {view.data, view.position_stride, view.channel_stride, offsets, nullptr};
+    }
+    task.across = task.by_channel ? positions : channels;
+    task.along = scale || (task.by_channel ? channels : positions);
+    task.count = task.by_channel ? C : N;
+    task.length = task.by_channel ? N : C;
+    task.chunks = ceil_div(task.count, kChunk);
+    task.unit = units;
+    task.partial = partials;
+    units += batch * task.chunks;
+    partials += batch * task.chunks * task.length;
+    plan.push_back(task);
+  }
+  const std::unique_ptr<double[]> across(new double[partials]), along(new double[units * kChunk]);
+  const std::unique_ptr<A[]> largest(new A[units]);
+
+  const auto chunk = [&](int64_t begin, int64_t end) {
+    auto task = std::upper_bound(plan.begin(), plan.end(), begin,
+                                 [](int64_t u, const Task& k) { return u < k.unit; }) - 1;
+    for (int64_t u = begin; u < end; ++u) {
+      while (task + 1 != plan.end() && u >= (task + 1)->unit) ++task;
+      const int64_t b = (u - task->unit) / task->chunks, k = (u - task->unit) % task->chunks;
+      Rows<S> rows = task->rows;
+      rows.data += b * views[task - plan.begin()].batch_stride;
+      double* sums = across.get() + task->partial + (u - task->unit) * task->length;
+      std::fill_n(sums, task->length, 0.0);
+      largest[u] = add_chunk(rows, k * kChunk, std::min(kChunk, task->count - k * kChunk),
+                             task->length, task->across ? sums : nullptr,
+                             task->along ? along.get() + u * kChunk : nullptr);
+    }
+  };
+  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);  // or less
+  parallel_for(units, std::max<int64_t>(1, kGrain / unit_size), chunk);
+
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Task& task = plan[i / batch];
+      const int64_t b = i % batch, first = task.unit + b * task.chunks;
+      A* by_row = task.by_channel ? channels : positions;
+      A* by_element = task.by_channel ? positions : channels;
+      if (by_row) {
+        const double *sums = along.get() + first * kChunk, length = static_cast<double>(task.length);
+        A* out = by_row + i * task.count;
+        for (int64_t r = 0; r < task.count; ++r) out[r] = static_cast<A>(sums[r] / length);
+      }
+      if (by_element) {
+        A* out = by_element + i * task.length;
+        double* sums = across.get() + task.partial + b * task.chunks * task.length;
+        const double count = static_cast<double>(task.count);
+        for (int64_t k = 1; k < task.chunks; ++k) {
+          for (int64_t j = 0; j < task.length; ++j) sums[j] += sums[k * task.length + j];
+        }
+        for (int64_t j = 0; j < task.length; ++j) out[j] = static_cast<A>(sums[j] / count);
+      }
+      if (scale) {
+        scale[i] = power_of_two(*std::max_element(largest.get() + first,
+                                                  largest.get() + first + task.chunks));
+      }
+    }
+  };
+  parallel_for(tasks * batch, std::max<int64_t>(1, kGrain / (C + N)), finish);
+}
+
+#define INSTANTIATE(S)                                                                         \
+  template void statistics(const Shape&, const View<const S>*, acc_t<S>*, acc_t<S>*, acc_t<S>*, \
+                           const ParallelFor&);
+INSTANTIATE(double)
+INSTANTIATE(float)
+INSTANTIATE(bfloat16)
+INSTANTIATE(float16)
+#undef INSTANTIATE
+
+}  // namespace repmtl

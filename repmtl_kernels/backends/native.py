@@ -1,0 +1,85 @@
+"""The stages with the compiled operators of ``csrc``, on the CPU. Contract: ``__init__.py``.
+
+Matrix products are PyTorch's; what is between them is one pass each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels import _native
+from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Statistics, eager
+from repmtl_kernels.backends.eager import gram
+
+__all__ = ["contrast", "entropy", "gram", "saliency_grad", "statistics"]
+
+ops = _native.load()
+
+
+def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> Statistics:
+    x, a, scale = ops.statistics(saliencies, positions, channels)
+    return Statistics(x if positions else None, *((a, scale) if channels else (None, None)))
+
+
+def entropy(
+    x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
+) -> Entropy:
+    over_tasks, softmax = over == "tasks", normalizer == "softmax"
+    value, grad = ops.entropy(x.contiguous(), over_tasks, softmax, temperature, eps, with_grad)
+    return Entropy(value, grad if with_grad else None)
+
+
+def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
+    tasks, batch, channels = a.shape
+    u, factor, pull = ops.unit_anchors(a, eps, with_grad)
+    rows = u.view(tasks * batch, channels)
+    step = max(1, eager.CONTRAST_BLOCK // (tasks * len(rows)))
+    blocks = range(0, batch, step)
+
+    def dots_of(b: int) -> Tensor:
+        """(T, M, T, B): products of one block of samples with all."""
+        block = u[:, b : b + step]
+        return torch.matmul(block, rows.T).view(tasks, -1, tasks, batch)
+
+    found = []
+    for b in blocks:
+        dots = dots_of(b)
+        found.append(ops.log_sum_exp(dots, b, temperature))
+    lse = torch.cat([logsumexp for _, logsumexp in found])
+    if not with_grad:
+        return Contrast(u, factor, lse, None, None)
+
+    du = torch.empty_like(u)
+    for b, (similarity, _) in zip(blocks, found, strict=True):
+        if len(found) > 1:  # else those of above are still there
+            dots = dots_of(b)
+        ops.weigh_dots(dots, similarity, lse, b, temperature)
+        du[:, b : b + step] = torch.matmul(dots.view(tasks, -1, len(rows)), rows)
+    ops.through_normalisation(du, u, factor, pull)
+    return Contrast(u, factor, lse, pull, du)
+
+
+def saliency_grad(
+    saliencies: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+) -> None:
+    for term in eager.gradient_terms(saliencies, outputs, csa):
+        target = term.output.flatten(2)  # a copy where the positions have no single stride
+        transposed = eager.is_channels_last(target)
+        a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
+        rows = target.mT if transposed else target
+        direct = (
+            rows.dtype == a.dtype
+            and rows.is_contiguous()
+            and rows.data_ptr() == term.output.data_ptr()
+        )
+        dx = None if position_grad is None else position_grad[term.task]
+        terms = transposed, term.da.contiguous(), dx, term.left, term.right, term.output
+        if direct:
+            ops.add_outer(None, *terms)
+            rows.baddbmm_(a, b)
+        else:
+            ops.add_outer(torch.bmm(a, b), *terms)
