@@ -210,7 +210,11 @@ def contestants(case: Case, device: torch.device) -> dict[str, Loss]:
     if case.compiled:
         torch._dynamo.reset()
         found[COMPILED] = torch.compile(literal, dynamic=False)
-    backends = ["eager", "triton" if device.type == "cuda" else "native"]
+    backends = ["eager"]
+    if device.type == "cuda":
+        backends.append("triton")
+    elif "native" in repmtl_kernels.available_backends():
+        backends.append("native")
     public = getattr(repmtl_kernels, case.function)
     for backend in backends:
         call = partial(public, channel_dim=case.channel_dim, backend=backend)

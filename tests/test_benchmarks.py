@@ -19,8 +19,10 @@ from benchmarks.machine import busy_cores, slug, slug_of_gpu, versions
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import Timing, side_by_side, summary
+from repmtl_kernels import available_backends
 
 CPU = torch.device("cpu")
+BUILT = {"native"} & set(available_backends())
 SMALL = Shape("office49", 2, 3, 8, 4, 4, 3, "test")
 CEILINGS = {"copy_gbs": 30.0, "matmul_tflops": {"float32": 0.1}}
 EFFORT = kernels.Effort(seconds=0.01, min_rounds=2, max_rounds=2)
@@ -180,7 +182,7 @@ def test_kernel_rows_have_every_field(kernel_rows):
         "backend", "ms", "spread", "peak_mb", "floor_ms", "fraction",
     }  # fmt: skip
     assert {(r["backend"], r["direction"]) for r in kernel_rows} == {
-        (b, d) for b in ("reference", "eager") for d in kernels.DIRECTIONS
+        (b, d) for b in ("reference", "eager", *BUILT) for d in kernels.DIRECTIONS
     }
     for row in kernel_rows:
         assert fields <= row.keys()
