@@ -37,6 +37,10 @@ from repmtl_kernels._task_losses import (
 from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels.modules import _Loss
 
+# Of a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence), and
+# of a lambda that is left out beside the other.
+DEFAULT_STRENGTH = 0.1
+DEFAULT_LAMBDA = 0.01
 # The regulariser's gradient is taken to be at least this share of the tasks' at lambdas that sum to
 # 1: where it vanishes at the representation, e.g. behind heads without curvature, no weight makes
 # it the share that was asked for, and a large one would ruin the heads.
@@ -73,7 +77,7 @@ def task_saliencies(losses: TaskLosses, representation: Representation) -> list[
 class RepMTL(_Loss):
     """The objective of Rep-MTL, arXiv 2507.21049, eq. 10, in place of the sum of the task losses::
 
-        criterion = RepMTL(lambda_tsr=0.01, lambda_csa=0.01)
+        criterion = RepMTL()
         z = encoder(x)
         total = criterion([loss(head(z), y) for head, loss, y in ...], z)
         total.backward()
@@ -86,15 +90,16 @@ class RepMTL(_Loss):
     In ``eval()`` mode the result is ``sum_t w_t L_t`` alone (of the logarithms with
     ``log_losses``); it needs no graph and works under ``torch.no_grad()``.
 
-    With the defaults that is equation 10 exactly. All options are attributes, and a schedule may
+    With lambdas given that is equation 10 exactly. With neither lambdas nor ``strength``, the
+    regulariser's gradient is held at a tenth of the tasks' (``strength=0.1``). All options are attributes, and a schedule may
     set them. What training calls have seen (their number, running means) is part of
     ``state_dict()``; a checkpoint without it leaves it as it is.
 
     Args:
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). Exactly 0: that
-            loss is not computed.
+            loss is not computed. None: 0.01.
         lambda_csa: the same for :func:`csa_loss`. CSA needs a batch of at least 2; TSR does not.
-        strength: None, or ``rho`` of at least 0 (0: off): the norm of the regulariser's gradient at
+        strength: None (lambdas alone; 0.1 if these are None too), or ``rho`` of at least 0 (0: off): the norm of the regulariser's gradient at
             the representation is held at ``rho`` times that of the tasks' ``sum_t w_t L_t``, and
             the lambdas only give the mix of TSR and CSA. Both losses are invariant to the scale of
             the losses, so with fixed lambdas that ratio grows while the tasks are learned. The
@@ -144,8 +149,8 @@ class RepMTL(_Loss):
 
     def __init__(
         self,
-        lambda_tsr: float = 0.01,
-        lambda_csa: float = 0.01,
+        lambda_tsr: float | None = None,
+        lambda_csa: float | None = None,
         *,
         strength: float | None = None,
         start: int = 0,
@@ -165,9 +170,11 @@ class RepMTL(_Loss):
         group: None = None,
         backend: str = "auto",
     ) -> None:
+        if lambda_tsr is None and lambda_csa is None and strength is None:
+            strength = DEFAULT_STRENGTH
         super().__init__(
-            lambda_tsr=lambda_tsr,
-            lambda_csa=lambda_csa,
+            lambda_tsr=DEFAULT_LAMBDA if lambda_tsr is None else lambda_tsr,
+            lambda_csa=DEFAULT_LAMBDA if lambda_csa is None else lambda_csa,
             strength=strength,
             start=start,
             ramp=ramp,

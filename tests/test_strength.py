@@ -446,6 +446,30 @@ def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
     assert found[1] == pytest.approx(found[3], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("given", "strength", "lambdas"),
+    [
+        ({}, 0.1, (0.01, 0.01)),
+        ({"lambda_tsr": 0.9}, None, (0.9, 0.01)),
+        ({"lambda_csa": 0.0}, None, (0.01, 0.0)),
+        ({"strength": 0.3}, 0.3, (0.01, 0.01)),
+        ({"strength": 0.0}, 0.0, (0.01, 0.01)),
+        ({"lambda_tsr": 0.9, "strength": 0.3}, 0.3, (0.9, 0.01)),
+    ],
+)
+def test_what_is_left_out(network: Network, given, strength, lambdas) -> None:
+    left_out = RepMTL(**given)
+    assert left_out.strength == strength
+    assert (left_out.lambda_tsr, left_out.lambda_csa) == lambdas
+    written_out = RepMTL(*lambdas, strength=strength)
+    for _ in range(3):
+        z, losses = batch(network)
+        totals = [criterion(losses, z) for criterion in (left_out, written_out)]
+        assert torch.equal(*totals)
+        for total in totals:
+            total.backward(retain_graph=True)
+
+
 def test_strength_of_zero_and_zero_lambdas_are_off(network: Network) -> None:
     z, losses = batch(network)
     for criterion in (RepMTL(strength=0.0), RepMTL(0, 0, strength=0.5)):

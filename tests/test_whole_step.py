@@ -191,7 +191,7 @@ def test_documentation_shows_the_code_of_this_test():
 def test_compiled_encoder_with_eager_heads(compiler: str, make):
     model, losses, x, targets = model_and_data(make, torch.float64)
     expected = copy.deepcopy(model)
-    criterion = RepMTL()
+    criterion = RepMTL(0.01, 0.01)
     whole = dict(model.items())
     whole["encoder"] = torch.compile(model["encoder"], fullgraph=True, backend=compiler)
     with sdpa_kernel(SDPBackend.MATH):
