@@ -91,23 +91,24 @@ class RepMTL(_Loss):
     ``log_losses``); it needs no graph and works under ``torch.no_grad()``.
 
     With lambdas given that is equation 10 exactly. With neither lambdas nor ``strength``, the
-    regulariser's gradient is held at a tenth of the tasks' (``strength=0.1``). All options are attributes, and a schedule may
-    set them. What training calls have seen (their number, running means) is part of
-    ``state_dict()``; a checkpoint without it leaves it as it is.
+    regulariser's gradient is held at a tenth of the tasks' (``strength=0.1``). All options are
+    attributes, and a schedule may set them. What training calls have seen (their number, running
+    means) is part of ``state_dict()``; a checkpoint without it leaves it as it is.
 
     Args:
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). Exactly 0: that
             loss is not computed. None: 0.01.
         lambda_csa: the same for :func:`csa_loss`. CSA needs a batch of at least 2; TSR does not.
-        strength: None (lambdas alone; 0.1 if these are None too), or ``rho`` of at least 0 (0: off): the norm of the regulariser's gradient at
-            the representation is held at ``rho`` times that of the tasks' ``sum_t w_t L_t``, and
-            the lambdas only give the mix of TSR and CSA. Both losses are invariant to the scale of
-            the losses, so with fixed lambdas that ratio grows while the tasks are learned. The
-            ratio is observed in the backward pass of the total, without another one, and averaged
-            over about the last 50 (exponential mean, decay 0.98): ``rho`` is held on average,
-            single steps vary. The first call has lambdas that sum to ``rho``; later ones never sum
-            to more than ``100 rho``. A backward pass that doesn't reach the representation, or
-            with several gradients at a time, is not observed. See ``last.ratio``.
+        strength: None (lambdas alone; 0.1 if these are None too), or ``rho`` of at least 0 (0:
+            off): the norm of the regulariser's gradient at the representation is held at ``rho``
+            times that of the tasks' ``sum_t w_t L_t``, and the lambdas only give the mix of TSR and
+            CSA. Both losses are invariant to the scale of the losses, so with fixed lambdas that
+            ratio grows while the tasks are learned. The ratio is observed in the backward pass of
+            the total, without another one, and averaged over about the last 50 (exponential mean,
+            decay 0.98): ``rho`` is held on average, single steps vary. The first call has lambdas
+            that sum to ``rho``; later ones never sum to more than ``100 rho``. A backward pass that
+            doesn't reach the representation, or with several gradients at a time, is not observed.
+            See ``last.ratio``.
         start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
             cost of the losses alone; its weight then grows linearly, and is full at the
             ``ramp``-th call after that.
