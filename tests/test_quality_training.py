@@ -436,6 +436,19 @@ def test_weights_that_were_equal_all_along_are_told():
     assert not tables.lines([row])[0].equal_weights
 
 
+def test_the_table_has_the_exponents_and_no_base_that_was_not_trained():
+    rows = [
+        {
+            "dataset": "d", "method": "m", "family": "m", "seed": seed, "metrics": {"a": {}},
+            "delta_p_to_equal": {"mean": value}, "spectra": {"all": {"encoder": value, "a": None}},
+        }
+        for seed, value in enumerate((2.0, 3.0))
+    ]  # fmt: skip
+    to_equal, exponents = tables.by_base(rows).split("\n\n")
+    assert "equal weighting" in to_equal and "+2.50 ± " in to_equal
+    assert exponents.splitlines()[-1] == "| d | m | 2.50 |  |"
+
+
 def test_saliency_energy_is_the_gradient(tmp_path):
     data = dense()
     network = build(data, 0, **NETWORK)

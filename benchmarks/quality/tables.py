@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import mean
 from typing import NamedTuple
 
 from benchmarks import progress
@@ -181,12 +182,32 @@ def by_base(rows: list[dict]) -> str:
             for line in found
             if not against or line.against == against
         }
+        if not any(intervals.values()):
+            continue
         table = []
         for method in dict.fromkeys(method for method, _ in intervals):
             here = [intervals.get((method, dataset)) for dataset in datasets]
             table.append([method, *("" if i is None else str(i) for i in here)])
         parts.append(progress.markdown([f"Δp to {base}, %", *datasets], table))
+    if any("spectra" in row for row in rows):
+        parts.append(exponents(rows))
     return "\n\n".join(parts)
+
+
+def exponents(rows: list[dict]) -> str:
+    """A table of the power-law exponents, mean over seeds, of networks that have all tasks."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in rows:
+        values = row.get("spectra", {}).get("all", {})
+        parts = found.setdefault((row["dataset"], row["method"]), {})
+        for part, value in values.items():
+            parts.setdefault(part, []).extend([] if value is None else [value])
+    names = list(dict.fromkeys(part for parts in found.values() for part in parts))
+    table = [
+        [dataset, method, *(f"{mean(parts[n]):.2f}" if parts.get(n) else "" for n in names)]
+        for (dataset, method), parts in found.items()
+    ]
+    return progress.markdown(["power-law exponent", "method", *names], table)
 
 
 def markdown(found: list[Line], seeds: int) -> str:
