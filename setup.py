@@ -21,11 +21,13 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("statistics", "entropy", "contrast", "gradient", "operators")
+SOURCES = (
+    "statistics", "entropy", "contrast", "gradient", "small_products", "operators",
+)  # fmt: skip
 OLDEST_TORCH = (2, 11)
 SKIP = "REPMTL_SKIP_NATIVE"
 FLAGS = [
-    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra",
+    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
 ]  # fmt: skip
 

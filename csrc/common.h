@@ -8,10 +8,11 @@
 #include <vector>
 
 // The loops of a function with this mark are compiled for several vector widths; the loader picks.
-// Sums have a fixed number of lanes, so that every width gives the same bits.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && \
     !defined(__SANITIZE_ADDRESS__)
-#define REPMTL_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define REPMTL_HAS_CLONES
+#define REPMTL_CLONES \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define REPMTL_CLONES
 #endif

@@ -13,6 +13,7 @@
 #include "contrast.h"
 #include "entropy.h"
 #include "gradient.h"
+#include "small_products.h"
 #include "statistics.h"
 
 namespace repmtl {
@@ -92,6 +93,11 @@ Shape shape_of(const std::vector<Tensor>& saliencies) {
   int64_t positions = 1;
   for (int64_t d = 2; d < first.dim(); ++d) positions *= first.size(d);
   return {static_cast<int64_t>(saliencies.size()), first.size(0), first.size(1), positions};
+}
+
+void check_small(const Tensor& saliency, int64_t positions) {
+  STD_TORCH_CHECK(saliency.scalar_type() == ScalarType::Float && positions <= kSmall,
+                  "saliencies: expected float32 and at most ", kSmall, " positions");
 }
 
 // The view (B, C, N) of a tensor (B, C, *spatial), of whatever strides.
@@ -253,6 +259,51 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
   });
 }
 
+bool small_products_are_fast_cpu() { return small_products_are_fast(); }
+
+// norm (T, B), positive (T, B), projection (T, B, T, N) and matrix (T, B, N, N), empty without grad
+std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(std::vector<Tensor> saliencies,
+                                                          Tensor scale, Tensor anchors,
+                                                          bool with_grad) {
+  const Shape shape = shape_of(saliencies);
+  const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
+  const Tensor& first = saliencies[0];
+  check_small(first, N);
+  check_contiguous("scale", scale, {T, B}, ScalarType::Float);
+  check_contiguous("anchors", anchors, {T, B, C}, ScalarType::Float);
+  using Sizes = std::vector<int64_t>;
+  Tensor norm = empty(first, {T, B}, ScalarType::Float);
+  Tensor positive = empty(first, {T, B}, ScalarType::Float);
+  Tensor projection = empty(first, with_grad ? Sizes{T, B, T, N} : Sizes{0}, ScalarType::Float);
+  Tensor matrix = empty(first, with_grad ? Sizes{T, B, N, N} : Sizes{0}, ScalarType::Float);
+  std::vector<View<const float>> views;
+  for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
+  small_gram(shape, views.data(), data<float>(scale), data<float>(anchors), data<float>(norm),
+             data<float>(positive), with_grad ? data<float>(projection) : nullptr,
+             with_grad ? data<float>(matrix) : nullptr, kParallelFor);
+  return {norm, positive, projection, matrix};
+}
+
+void small_gradient_cpu(Tensor saliency, Tensor matrix, Tensor da, std::optional<Tensor> dx,
+                        Tensor left, Tensor right, Tensor output) {
+  const Shape shape = shape_of({output}), read = shape_of({saliency});
+  const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
+  STD_TORCH_CHECK(read.batch == B && read.channels == C && read.positions == N,
+                  "saliency: expected the output's batch, channels and positions");
+  check_small(saliency, N);
+  check_small(output, N);
+  STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
+  const int64_t K = left.size(0);
+  check_contiguous("matrix", matrix, {B, N, N}, ScalarType::Float);
+  check_contiguous("da", da, {B, C}, ScalarType::Float);
+  if (dx) check_contiguous("dx", *dx, {B, N}, ScalarType::Float);
+  check_contiguous("left", left, {K, B, C}, ScalarType::Float);
+  check_contiguous("right", right, {B, K, N}, ScalarType::Float);
+  small_gradient(shape, K, view_of<const float>(saliency), data<float>(matrix), data<float>(da),
+                 data_or_null<float>(dx), data<float>(left), data<float>(right),
+                 view_of<float>(output), kParallelFor);
+}
+
 }  // namespace
 }  // namespace repmtl
 
@@ -267,6 +318,15 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
   m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
   m.def("add_outer(Tensor? product, bool transposed, Tensor da, Tensor? dx, Tensor left, "
         "Tensor right, Tensor(a!) output) -> ()");
+  m.def("small_products_are_fast() -> bool");
+  m.def("small_gram(Tensor[] saliencies, Tensor scale, Tensor anchors, bool with_grad) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("small_gradient(Tensor saliency, Tensor matrix, Tensor da, Tensor? dx, Tensor left, "
+        "Tensor right, Tensor(a!) output) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CompositeExplicitAutograd, m) {
+  m.impl("small_products_are_fast", TORCH_BOX(&repmtl::small_products_are_fast_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CPU, m) {
@@ -277,4 +337,6 @@ STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CPU, m) {
   m.impl("weigh_dots", TORCH_BOX(&repmtl::weigh_dots_cpu));
   m.impl("through_normalisation", TORCH_BOX(&repmtl::through_normalisation_cpu));
   m.impl("add_outer", TORCH_BOX(&repmtl::add_outer_cpu));
+  m.impl("small_gram", TORCH_BOX(&repmtl::small_gram_cpu));
+  m.impl("small_gradient", TORCH_BOX(&repmtl::small_gradient_cpu));
 }

@@ -21,6 +21,8 @@ SEVERAL_UNITS = [
     Case(2, 2, 5, (40, 60), "channels_last"),
     Case(2, 2, 1500, (5,), "tokens"),
     Case(2, 2, 300, (20, 60), "crop"),
+    Case(2, 2, 600, (5, 5)),  # panels of 256 channels
+    Case(5, 2, 70, (8, 8), "channels_last"),
 ]
 
 
@@ -38,6 +40,13 @@ def test_several_units_of_work(case: Case, dtype: torch.dtype):
     judge(LOSSES[2], case, dtype, "native")
 
 
+@pytest.mark.parametrize("positions", [range(1, 65), range(0)], ids=("own", "library"))
+@pytest.mark.parametrize("case", [Case(2, 3, 96, (7, 7)), Case(3, 2, 9, (3,), "crop")], ids=str)
+def test_products_of_few_positions_by_own_code_and_by_the_library(monkeypatch, case, positions):
+    monkeypatch.setattr(native, "SMALL", positions)
+    judge(LOSSES[2], case, torch.float32, "native")
+
+
 @pytest.mark.parametrize("case", [SEVERAL_UNITS[0], Case(2, 40, 30, (4, 5))], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(case: Case):
     saliencies = [t.detach() for t in case.make(torch.float32)]
@@ -51,7 +60,8 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
                 with_grad=True,
             )  # fmt: skip
             anchors = native.ops.unit_anchors(statistics.channels, 0.0, True)
-            found.append([*statistics, *entropy, *anchors])
+            gram = native.gram(saliencies, statistics.scale, anchors[0], eps=0.0, with_grad=True)
+            found.append([*statistics, *entropy, *anchors, *gram])
     finally:
         torch.set_num_threads(threads)
     for other in found[1:]:
@@ -90,6 +100,18 @@ GOOD = torch.ones(2, 3, 4)
                 None, False, GOOD[0], None, GOOD[:0, 0], GOOD[:, :0], torch.ones(3, 4, 5)
             ),
             r"left: expected \(K, B, C\)",
+        ),
+        (
+            lambda: native.ops.small_gram(
+                [torch.ones(2, 3, 65)], GOOD[:1, :2, 0], GOOD[:1, :2, :3], True
+            ),
+            "at most 64 positions",
+        ),
+        (
+            lambda: native.ops.small_gradient(
+                GOOD, GOOD, GOOD[0], None, GOOD, GOOD, torch.ones(2, 3, 5)
+            ),
+            "saliency: expected the output's batch",
         ),
     ],
 )

@@ -151,13 +151,22 @@ def gram(
             projections.append(v)
             if not in_place:
                 stored[t] = matrix.mul_(_storage_factor(s))
-    norm = torch.stack(norms)
+    projection = torch.stack(projections) if with_grad else None
+    return gram_of(torch.stack(norms), torch.stack(positives), scale, eps, projection, stored)
+
+
+def gram_of(
+    norm: Tensor,
+    positive: Tensor,
+    scale: Tensor,
+    eps: float,
+    projection: Tensor | None,
+    matrix: Tensor | None,
+) -> Gram:
+    """From the norm ``m^`` and ``p^`` (T, B) of scaled saliencies."""
     inverse, free = _guarded_inverse(norm, scale, eps)
-    similarity = torch.stack(positives) * inverse
-    slope = -similarity * inverse * free
-    if not with_grad:
-        return Gram(similarity, inverse, slope, None, None)
-    return Gram(similarity, inverse, slope, torch.stack(projections), stored)
+    similarity = positive * inverse
+    return Gram(similarity, inverse, -similarity * inverse * free, projection, matrix)
 
 
 def _storage_factor(saliency: Tensor) -> float:

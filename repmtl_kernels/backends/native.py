@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import _native
-from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Statistics, eager
-from repmtl_kernels.backends.eager import gram
-
-__all__ = ["contrast", "entropy", "gram", "saliency_grad", "statistics"]
+from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram, Statistics, eager
 
 ops = _native.load()
+# Numbers of positions for which own products beat the library's: few, but not a vector's padding.
+SMALL = range(16, 65) if ops.small_products_are_fast() else range(0)
 
 
 def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> Statistics:
@@ -60,6 +59,21 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
     return Contrast(u, factor, lse, pull, du)
 
 
+def gram(
+    saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
+) -> Gram:
+    first = saliencies[0]
+    if not _is_small(first.shape[1], first.shape[2:].numel(), first.dtype):
+        return eager.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad)
+    norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad)
+    stored = (projection, matrix) if with_grad else (None, None)
+    return eager.gram_of(norm, positive, scale, eps, *stored)
+
+
+def _is_small(channels: int, positions: int, dtype: torch.dtype) -> bool:
+    return positions in SMALL and positions <= channels and dtype == torch.float32
+
+
 def saliency_grad(
     saliencies: list[Tensor],
     outputs: list[Tensor | None],
@@ -67,6 +81,12 @@ def saliency_grad(
     position_grad: Tensor | None,
 ) -> None:
     for term in eager.gradient_terms(saliencies, outputs, csa):
+        dx = None if position_grad is None else position_grad[term.task]
+        rest = term.da.contiguous(), dx, term.left, term.right, term.output
+        channels, positions = term.a.shape[1], term.b.shape[2]
+        if _is_small(channels, positions, term.output.dtype):
+            ops.small_gradient(term.a, term.b, *rest)
+            continue
         target = term.output.flatten(2)  # a copy where the positions have no single stride
         transposed = eager.is_channels_last(target)
         a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
@@ -76,10 +96,8 @@ def saliency_grad(
             and rows.is_contiguous()
             and rows.data_ptr() == term.output.data_ptr()
         )
-        dx = None if position_grad is None else position_grad[term.task]
-        terms = transposed, term.da.contiguous(), dx, term.left, term.right, term.output
         if direct:
-            ops.add_outer(None, *terms)
+            ops.add_outer(None, transposed, *rest)
             rows.baddbmm_(a, b)
         else:
-            ops.add_outer(torch.bmm(a, b), *terms)
+            ops.add_outer(torch.bmm(a, b), transposed, *rest)

@@ -1,0 +1,208 @@
+#include "small_products.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace repmtl {
+namespace {
+
+// Elements of a vector, whatever the machine's are; rows of a tile of accumulators.
+constexpr int64_t kWidth = 16;
+constexpr int64_t kRows = 4;
+// Channels that are multiplied at a time: bounds rounding, and the panel stays in the cache.
+constexpr int64_t kPanel = 256;
+
+typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+
+inline __attribute__((always_inline)) Vector load(const float* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline __attribute__((always_inline)) void store(const Vector& x, float* to) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+// out (kRows, kVectors * kWidth) += sum_k a[r * row + k * step] b[k * kSmall + ...]
+template <int kVectors>
+inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t row, int64_t step,
+                                                         const float* b, int64_t count, float* out,
+                                                         int64_t out_row) {
+  Vector sums[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(out + r * out_row + v * kWidth);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Vector right[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) right[v] = load(b + k * kSmall + v * kWidth);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const float left = a[r * row + k * step];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums[r][v], out + r * out_row + v * kWidth);
+  }
+}
+
+// Two vectors at a time, for machines with few registers: columns [first, last), multiples of kWidth.
+inline __attribute__((always_inline)) void multiply_rows(const float* a, int64_t row, int64_t step,
+                                                         const float* b, int64_t count, float* out,
+                                                         int64_t out_row, int64_t first,
+                                                         int64_t last) {
+  int64_t j = first;
+  for (; j + 2 * kWidth <= last; j += 2 * kWidth) {
+    multiply_tile<2>(a, row, step, b + j, count, out + j, out_row);
+  }
+  if (j < last) multiply_tile<1>(a, row, step, b + j, count, out + j, out_row);
+}
+
+// Adds a panel's products to gram (kSmall, kSmall), the part right of the diagonal and some more, and
+// to projection (rows, kSmall), rows a multiple of kRows. panel (count, kSmall), anchors (count, rows).
+REPMTL_CLONES void multiply_panel(const float* panel, int64_t count, int64_t columns,
+                                  const float* anchors, int64_t rows, float* gram,
+                                  float* projection) {
+  const int64_t last = ceil_div(columns, kWidth) * kWidth;
+  for (int64_t i = 0; i < columns; i += kRows) {
+    multiply_rows(panel + i, 1, kSmall, panel, count, gram + i * kSmall, kSmall,
+                  i / kWidth * kWidth, last);
+  }
+  for (int64_t i = 0; i < rows; i += kRows) {
+    multiply_rows(anchors + i, 1, rows, panel, count, projection + i * kSmall, kSmall, 0, last);
+  }
+}
+
+// out (kRows, kSmall) += a (kRows, count) b (count, kSmall)
+REPMTL_CLONES void multiply_some_rows(const float* a, int64_t row, int64_t count, const float* b,
+                                      int64_t columns, float* out) {
+  const int64_t last = ceil_div(columns, kWidth) * kWidth;
+  multiply_rows(a, row, 1, b, count, out, kSmall, 0, last);
+}
+
+// Reads rows of one task and sample.
+struct Reader {
+  const View<const float>& view;
+  int64_t columns;
+
+  // Channel c of sample b, times factor.
+  void copy(int64_t b, int64_t c, float factor, float* to) const {
+    const float* from = view.data + b * view.batch_stride + c * view.channel_stride;
+    if (!view.offsets.empty()) {
+      for (int64_t n = 0; n < columns; ++n) to[n] = from[view.offsets[n]] * factor;
+    } else if (view.position_stride != 1) {
+      for (int64_t n = 0; n < columns; ++n) to[n] = from[n * view.position_stride] * factor;
+    } else {
+      for (int64_t n = 0; n < columns; ++n) to[n] = from[n] * factor;
+    }
+  }
+};
+
+}  // namespace
+
+bool small_products_are_fast() {
+#ifdef REPMTL_HAS_CLONES
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+void small_gram(const Shape& shape, const View<const float>* views, const float* scale,
+                const float* anchors, float* norm, float* positive, float* projection,
+                float* matrix, const ParallelFor& parallel_for) {
+  const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
+  const int64_t rows = ceil_div(tasks, kRows) * kRows;
+  parallel_for(tasks * batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> panel(kPanel * kSmall), u(kPanel * rows), products(kSmall * kSmall),
+        projected(rows * kSmall);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t t = i / batch, b = i % batch;
+      const Reader reader{views[t], N};
+      std::fill(products.begin(), products.end(), 0.0f);
+      std::fill(projected.begin(), projected.end(), 0.0f);
+      for (int64_t first = 0; first < C; first += kPanel) {
+        const int64_t count = std::min(kPanel, C - first);
+        for (int64_t c = 0; c < count; ++c) {
+          reader.copy(b, first + c, scale[i], &panel[c * kSmall]);
+          for (int64_t k = 0; k < tasks; ++k) {
+            u[c * rows + k] = anchors[(k * batch + b) * C + first + c];
+          }
+        }
+        multiply_panel(panel.data(), count, N, u.data(), rows, products.data(), projected.data());
+      }
+      double square = 0, sum = 0;
+      for (int64_t m = 0; m < N; ++m) {
+        const float* row = &products[m * kSmall];
+        square += static_cast<double>(row[m]) * row[m];
+        for (int64_t n = m + 1; n < N; ++n) square += 2 * static_cast<double>(row[n]) * row[n];
+      }
+      for (int64_t k = 0; k < tasks; ++k) {
+        const float* row = &projected[k * kSmall];
+        for (int64_t n = 0; n < N; ++n) sum += static_cast<double>(row[n]) * row[n];
+        if (projection) std::copy_n(row, N, projection + (i * tasks + k) * N);
+      }
+      norm[i] = static_cast<float>(std::sqrt(square));
+      positive[i] = static_cast<float>(sum);
+      if (!matrix) continue;
+      for (int64_t m = 0; m < N; ++m) {
+        float* to = matrix + (i * N + m) * N;
+        for (int64_t n = 0; n < m; ++n) to[n] = products[n * kSmall + m];
+        std::copy_n(&products[m * kSmall + m], N - m, to + m);
+      }
+    }
+  });
+}
+
+void small_gradient(const Shape& shape, int64_t rank, const View<const float>& view,
+                    const float* matrix, const float* da, const float* dx, const float* left,
+                    const float* right, const View<float>& output,
+                    const ParallelFor& parallel_for) {
+  const int64_t batch = shape.batch, C = shape.channels, N = shape.positions;
+  const int64_t count = N + rank;  // the outer products are further columns of S, rows of the matrix
+  const Reader reader{view, N};
+  parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> factors(count * kSmall), rows(kRows * count), sums(kRows * kSmall);
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t k = 0; k < count; ++k) {
+        const float* from = k < N ? matrix + (b * N + k) * N : right + (b * rank + k - N) * N;
+        std::copy_n(from, N, &factors[k * kSmall]);
+      }
+      for (int64_t c = 0; c < C; c += kRows) {
+        const int64_t some = std::min(kRows, C - c);
+        for (int64_t r = 0; r < some; ++r) {
+          reader.copy(b, c + r, 1, &rows[r * count]);
+          for (int64_t k = 0; k < rank; ++k) {
+            rows[r * count + N + k] = left[(k * batch + b) * C + c + r];
+          }
+          float* sum = &sums[r * kSmall];
+          for (int64_t n = 0; n < N; ++n) sum[n] = da[b * C + c + r] + (dx ? dx[b * N + n] : 0);
+        }
+        multiply_some_rows(rows.data(), count, count, factors.data(), N, sums.data());
+        for (int64_t r = 0; r < some; ++r) {
+          float* to = output.data + b * output.batch_stride + (c + r) * output.channel_stride;
+          const float* sum = &sums[r * kSmall];
+          if (!output.offsets.empty()) {
+            for (int64_t n = 0; n < N; ++n) to[output.offsets[n]] = sum[n];
+          } else if (output.position_stride != 1) {
+            for (int64_t n = 0; n < N; ++n) to[n * output.position_stride] = sum[n];
+          } else {
+            std::copy_n(sum, N, to);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace repmtl
