@@ -79,5 +79,5 @@ gpu: ## all tests and the full benchmark on a CUDA machine, under 9 minutes: mak
 	echo "make gpu: tests and benchmark done; results in $(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
-	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.extra-*
 	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """Build entry point: compiles csrc; all metadata is in pyproject.toml.
 
 Needs a C++17 compiler, ninja and the headers of an installed PyTorch, which is not imported: the
-libraries use its stable ABI, so that one build serves every Python and every later PyTorch.
-``REPMTL_SKIP_NATIVE=1`` builds the package without them.
+library uses its stable ABI, so that one build serves every Python and every later PyTorch.
+``REPMTL_SKIP_NATIVE=1`` builds the package without it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -26,6 +28,7 @@ SOURCES = (
 )  # fmt: skip
 OLDEST_TORCH = (2, 11)
 SKIP = "REPMTL_SKIP_NATIVE"
+SOURCES_DIGEST = runpy.run_path(str(ROOT / "repmtl_kernels" / "_sources.py"))["digest"]
 FLAGS = [
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
@@ -41,7 +44,7 @@ def torch_folder() -> Path | None:
 
 
 def why_not() -> str | None:
-    """Why the libraries are left out, or None."""
+    """Why the library is left out, or None."""
     if os.environ.get(SKIP, "0") not in ("", "0"):
         return f"{SKIP} is set"
     if os.name != "posix":
@@ -56,6 +59,8 @@ def why_not() -> str | None:
         return f"{torch} is not PyTorch {'.'.join(map(str, OLDEST_TORCH))} or later"
     if shutil.which(compiler()[0]) is None:
         return f"there is no C++ compiler {compiler()[0]!r}: install one, or name it in CXX"
+    if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
+        return "there is no ninja: pip install ninja"
     return None
 
 
@@ -85,20 +90,28 @@ class BuildNative(build_ext):
             ) from error
 
 
+class Wheel(bdist_wheel):
+    """Of a library that knows nothing of Python: one wheel for each platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def ninja_file(sources: list[str], target: Path) -> str:
     torch = torch_folder()
-    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    digest = f'-DREPMTL_SOURCES="{SOURCES_DIGEST(ROOT / "csrc")}"'
+    flags = [*FLAGS, digest, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     objects = [f"{Path(source).stem}.o" for source in sources]
     lines = [
-        f"cxx = {shlex.join(compiler())}",
-        f"flags = {shlex.join(flags)} -isystem {shlex.quote(str(torch / 'include'))}",
+        f"cxx = {_shell(*compiler())}",
+        f"flags = {_shell(*flags, '-isystem', str(torch / 'include'))}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared $flags $in -o $out {shlex.join(libraries)}",
+        f"  command = $cxx -shared $flags $in -o $out {_shell(*libraries)}",
         *(
             f"build {object_}: compile {_path(ROOT / source)}"
             for source, object_ in zip(sources, objects, strict=True)
@@ -108,8 +121,13 @@ def ninja_file(sources: list[str], target: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shell(*words: str) -> str:
+    """Words of a command in a ninja file."""
+    return shlex.join(words).replace("$", "$$")
+
+
 def _path(path: Path) -> str:
-    """As ninja wants it."""
+    """A target or source in a ninja file."""
     return re.sub(r"([ :$])", r"$\1", str(path))
 
 
@@ -123,12 +141,11 @@ def ninja() -> list[str]:
 extensions = []
 if reason := why_not():
     print(f"repmtl_kernels: built without the native backend: {reason}", file=sys.stderr)
+    if {"editable_wheel", "develop", "--inplace"} & set(sys.argv):
+        # That of an earlier build would still be used.
+        (ROOT / "repmtl_kernels" / "_native_cpu.so").unlink(missing_ok=True)
 else:
     sources = [f"csrc/{name}.cpp" for name in SOURCES]
-    extensions.append(Extension("repmtl_kernels._native_cpu", sources, py_limited_api=True))
+    extensions.append(Extension("repmtl_kernels._native_cpu", sources))
 
-setup(
-    ext_modules=extensions,
-    cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
-)
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

@@ -8,8 +8,8 @@
 #include <vector>
 
 // The loops of a function with this mark are compiled for several vector widths; the loader picks.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && \
-    !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    defined(__GNUC__) && __GNUC__ >= 12  // the first that knows these names
 #define REPMTL_HAS_CLONES
 #define REPMTL_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -48,7 +48,13 @@ struct Shape {
   int64_t tasks, batch, channels, positions;
 };
 
-// What parallelises loops: f(begin, end) over parts of [0, count), each of at least `grain`.
+// Numbers to read that are worth a thread.
+constexpr int64_t kGrain = 16384;
+
+// How many parts of `size` numbers are worth a thread.
+inline int64_t grain_of(int64_t size) { return size < kGrain ? kGrain / (size > 0 ? size : 1) : 1; }
+
+// What parallelises loops: f(begin, end) over parts of [0, count), about `grain` each or more.
 struct ParallelFor {
   virtual void run(int64_t count, int64_t grain, void (*f)(int64_t, int64_t, void*),
                    void* context) const = 0;

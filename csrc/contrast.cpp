@@ -39,8 +39,7 @@ REPMTL_CLONES double dot(const double* x, const double* y, int64_t count) {
 template <typename A>
 void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, double eps, A* u,
                   A* factor, A* pull, const ParallelFor& parallel_for) {
-  const int64_t grain = std::max<int64_t>(1, 4096 / (tasks * tasks * channels));
-  parallel_for(batch, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(batch, grain_of(tasks * tasks * channels), [&](int64_t begin, int64_t end) {
     std::vector<A> products(tasks * tasks);
     const auto row = [&](auto* x, int64_t t, int64_t b) { return x + (t * batch + b) * channels; };
     for (int64_t b = begin; b < end; ++b) {
@@ -85,23 +84,32 @@ void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, do
   });
 }
 
+namespace {
+
+// r (B) = sum_tv dots^2 / temperature of one sample m of a block, -inf for itself.
+template <typename A>
+void similarities(int64_t tasks, int64_t batch, int64_t first, int64_t samples, int64_t m,
+                  const A* dots, double temperature, A* r) {
+  std::fill_n(r, batch, A(0));
+  for (int64_t t = 0; t < tasks; ++t) {
+    for (int64_t v = 0; v < tasks; ++v) {
+      const A* d = dots + ((t * samples + m) * tasks + v) * batch;
+      for (int64_t k = 0; k < batch; ++k) r[k] += d[k] * d[k];
+    }
+  }
+  for (int64_t k = 0; k < batch; ++k) r[k] /= static_cast<A>(temperature);
+  r[first + m] = -std::numeric_limits<A>::infinity();
+}
+
+}  // namespace
+
 template <typename A>
 void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, const A* dots,
-                 double temperature, A* similarity, A* logsumexp,
-                 const ParallelFor& parallel_for) {
-  const int64_t grain = std::max<int64_t>(1, 4096 / (tasks * tasks * batch));
-  parallel_for(samples, grain, [&](int64_t begin, int64_t end) {
+                 double temperature, A* logsumexp, const ParallelFor& parallel_for) {
+  parallel_for(samples, grain_of(tasks * tasks * batch), [&](int64_t begin, int64_t end) {
+    std::vector<A> r(batch);
     for (int64_t m = begin; m < end; ++m) {
-      A* r = similarity + m * batch;
-      std::fill_n(r, batch, A(0));
-      for (int64_t t = 0; t < tasks; ++t) {
-        for (int64_t v = 0; v < tasks; ++v) {
-          const A* d = dots + ((t * samples + m) * tasks + v) * batch;
-          for (int64_t k = 0; k < batch; ++k) r[k] += d[k] * d[k];
-        }
-      }
-      for (int64_t k = 0; k < batch; ++k) r[k] /= static_cast<A>(temperature);
-      r[first + m] = -std::numeric_limits<A>::infinity();
+      similarities(tasks, batch, first, samples, m, dots, temperature, r.data());
       A largest = r[0];
       for (int64_t k = 1; k < batch; ++k) largest = std::max(largest, r[k]);
       double sum = 0;
@@ -113,21 +121,19 @@ void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, c
 
 template <typename A>
 void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A* dots,
-                const A* similarity, const A* logsumexp, double temperature,
-                const ParallelFor& parallel_for) {
+                const A* logsumexp, double temperature, const ParallelFor& parallel_for) {
   const A factor = static_cast<A>(2 / (temperature * static_cast<double>(batch)));
-  const int64_t grain = std::max<int64_t>(1, 4096 / (tasks * tasks * batch));
-  parallel_for(samples, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> weight(batch);
+  parallel_for(samples, grain_of(tasks * tasks * batch), [&](int64_t begin, int64_t end) {
+    std::vector<A> r(batch);
     for (int64_t m = begin; m < end; ++m) {
-      const A* r = similarity + m * batch;
+      similarities(tasks, batch, first, samples, m, dots, temperature, r.data());
       for (int64_t k = 0; k < batch; ++k) {
-        weight[k] = factor * (std::exp(r[k] - logsumexp[first + m]) + std::exp(r[k] - logsumexp[k]));
+        r[k] = factor * (std::exp(r[k] - logsumexp[first + m]) + std::exp(r[k] - logsumexp[k]));
       }
       for (int64_t t = 0; t < tasks; ++t) {
         for (int64_t v = 0; v < tasks; ++v) {
           A* d = dots + ((t * samples + m) * tasks + v) * batch;
-          for (int64_t k = 0; k < batch; ++k) d[k] *= weight[k];
+          for (int64_t k = 0; k < batch; ++k) d[k] *= r[k];
         }
       }
     }
@@ -138,8 +144,7 @@ template <typename A>
 void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const A* u,
                            const A* factor, const A* pull, A* du,
                            const ParallelFor& parallel_for) {
-  parallel_for(batch, std::max<int64_t>(1, 4096 / (tasks * channels)),
-               [&](int64_t begin, int64_t end) {
+  parallel_for(batch, grain_of(tasks * channels), [&](int64_t begin, int64_t end) {
                  for (int64_t b = begin; b < end; ++b) {
                    A tug = 0;
                    for (int64_t t = 0; t < tasks; ++t) {
@@ -159,9 +164,9 @@ void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const
 #define INSTANTIATE(A)                                                                            \
   template void unit_anchors(int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,             \
                              const ParallelFor&);                                                 \
-  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*, A*,         \
+  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*,             \
                             const ParallelFor&);                                                  \
-  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, const A*, double,    \
+  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, double,              \
                            const ParallelFor&);                                                   \
   template void through_normalisation(int64_t, int64_t, int64_t, const A*, const A*, const A*, A*, \
                                       const ParallelFor&);

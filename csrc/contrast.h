@@ -14,17 +14,16 @@ void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, do
                   A* factor, A* pull, const ParallelFor& parallel_for);
 
 // dots (T, M, T, B): products u_t,first+m . u_vk. logsumexp (M): over k != first + m, of
-// sum_tv dots^2 / temperature; similarity (M, B): these, -inf for the sample itself.
+// sum_tv dots^2 / temperature.
 template <typename A>
 void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, const A* dots,
-                 double temperature, A* similarity, A* logsumexp, const ParallelFor& parallel_for);
+                 double temperature, A* logsumexp, const ParallelFor& parallel_for);
 
 // Multiplies dots (T, M, T, B) with 2 / (temperature B) (softmax_m[k] + softmax_k[m]), so that
-// another product with u gives the gradient. similarity (M, B), logsumexp (B).
+// another product with u gives the gradient. logsumexp (B).
 template <typename A>
 void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A* dots,
-                const A* similarity, const A* logsumexp, double temperature,
-                const ParallelFor& parallel_for);
+                const A* logsumexp, double temperature, const ParallelFor& parallel_for);
 
 // du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) pull).
 template <typename A>

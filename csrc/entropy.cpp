@@ -35,9 +35,10 @@ double entropy_of_abs(const A* x, int64_t count, int64_t stride, A eps, A weight
   if (grad) {
     for (int64_t i = 0; i < count; ++i) {
       const A value = x[i * stride];
-      // d h / d |x|, where sum p = 1 - eps / total; the gradient of |x| at 0 is 0
-      const A slope = static_cast<A>(-h - grad[i * stride] - eps / total) / total * weight;
-      grad[i * stride] = value == 0 ? slope * 0 : std::copysign(A(1), value) * slope;
+      // d h / d |x|, where sum p = 1 - eps / total; the sign of 0 is 0, that of NaN is NaN
+      const A sign = value > 0 ? A(1) : value < 0 ? A(-1) : value;
+      const A slope = static_cast<A>(-h - grad[i * stride] - eps / total);
+      grad[i * stride] = slope * sign / total * weight;
     }
   }
   return h;
@@ -78,7 +79,7 @@ A entropy(int64_t tasks, int64_t batch, int64_t positions, const A* x, const Ent
   const A weight = A(1) / static_cast<A>(count);
   const int64_t chunk = std::max<int64_t>(1, kChunk / size), chunks = ceil_div(count, chunk);
   const std::unique_ptr<double[]> sums(new double[chunks]);
-  parallel_for(chunks, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(chunks, grain_of(16 * kChunk), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       double sum = 0;
       for (int64_t i = k * chunk; i < std::min(count, (k + 1) * chunk); ++i) {

@@ -85,7 +85,7 @@ void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool t
   };
   const bool direct = std::is_same_v<S, A> && (transposed ? output.channel_stride == 1
                                                           : output.position_stride == 1 && !offsets);
-  parallel_for(batch * count, std::max<int64_t>(1, 8192 / length), [&](int64_t begin, int64_t end) {
+  parallel_for(batch * count, grain_of(length), [&](int64_t begin, int64_t end) {
     A buffer[kBlock];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / count, r = i % count;

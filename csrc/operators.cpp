@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "contrast.h"
@@ -59,14 +60,19 @@ ScalarType accumulation_type(const Tensor& saliency) {
   return type == ScalarType::Double ? type : ScalarType::Float;
 }
 
+// Its memory, to write where A is not const: a lazy copy becomes a real one then.
 template <typename A>
 A* data(const Tensor& x) {
-  return static_cast<A*>(x.mutable_data_ptr());
+  if constexpr (std::is_const_v<A>) {
+    return static_cast<A*>(x.const_data_ptr());
+  } else {
+    return static_cast<A*>(x.mutable_data_ptr());
+  }
 }
 
 template <typename A>
 const A* data_or_null(const std::optional<Tensor>& x) {
-  return x ? static_cast<const A*>(x->const_data_ptr()) : nullptr;
+  return x ? data<const A>(*x) : nullptr;
 }
 
 void check_contiguous(const char* name, const Tensor& x, const std::vector<int64_t>& sizes,
@@ -77,7 +83,14 @@ void check_contiguous(const char* name, const Tensor& x, const std::vector<int64
   std::string shape;
   for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   STD_TORCH_CHECK(right, name, ": expected a contiguous CPU tensor of shape (", shape,
-                  ") and the saliencies' precision");
+                  "), of the precision of the others");
+}
+
+// Of what is divided by, or reduced.
+void check_not_empty(const char* name, const Tensor& x) {
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    STD_TORCH_CHECK(x.size(d) > 0, name, ": expected no size of 0, got one in dimension ", d);
+  }
 }
 
 Shape shape_of(const std::vector<Tensor>& saliencies) {
@@ -90,6 +103,7 @@ Shape shape_of(const std::vector<Tensor>& saliencies) {
     STD_TORCH_CHECK(right, "saliencies: expected CPU tensors (B, C, *spatial) of one shape, at "
                            "least one spatial dimension, and one dtype");
   }
+  check_not_empty("saliencies", first);
   int64_t positions = 1;
   for (int64_t d = 2; d < first.dim(); ++d) positions *= first.size(d);
   return {static_cast<int64_t>(saliencies.size()), first.size(0), first.size(1), positions};
@@ -103,7 +117,7 @@ void check_small(const Tensor& saliency, int64_t positions) {
 // The view (B, C, N) of a tensor (B, C, *spatial), of whatever strides.
 template <typename S>
 View<S> view_of(const Tensor& x) {
-  View<S> view{static_cast<S*>(const_cast<void*>(x.const_data_ptr())), x.stride(0), x.stride(1), 1, {}};
+  View<S> view{data<S>(x), x.stride(0), x.stride(1), 1, {}};
   std::vector<int64_t> sizes, strides;  // of the positions, without dimensions that collapse
   for (int64_t d = 2; d < x.dim(); ++d) {
     if (x.size(d) == 1) continue;
@@ -135,6 +149,7 @@ Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType t
 
 std::tuple<Tensor, Tensor, Tensor> statistics_cpu(std::vector<Tensor> saliencies,
                                                   bool with_positions, bool with_channels) {
+  STD_TORCH_CHECK(with_positions || with_channels, "expected positions, channels or both");
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   const ScalarType type = accumulation_type(first);
@@ -162,13 +177,14 @@ std::tuple<Tensor, Tensor> entropy_cpu(Tensor x, bool over_tasks, bool softmax, 
   STD_TORCH_CHECK(x.dim() == 3, "x: expected (T, B, N), got ", x.dim(), " dimensions");
   const int64_t T = x.size(0), B = x.size(1), N = x.size(2);
   check_contiguous("x", x, {T, B, N}, x.scalar_type());
+  check_not_empty("x", x);
   Tensor value = empty(x, {}, x.scalar_type());
   Tensor grad = empty(x, with_grad ? std::vector<int64_t>{T, B, N} : std::vector<int64_t>{0},
                       x.scalar_type());
   dispatch_accumulation(x, [&](auto example) {
     using A = decltype(example);
     const EntropyOptions options{over_tasks, softmax, temperature, eps};
-    *data<A>(value) = entropy<A>(T, B, N, data<A>(x), options,
+    *data<A>(value) = entropy<A>(T, B, N, data<const A>(x), options,
                                  with_grad ? data<A>(grad) : nullptr, kParallelFor);
   });
   return {value, grad};
@@ -180,45 +196,51 @@ std::tuple<Tensor, Tensor, Tensor> unit_anchors_cpu(Tensor a, double eps, bool w
   const int64_t T = a.size(0), B = a.size(1), C = a.size(2);
   const ScalarType type = a.scalar_type();
   check_contiguous("a", a, {T, B, C}, type);
+  check_not_empty("a", a);
   Tensor u = empty(a, {T, B, C}, type), factor = empty(a, {B}, type);
   Tensor pull = empty(a, with_grad ? std::vector<int64_t>{T, B, C} : std::vector<int64_t>{0}, type);
   dispatch_accumulation(a, [&](auto example) {
     using A = decltype(example);
-    unit_anchors<A>(T, B, C, data<A>(a), eps, data<A>(u), data<A>(factor),
+    unit_anchors<A>(T, B, C, data<const A>(a), eps, data<A>(u), data<A>(factor),
                     with_grad ? data<A>(pull) : nullptr, kParallelFor);
   });
   return {u, factor, pull};
 }
 
-// similarity (M, B), logsumexp (M)
-std::tuple<Tensor, Tensor> log_sum_exp_cpu(Tensor dots, int64_t first, double temperature) {
+struct Block {
+  int64_t tasks, samples, batch;
+};
+
+Block block_of(const Tensor& dots, int64_t first) {
   STD_TORCH_CHECK(dots.dim() == 4, "dots: expected (T, M, T, B), got ", dots.dim(), " dimensions");
-  const int64_t T = dots.size(0), M = dots.size(1), B = dots.size(3);
-  const ScalarType type = dots.scalar_type();
-  check_contiguous("dots", dots, {T, M, T, B}, type);
-  STD_TORCH_CHECK(first >= 0 && first + M <= B, "first: expected samples within the batch");
-  Tensor similarity = empty(dots, {M, B}, type), logsumexp = empty(dots, {M}, type);
-  dispatch_accumulation(dots, [&](auto example) {
-    using A = decltype(example);
-    log_sum_exp<A>(T, B, first, M, data<A>(dots), temperature, data<A>(similarity),
-                   data<A>(logsumexp), kParallelFor);
-  });
-  return {similarity, logsumexp};
+  const Block block{dots.size(0), dots.size(1), dots.size(3)};
+  const std::vector<int64_t> sizes{block.tasks, block.samples, block.tasks, block.batch};
+  check_contiguous("dots", dots, sizes, dots.scalar_type());
+  check_not_empty("dots", dots);
+  STD_TORCH_CHECK(first >= 0 && first + block.samples <= block.batch,
+                  "first: expected samples within the batch");
+  return block;
 }
 
-void weigh_dots_cpu(Tensor dots, Tensor similarity, Tensor logsumexp, int64_t first,
-                    double temperature) {
-  STD_TORCH_CHECK(dots.dim() == 4, "dots: expected (T, M, T, B), got ", dots.dim(), " dimensions");
-  const int64_t T = dots.size(0), M = dots.size(1), B = dots.size(3);
-  const ScalarType type = dots.scalar_type();
-  check_contiguous("dots", dots, {T, M, T, B}, type);
-  check_contiguous("similarity", similarity, {M, B}, type);
-  check_contiguous("logsumexp", logsumexp, {B}, type);
-  STD_TORCH_CHECK(first >= 0 && first + M <= B, "first: expected samples within the batch");
+// logsumexp (M)
+Tensor log_sum_exp_cpu(Tensor dots, int64_t first, double temperature) {
+  const Block block = block_of(dots, first);
+  Tensor logsumexp = empty(dots, {block.samples}, dots.scalar_type());
   dispatch_accumulation(dots, [&](auto example) {
     using A = decltype(example);
-    weigh_dots<A>(T, B, first, M, data<A>(dots), data<A>(similarity), data<A>(logsumexp),
-                  temperature, kParallelFor);
+    log_sum_exp<A>(block.tasks, block.batch, first, block.samples, data<const A>(dots),
+                   temperature, data<A>(logsumexp), kParallelFor);
+  });
+  return logsumexp;
+}
+
+void weigh_dots_cpu(Tensor dots, Tensor logsumexp, int64_t first, double temperature) {
+  const Block block = block_of(dots, first);
+  check_contiguous("logsumexp", logsumexp, {block.batch}, dots.scalar_type());
+  dispatch_accumulation(dots, [&](auto example) {
+    using A = decltype(example);
+    weigh_dots<A>(block.tasks, block.batch, first, block.samples, data<A>(dots),
+                  data<const A>(logsumexp), temperature, kParallelFor);
   });
 }
 
@@ -232,8 +254,8 @@ void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor pull) 
   check_contiguous("pull", pull, {T, B, C}, type);
   dispatch_accumulation(du, [&](auto example) {
     using A = decltype(example);
-    through_normalisation<A>(T, B, C, data<A>(u), data<A>(factor), data<A>(pull), data<A>(du),
-                             kParallelFor);
+    through_normalisation<A>(T, B, C, data<const A>(u), data<const A>(factor),
+                             data<const A>(pull), data<A>(du), kParallelFor);
   });
 }
 
@@ -254,12 +276,16 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
   dispatch(output.scalar_type(), [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
-    add_outer<S>(shape, K, data_or_null<A>(product), transposed, data<A>(da), data_or_null<A>(dx),
-                 data<A>(left), data<A>(right), view_of<S>(output), kParallelFor);
+    add_outer<S>(shape, K, data_or_null<A>(product), transposed, data<const A>(da),
+                 data_or_null<A>(dx), data<const A>(left), data<const A>(right),
+                 view_of<S>(output), kParallelFor);
   });
 }
 
-bool small_products_are_fast_cpu() { return small_products_are_fast(); }
+bool small_products_are_fast_op() { return small_products_are_fast(); }
+
+// What this was compiled from; setup.py defines it.
+std::string sources() { return REPMTL_SOURCES; }
 
 // norm (T, B), positive (T, B), projection (T, B, T, N) and matrix (T, B, N, N), empty without grad
 std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(std::vector<Tensor> saliencies,
@@ -278,8 +304,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(std::vector<Tensor> sa
   Tensor matrix = empty(first, with_grad ? Sizes{T, B, N, N} : Sizes{0}, ScalarType::Float);
   std::vector<View<const float>> views;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
-  small_gram(shape, views.data(), data<float>(scale), data<float>(anchors), data<float>(norm),
-             data<float>(positive), with_grad ? data<float>(projection) : nullptr,
+  small_gram(shape, views.data(), data<const float>(scale), data<const float>(anchors),
+             data<float>(norm), data<float>(positive),
+             with_grad ? data<float>(projection) : nullptr,
              with_grad ? data<float>(matrix) : nullptr, kParallelFor);
   return {norm, positive, projection, matrix};
 }
@@ -299,8 +326,9 @@ void small_gradient_cpu(Tensor saliency, Tensor matrix, Tensor da, std::optional
   if (dx) check_contiguous("dx", *dx, {B, N}, ScalarType::Float);
   check_contiguous("left", left, {K, B, C}, ScalarType::Float);
   check_contiguous("right", right, {B, K, N}, ScalarType::Float);
-  small_gradient(shape, K, view_of<const float>(saliency), data<float>(matrix), data<float>(da),
-                 data_or_null<float>(dx), data<float>(left), data<float>(right),
+  small_gradient(shape, K, view_of<const float>(saliency), data<const float>(matrix),
+                 data<const float>(da), data_or_null<float>(dx), data<const float>(left),
+                 data<const float>(right),
                  view_of<float>(output), kParallelFor);
 }
 
@@ -312,13 +340,13 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
-  m.def("log_sum_exp(Tensor dots, int first, float temperature) -> (Tensor, Tensor)");
-  m.def("weigh_dots(Tensor(a!) dots, Tensor similarity, Tensor logsumexp, int first, "
-        "float temperature) -> ()");
+  m.def("log_sum_exp(Tensor dots, int first, float temperature) -> Tensor");
+  m.def("weigh_dots(Tensor(a!) dots, Tensor logsumexp, int first, float temperature) -> ()");
   m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
   m.def("add_outer(Tensor? product, bool transposed, Tensor da, Tensor? dx, Tensor left, "
         "Tensor right, Tensor(a!) output) -> ()");
   m.def("small_products_are_fast() -> bool");
+  m.def("sources() -> str");
   m.def("small_gram(Tensor[] saliencies, Tensor scale, Tensor anchors, bool with_grad) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
   m.def("small_gradient(Tensor saliency, Tensor matrix, Tensor da, Tensor? dx, Tensor left, "
@@ -326,7 +354,8 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CompositeExplicitAutograd, m) {
-  m.impl("small_products_are_fast", TORCH_BOX(&repmtl::small_products_are_fast_cpu));
+  m.impl("small_products_are_fast", TORCH_BOX(&repmtl::small_products_are_fast_op));
+  m.impl("sources", TORCH_BOX(&repmtl::sources));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CPU, m) {

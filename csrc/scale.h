@@ -7,7 +7,8 @@
 
 namespace repmtl {
 
-// 2^e with |largest| * 2^e in [0.5, 1); 1 for 0. What is not finite gives the least.
+// 2^e with |largest| * 2^e in [0.5, 1), or as near as normal numbers come; 1 for 0. What is not
+// finite gives the least.
 template <typename A>
 A power_of_two(A largest) {
   if (largest == 0) return 1;

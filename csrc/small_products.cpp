@@ -11,7 +11,8 @@ namespace {
 // Elements of a vector, whatever the machine's are; rows of a tile of accumulators.
 constexpr int64_t kWidth = 16;
 constexpr int64_t kRows = 4;
-// Channels that are multiplied at a time: bounds rounding, and the panel stays in the cache.
+// Channels that are multiplied at a time: their sums are rounded on their own, and the panel stays
+// in the cache.
 constexpr int64_t kPanel = 256;
 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
@@ -31,12 +32,7 @@ template <int kVectors>
 inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t row, int64_t step,
                                                          const float* b, int64_t count, float* out,
                                                          int64_t out_row) {
-  Vector sums[kRows][kVectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = load(out + r * out_row + v * kWidth);
-  }
+  Vector sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     Vector right[kVectors];
 #pragma GCC unroll 4
@@ -51,7 +47,10 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums[r][v], out + r * out_row + v * kWidth);
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = out + r * out_row + v * kWidth;
+      store(load(to) + sums[r][v], to);
+    }
   }
 }
 

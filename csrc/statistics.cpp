@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t kLanes = 8;
 // Rows of one unit of work: sums are the same, however many threads share the units.
 constexpr int64_t kChunk = 256;
-// Elements that are worth a thread.
-constexpr int64_t kGrain = 16384;
 // Elements of a row at a time: four of them fit the first cache.
 constexpr int64_t kBlock = 1024;
 
@@ -167,16 +165,16 @@ template <typename S>
 void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions, acc_t<S>* channels,
                 acc_t<S>* scale, const ParallelFor& parallel_for) {
   using A = acc_t<S>;
-  const auto [tasks, batch, C, N] = shape;
+  const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   struct Task {
     Rows<S> rows;  // of sample 0
     bool by_channel;
     bool across, along;  // what is needed of add_chunk
-    int64_t count, length, chunks;
-    int64_t unit, partial;  // the first of its units of work, of its partial sums
+    int64_t count, length, chunks, chunk;  // rows, their elements, units of a sample, rows of a unit
+    int64_t unit, partial, row;  // the first of its units of work, its sums over rows, its row sums
   };
   std::vector<Task> plan;
-  int64_t units = 0, partials = 0;
+  int64_t units = 0, partials = 0, row_sums = 0;
   for (int64_t t = 0; t < tasks; ++t) {
     const View<const S>& view = views[t];
     const int64_t* offsets = view.offsets.empty() ? nullptr : view.offsets.data();
@@ -191,14 +189,17 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
     task.along = scale || (task.by_channel ? channels : positions);
     task.count = task.by_channel ? C : N;
     task.length = task.by_channel ? N : C;
-    task.chunks = ceil_div(task.count, kChunk);
+    task.chunk = std::min(kChunk, task.count);
+    task.chunks = ceil_div(task.count, task.chunk);
     task.unit = units;
     task.partial = partials;
+    task.row = row_sums;
     units += batch * task.chunks;
-    partials += batch * task.chunks * task.length;
+    partials += task.across ? batch * task.chunks * task.length : 0;
+    row_sums += task.along ? batch * task.chunks * task.chunk : 0;
     plan.push_back(task);
   }
-  const std::unique_ptr<double[]> across(new double[partials]), along(new double[units * kChunk]);
+  const std::unique_ptr<double[]> across(new double[partials]), along(new double[row_sums]);
   const std::unique_ptr<A[]> largest(new A[units]);
 
   const auto chunk = [&](int64_t begin, int64_t end) {
@@ -206,18 +207,21 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
                                  [](int64_t u, const Task& k) { return u < k.unit; }) - 1;
     for (int64_t u = begin; u < end; ++u) {
       while (task + 1 != plan.end() && u >= (task + 1)->unit) ++task;
-      const int64_t b = (u - task->unit) / task->chunks, k = (u - task->unit) % task->chunks;
+      const int64_t mine = u - task->unit, b = mine / task->chunks, k = mine % task->chunks;
       Rows<S> rows = task->rows;
       rows.data += b * views[task - plan.begin()].batch_stride;
-      double* sums = across.get() + task->partial + (u - task->unit) * task->length;
-      std::fill_n(sums, task->length, 0.0);
-      largest[u] = add_chunk(rows, k * kChunk, std::min(kChunk, task->count - k * kChunk),
-                             task->length, task->across ? sums : nullptr,
-                             task->along ? along.get() + u * kChunk : nullptr);
+      double *sums = nullptr, *sums_of_rows = nullptr;
+      if (task->across) {
+        sums = across.get() + task->partial + mine * task->length;
+        std::fill_n(sums, task->length, 0.0);
+      }
+      if (task->along) sums_of_rows = along.get() + task->row + mine * task->chunk;
+      const int64_t first = k * task->chunk, count = std::min(task->chunk, task->count - first);
+      largest[u] = add_chunk(rows, first, count, task->length, sums, sums_of_rows);
     }
   };
-  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);  // or less
-  parallel_for(units, std::max<int64_t>(1, kGrain / unit_size), chunk);
+  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);  // about
+  parallel_for(units, grain_of(unit_size), chunk);
 
   const auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -226,7 +230,8 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
       A* by_row = task.by_channel ? channels : positions;
       A* by_element = task.by_channel ? positions : channels;
       if (by_row) {
-        const double *sums = along.get() + first * kChunk, length = static_cast<double>(task.length);
+        const double* sums = along.get() + task.row + b * task.chunks * task.chunk;
+        const double length = static_cast<double>(task.length);
         A* out = by_row + i * task.count;
         for (int64_t r = 0; r < task.count; ++r) out[r] = static_cast<A>(sums[r] / length);
       }
@@ -245,7 +250,7 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
       }
     }
   };
-  parallel_for(tasks * batch, std::max<int64_t>(1, kGrain / (C + N)), finish);
+  parallel_for(tasks * batch, grain_of(C + N), finish);
 }
 
 #define INSTANTIATE(S)                                                                         \

@@ -1,4 +1,4 @@
-"""The compiled libraries of ``csrc``: where they are, and why one can't be loaded."""
+"""The compiled library of ``csrc``: where it is, and why it can't be used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from repmtl_kernels._sources import digest
 
 CPU_LIBRARY = "_native_cpu.so"
 
@@ -23,7 +25,11 @@ def status() -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} cannot be loaded: {error}"
+        return f"{path.name} cannot be loaded: {error.__cause__ or error}"
+    csrc = path.parents[1] / "csrc"
+    # In a checkout the sources may have changed since.
+    if csrc.is_dir() and torch.ops.repmtl_native.sources() != digest(csrc):
+        return f"{path.name} is older than {csrc.name}: install the package again"
     return "ok"
 
 
@@ -31,4 +37,6 @@ def load() -> ModuleType:
     """The operators."""
     if (reason := status()) != "ok":
         raise ImportError(reason)
+    from repmtl_kernels import _native_fakes  # noqa: F401
+
     return torch.ops.repmtl_native

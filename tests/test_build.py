@@ -69,7 +69,8 @@ def test_wheel_with_the_compiled_library(tree: Path, tmp_path: Path):
     done = build(tree, "bdist_wheel")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tree / "dist").glob("*.whl")
-    assert "-cp310-abi3-" in wheel.name, "one wheel for every Python"
+    assert "-py3-none-" in wheel.name, "one wheel for every Python"
+    assert "none-any" not in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "repmtl_kernels/_native_cpu.so" in names
     assert not [n for n in names if n.startswith("csrc")]
@@ -85,6 +86,15 @@ def test_wheel_without_it(tree: Path, tmp_path: Path):
     assert wheel.name.endswith("-py3-none-any.whl")
     status, total = use(wheel, tmp_path / "installed")
     assert "the package was built without it" in status and float(total) > 0
+
+
+@needs_native
+def test_skipping_in_place_leaves_no_earlier_library(tree: Path):
+    left = tree / "repmtl_kernels" / _native.CPU_LIBRARY
+    left.write_text("of an earlier build")
+    done = build(tree, "build_ext --inplace", REPMTL_SKIP_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    assert not left.exists()
 
 
 def test_sdist_has_the_sources(tree: Path):

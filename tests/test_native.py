@@ -1,10 +1,16 @@
 """What only the compiled operators have: units of work, threads, argument checks."""
 
+import gc
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from cases import DEVICE, LOSSES, Case, judge, value_and_grads
+from cases import DEVICE, LOSSES, Case, judge, relative_error, value_and_grads
+from torch._subclasses import FakeTensorMode
 
-from repmtl_kernels import _native, csa_loss
+from repmtl_kernels import _native, csa_loss, reference, tsr_loss
 from repmtl_kernels._saliency import canonical_tasks
 from repmtl_kernels.backends import eager
 
@@ -120,6 +126,112 @@ def test_operators_refuse_what_they_cannot_read(call, message):
         call()
 
 
-def test_an_empty_batch_of_positions_or_tasks_is_no_crash():
-    x, a, scale = native.ops.statistics([torch.ones(0, 3, 4)], True, True)
-    assert x.shape == (1, 0, 4) and a.shape == (1, 0, 3) and scale.shape == (1, 0)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: native.ops.statistics([torch.ones(0, 3, 4)], True, True),
+        lambda: native.ops.statistics([torch.ones(2, 3, 0)], True, True),
+        lambda: native.ops.statistics([GOOD], False, False),
+        lambda: native.ops.entropy(torch.ones(2, 3, 0), True, False, 1.0, 0.0, True),
+        lambda: native.ops.unit_anchors(torch.ones(2, 3, 0), 0.0, True),
+        lambda: native.ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5),
+        lambda: native.ops.add_outer(
+            None, False, GOOD[0], None, GOOD[:0], GOOD[:, :0], torch.ones(2, 3, 0)
+        ),
+    ],
+)
+def test_nothing_to_work_on_is_an_error_and_no_crash(call):
+    with pytest.raises(RuntimeError, match="expected no size of 0|positions, channels or both"):
+        call()
+
+
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS, or VmHWM, its maximum."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("shape", "positions", "limit"),
+    [
+        ((200_000, 16, 1), True, 5),  # one row each: no unit of work as large as for many
+        ((4, 2, 1000, 1000), False, 0.5),  # sums over rows that nobody asked for
+    ],
+)
+def test_scratch_memory_follows_the_need(shape, positions, limit):
+    saliency = torch.randn(shape)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the maximum starts again
+    before = resident("VmRSS")
+    kept = native.ops.statistics([saliency], positions, True)
+    assert resident("VmHWM") - before < limit * saliency.nbytes
+    assert kept[1].shape == (1, *shape[:2])
+
+
+def test_a_gradient_of_zero_and_a_total_below_the_normal_numbers():
+    x = torch.tensor([[[1e-40, 2e-40, 0.0]]])
+    options = {"over": "space", "normalizer": "abs", "temperature": 1.0, "eps": 0.0}
+    found = native.entropy(x, **options, with_grad=True)
+    expected = eager.entropy(x, **options, with_grad=True)
+    torch.testing.assert_close(found, expected)
+    assert not found.grad.isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_eps_beside_tiny_saliencies(backend):
+    tensors = [(torch.randn(3, 8, 5) * 1e-20).requires_grad_() for _ in range(2)]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    grads = torch.autograd.grad(csa_loss(tensors, eps=1e-41, backend=backend), tensors)
+    exact = torch.autograd.grad(reference.csa_loss(doubles, eps=1e-41), doubles)
+    assert relative_error(grads, exact) < 1e-4
+
+
+def test_strides_that_no_stage_gives():
+    a = torch.randn(8, 3, 2).permute(2, 1, 0)
+    options = {"temperature": 0.5, "eps": 0.0, "with_grad": True}
+    found, expected = native.contrast(a, **options), eager.contrast(a, **options)
+    for name in ("anchors", "factor", "logsumexp", "pull", "grad"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+def _arguments() -> dict[str, tuple]:
+    u, dots = torch.randn(2, 3, 20), torch.randn(2, 3, 2, 3)
+    saliencies = [torch.randn(3, 20, 4, 4) for _ in range(2)]
+    da, left, right = torch.randn(3, 20), torch.randn(2, 3, 20), torch.randn(3, 2, 16)
+    products = (da, torch.randn(3, 16), left, right)
+    return {
+        "statistics": (saliencies, True, True),
+        "entropy": (torch.randn(2, 3, 16), True, False, 1.0, 0.0, True),
+        "unit_anchors": (u, 0.0, True),
+        "log_sum_exp": (dots, 0, 0.5),
+        "weigh_dots": (dots.clone(), torch.ones(3), 0, 0.5),
+        "through_normalisation": (u.clone(), u, torch.ones(3), u),
+        "add_outer": (None, False, *products, torch.zeros(3, 20, 4, 4)),
+        "small_gram": (saliencies, torch.ones(2, 3), u, True),
+        "small_gradient": (
+            saliencies[0].flatten(2), torch.randn(3, 16, 16), *products, torch.zeros(3, 20, 4, 4),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _arguments())
+def test_opcheck(name: str):
+    tests = ("test_schema", "test_faketensor")  # autograd is that of the losses
+    operator = getattr(native.ops, name).default
+    torch.library.opcheck(operator, _arguments()[name], test_utils=tests)
+
+
+def test_tsr_of_fake_tensors():
+    with FakeTensorMode():
+        saliencies = [torch.empty(4, 20, 5, 5).requires_grad_() for _ in range(2)]
+        tsr_loss(saliencies, backend="native").backward()
+    assert saliencies[0].grad.shape == (4, 20, 5, 5)
+
+
+def test_a_lazy_copy_is_not_written_through():
+    original = torch.zeros(2, 3, 4)
+    copy = torch._lazy_clone(original)
+    da, left, right = torch.ones(2, 3), torch.ones(0, 2, 3), torch.ones(2, 0, 4)
+    native.ops.add_outer(None, False, da, None, left, right, copy)
+    assert (copy == 1).all() and (original == 0).all()

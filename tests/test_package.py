@@ -272,7 +272,7 @@ def test_build_ships_every_module_and_the_type_marker_and_nothing_else(tmp_path:
 
 
 def test_no_private_path_in_the_files() -> None:
-    folders = ("repmtl_kernels", "tests", "benchmarks", ".ci", ".github")
+    folders = ("repmtl_kernels", "csrc", "tests", "benchmarks", ".ci", ".github")
     candidates = [p for p in ROOT.iterdir() if p.is_file()]
     candidates += [p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()]
     text = {"", ".py", ".toml", ".md", ".json", ".yml", ".svg", ".cpp", ".cu", ".h", ".csv", ".txt"}

@@ -119,7 +119,7 @@ def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, T
     """
     if eps == 0:  # scale^2 may overflow
         return norm.reciprocal().where(norm != 0, 0), torch.ones_like(norm)
-    clamped = norm.clamp_min(eps * scale.square())
+    clamped = norm.clamp_min(eps * scale * scale)  # not of its square, which may overflow
     return clamped.reciprocal(), (norm >= clamped).to(norm.dtype)
 
 
@@ -296,22 +296,27 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> 
     return (csa.negatives * contrast.grad + through) / saliencies[0].shape[2:].numel()
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of ``(B, C, N)``, not its positions, lie side by side in memory."""
-    return x.stride(1) == 1 and x.stride(2) != 1
+def rows_of(output: Tensor) -> tuple[Tensor | None, bool]:
+    """The memory of ``(B, C, *spatial)`` as dense ``(B, C, N)``, or, and then True, where channels
+    lie side by side as dense ``(B, N, C)``; None where it is not dense."""
+    batch, channels = output.shape[:2]
+    transposed = channels > 1 and output.stride(1) == 1 and not output.is_contiguous()
+    rows = output.movedim(1, -1) if transposed else output
+    if not rows.is_contiguous():
+        return None, transposed
+    shape = (batch, -1, channels) if transposed else (batch, channels, -1)
+    return rows.view(shape), transposed
 
 
 def _write_sum(output: Tensor, *products: tuple[Tensor, Tensor]) -> None:
     """Writes ``sum of a @ b`` (B, C, N) into the view ``output`` (B, C, *spatial)."""
-    target = output.flatten(2)
-    channels_last = is_channels_last(target)
-    if channels_last:  # matrix products write rows
+    rows, transposed = rows_of(output)
+    if transposed:  # matrix products write rows
         products = tuple((b.mT, a.mT) for a, b in products)
     (a, b), *others = products
-    direct = target.data_ptr() == output.data_ptr() and target.dtype == a.dtype
-    out = target.mT if channels_last else target
-    total = torch.bmm(a, b, out=out) if direct else torch.bmm(a, b)
+    direct = rows is not None and rows.dtype == a.dtype
+    total = torch.bmm(a, b, out=rows) if direct else torch.bmm(a, b)
     for a, b in others:
         total.baddbmm_(a, b)
     if not direct:
-        output.copy_((total.mT if channels_last else total).view(output.shape))
+        output.copy_((total.mT if transposed else total).reshape(output.shape))

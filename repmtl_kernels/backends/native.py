@@ -31,7 +31,7 @@ def entropy(
 
 def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
     tasks, batch, channels = a.shape
-    u, factor, pull = ops.unit_anchors(a, eps, with_grad)
+    u, factor, pull = ops.unit_anchors(a.contiguous(), eps, with_grad)
     rows = u.view(tasks * batch, channels)
     step = max(1, eager.CONTRAST_BLOCK // (tasks * len(rows)))
     blocks = range(0, batch, step)
@@ -45,15 +45,15 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
     for b in blocks:
         dots = dots_of(b)
         found.append(ops.log_sum_exp(dots, b, temperature))
-    lse = torch.cat([logsumexp for _, logsumexp in found])
+    lse = torch.cat(found)
     if not with_grad:
         return Contrast(u, factor, lse, None, None)
 
     du = torch.empty_like(u)
-    for b, (similarity, _) in zip(blocks, found, strict=True):
-        if len(found) > 1:  # else those of above are still there
+    for b in blocks:
+        if len(blocks) > 1:  # else those of above are still there
             dots = dots_of(b)
-        ops.weigh_dots(dots, similarity, lse, b, temperature)
+        ops.weigh_dots(dots, lse, b, temperature)
         du[:, b : b + step] = torch.matmul(dots.view(tasks, -1, len(rows)), rows)
     ops.through_normalisation(du, u, factor, pull)
     return Contrast(u, factor, lse, pull, du)
@@ -81,22 +81,15 @@ def saliency_grad(
     position_grad: Tensor | None,
 ) -> None:
     for term in eager.gradient_terms(saliencies, outputs, csa):
-        dx = None if position_grad is None else position_grad[term.task]
-        rest = term.da.contiguous(), dx, term.left, term.right, term.output
+        dx = None if position_grad is None else position_grad[term.task].contiguous()
+        rest = term.da.contiguous(), dx, term.left.contiguous(), term.right, term.output
         channels, positions = term.a.shape[1], term.b.shape[2]
         if _is_small(channels, positions, term.output.dtype):
             ops.small_gradient(term.a, term.b, *rest)
             continue
-        target = term.output.flatten(2)  # a copy where the positions have no single stride
-        transposed = eager.is_channels_last(target)
+        rows, transposed = eager.rows_of(term.output)
         a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
-        rows = target.mT if transposed else target
-        direct = (
-            rows.dtype == a.dtype
-            and rows.is_contiguous()
-            and rows.data_ptr() == term.output.data_ptr()
-        )
-        if direct:
+        if rows is not None and rows.dtype == a.dtype:
             ops.add_outer(None, transposed, *rest)
             rows.baddbmm_(a, b)
         else:
