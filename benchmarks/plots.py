@@ -17,12 +17,14 @@ COLORS = {
     "reference": "#b8b8b8",
     "reference_compiled": "#e0a458",
     "eager": "#4c78a8",
+    "native": "#7b6cb0",
     "triton": "#3a9d6e",
 }
 BACKEND_LABELS = {
     "reference": "reference",
     "reference_compiled": "reference, torch.compile",
     "eager": "eager (factored)",
+    "native": "native (C++)",
     "triton": "Triton",
 }
 METHOD_LABELS = {

@@ -23,7 +23,10 @@ from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
 
 README = ROOT / "README.md"
-DOCUMENTS = (README, ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tuning.md")
+DOCUMENTS = (
+    README, ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tuning.md",
+    ROOT / "docs" / "quality.md",
+)  # fmt: skip
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
     r".*?(?P<close><!-- /bench -->)",
@@ -33,6 +36,7 @@ BACKEND_TITLES = {
     "reference": "reference",
     "reference_compiled": "`torch.compile`",
     "eager": "eager",
+    "native": "native",
     "triton": "Triton",
 }
 METHOD_TITLES = {
