@@ -39,7 +39,7 @@ from repmtl_kernels.modules import _Loss
 
 # Of a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence), and
 # of a lambda that is left out beside the other.
-DEFAULT_STRENGTH = 0.1
+DEFAULT_STRENGTH = 0.03
 DEFAULT_LAMBDA = 0.01
 # The regulariser's gradient is taken to be at least this share of the tasks' at lambdas that sum to
 # 1: where it vanishes at the representation, e.g. behind heads without curvature, no weight makes
@@ -91,7 +91,7 @@ class RepMTL(_Loss):
     ``log_losses``); it needs no graph and works under ``torch.no_grad()``.
 
     With lambdas given that is equation 10 exactly. With neither lambdas nor ``strength``, the
-    regulariser's gradient is held at a tenth of the tasks' (``strength=0.1``). All options are
+    regulariser's gradient is held at 3 % of the tasks' (``strength=0.03``). All options are
     attributes, and a schedule may set them. What training calls have seen (their number, running
     means) is part of ``state_dict()``; a checkpoint without it leaves it as it is.
 
@@ -99,7 +99,7 @@ class RepMTL(_Loss):
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). Exactly 0: that
             loss is not computed. None: 0.01.
         lambda_csa: the same for :func:`csa_loss`. CSA needs a batch of at least 2; TSR does not.
-        strength: None (lambdas alone; 0.1 if these are None too), or ``rho`` of at least 0 (0:
+        strength: None (lambdas alone; 0.03 if these are None too), or ``rho`` of at least 0 (0:
             off): the norm of the regulariser's gradient at the representation is held at ``rho``
             times that of the tasks' ``sum_t w_t L_t``, and the lambdas only give the mix of TSR and
             CSA. Both losses are invariant to the scale of the losses, so with fixed lambdas that

@@ -449,7 +449,7 @@ def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
 @pytest.mark.parametrize(
     ("given", "strength", "lambdas"),
     [
-        ({}, 0.1, (0.01, 0.01)),
+        ({}, 0.03, (0.01, 0.01)),
         ({"lambda_tsr": 0.9}, None, (0.9, 0.01)),
         ({"lambda_csa": 0.0}, None, (0.01, 0.0)),
         ({"strength": 0.3}, 0.3, (0.01, 0.01)),
