@@ -31,7 +31,8 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
         if "validation" in last:
             row.setdefault("validation", {}).update(last["validation"])
         row["cpu_seconds"] = round(row["cpu_seconds"] + record["cpu_seconds"], 2)
-        if "spectra" in record:
+        # Another study may have asked for those of the same run.
+        if study.spectra and "spectra" in record:
             row.setdefault("spectra", {})[run.task or "all"] = record["spectra"]
         if history := _thinned(record["history"]):
             row["history"] = history
@@ -206,6 +207,7 @@ def exponents(rows: list[dict]) -> str:
     table = [
         [dataset, method, *(f"{mean(parts[n]):.2f}" if parts.get(n) else "" for n in names)]
         for (dataset, method), parts in found.items()
+        if parts
     ]
     return progress.markdown(["power-law exponent", "method", *names], table)
 
