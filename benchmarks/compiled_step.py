@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.functional import cross_entropy, l1_loss
 
-from benchmarks.kernels import FAILURES, rounded
+from benchmarks.kernels import FAILURES, LAMBDA, rounded
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.progress import say, track
 from benchmarks.timing import Timing, side_by_side
@@ -86,7 +86,7 @@ class WholeStep:
     """
 
     def __init__(
-        self, model: nn.Module, loss: TaskLoss, *, strength: float = 0.01, compiled: bool = True
+        self, model: nn.Module, loss: TaskLoss, *, strength: float = LAMBDA, compiled: bool = True
     ) -> None:
         self.loss, self.strength = loss, strength
         self.modules: Mapping[str, nn.Module] = {"encoder": model.encoder, **model.heads}
@@ -139,7 +139,7 @@ def equal_weighting(model: Model, compiled: bool) -> Callable[..., None]:
 
 def rep_mtl(model: Model, *, encoder: bool = False, fast: bool = False) -> Callable[..., None]:
     """The criterion, with eager heads; ``encoder`` compiles the encoder alone."""
-    criterion = RepMTL()
+    criterion = RepMTL(LAMBDA, LAMBDA)
     encode = torch.compile(model.encoder, fullgraph=True) if encoder else model.encoder
 
     def step(images: Tensor, labels: dict[str, Tensor]) -> None:

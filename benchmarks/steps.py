@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled_step import WholeStep
-from benchmarks.kernels import FAILURES, Precision, rounded
+from benchmarks.kernels import FAILURES, LAMBDA, Precision, rounded
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.networks import NETWORKS, Model, Network, random_batch, task_loss
 from benchmarks.peers import (
@@ -89,10 +89,10 @@ class Peer(EqualWeighting):
 
 
 class RepMTLMethod(EqualWeighting):
-    """Rep-MTL at the package's default strength."""
+    """Rep-MTL with fixed lambdas, which the dissected and the compiled step can write out."""
 
     def __init__(self, backend: str = "auto", *, fast: bool = False, every: int = 1) -> None:
-        self.criterion = RepMTL(backend=backend, every=every)
+        self.criterion = RepMTL(LAMBDA, LAMBDA, backend=backend, every=every)
         self.fast = fast
         self.every = every
         self.dissected = 0
@@ -141,7 +141,7 @@ class RepMTLMethod(EqualWeighting):
 
 
 class CompiledRepMTL(EqualWeighting):
-    """Rep-MTL at the same strength, forward and backward as one compiled graph."""
+    """Rep-MTL with the same lambdas, forward and backward as one compiled graph."""
 
     def __init__(self) -> None:
         self.whole: WholeStep | None = None
