@@ -42,7 +42,17 @@ struct View {
   int64_t channel_stride;
   int64_t position_stride;       // where `offsets` is empty
   std::vector<int64_t> offsets;  // (N), of positions that have no single stride
+
+  bool positions_are_adjacent() const { return offsets.empty() && position_stride == 1; }
+
+  S* at(int64_t b, int64_t c, int64_t n) const {
+    return data + b * batch_stride + c * channel_stride +
+           (offsets.empty() ? n * position_stride : offsets[n]);
+  }
 };
+
+// Applies a macro to every type that saliencies have.
+#define REPMTL_FOR_SALIENCY_TYPES(macro) macro(double) macro(float) macro(bfloat16) macro(float16)
 
 struct Shape {
   int64_t tasks, batch, channels, positions;

@@ -145,20 +145,20 @@ void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const
                            const A* factor, const A* pull, A* du,
                            const ParallelFor& parallel_for) {
   parallel_for(batch, grain_of(tasks * channels), [&](int64_t begin, int64_t end) {
-                 for (int64_t b = begin; b < end; ++b) {
-                   A tug = 0;
-                   for (int64_t t = 0; t < tasks; ++t) {
-                     const int64_t row = (t * batch + b) * channels;
-                     tug += dot(du + row, u + row, channels);
-                   }
-                   for (int64_t t = 0; t < tasks; ++t) {
-                     const int64_t row = (t * batch + b) * channels;
-                     for (int64_t c = row; c < row + channels; ++c) {
-                       du[c] = factor[b] * (du[c] - tug * pull[c]);
-                     }
-                   }
-                 }
-               });
+    for (int64_t b = begin; b < end; ++b) {
+      A tug = 0;
+      for (int64_t t = 0; t < tasks; ++t) {
+        const int64_t row = (t * batch + b) * channels;
+        tug += dot(du + row, u + row, channels);
+      }
+      for (int64_t t = 0; t < tasks; ++t) {
+        const int64_t row = (t * batch + b) * channels;
+        for (int64_t c = row; c < row + channels; ++c) {
+          du[c] = factor[b] * (du[c] - tug * pull[c]);
+        }
+      }
+    }
+  });
 }
 
 #define INSTANTIATE(A)                                                                            \

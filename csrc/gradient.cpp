@@ -78,13 +78,8 @@ void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool t
   const int64_t batch = shape.batch, C = shape.channels, N = shape.positions;
   transposed = transposed || N == 1;  // the same memory, and longer rows
   const int64_t count = transposed ? N : C, length = transposed ? C : N;
-  const int64_t* offsets = output.offsets.empty() ? nullptr : output.offsets.data();
-  const auto place = [&](int64_t b, int64_t c, int64_t n) {
-    return output.data + b * output.batch_stride + c * output.channel_stride +
-           (offsets ? offsets[n] : n * output.position_stride);
-  };
   const bool direct = std::is_same_v<S, A> && (transposed ? output.channel_stride == 1
-                                                          : output.position_stride == 1 && !offsets);
+                                                          : output.positions_are_adjacent());
   parallel_for(batch * count, grain_of(length), [&](int64_t begin, int64_t end) {
     A buffer[kBlock];
     for (int64_t i = begin; i < end; ++i) {
@@ -110,12 +105,12 @@ void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool t
         const int64_t block = std::min(kBlock, length - j);
         A* row = buffer;
         if constexpr (std::is_same_v<S, A>) {
-          if (direct) row = transposed ? place(b, j, r) : place(b, r, j);
+          if (direct) row = transposed ? output.at(b, j, r) : output.at(b, r, j);
         }
         add(product ? product + i * length + j : nullptr, terms, j, block, row);
         if (direct) continue;
         for (int64_t k = 0; k < block; ++k) {
-          *(transposed ? place(b, j + k, r) : place(b, r, j + k)) = static_cast<S>(row[k]);
+          *(transposed ? output.at(b, j + k, r) : output.at(b, r, j + k)) = static_cast<S>(row[k]);
         }
       }
     }
@@ -126,10 +121,7 @@ void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool t
   template void add_outer(const Shape&, int64_t, const acc_t<S>*, bool, const acc_t<S>*,   \
                           const acc_t<S>*, const acc_t<S>*, const acc_t<S>*, const View<S>&, \
                           const ParallelFor&);
-INSTANTIATE(double)
-INSTANTIATE(float)
-INSTANTIATE(bfloat16)
-INSTANTIATE(float16)
+REPMTL_FOR_SALIENCY_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace repmtl

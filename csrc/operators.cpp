@@ -259,20 +259,28 @@ void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor pull) 
   });
 }
 
+// The number of outer products in a gradient's terms.
+int64_t checked_rank(const Shape& shape, const Tensor& da, const std::optional<Tensor>& dx,
+                     const Tensor& left, const Tensor& right, ScalarType type) {
+  const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
+  STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
+  const int64_t K = left.size(0);
+  check_contiguous("da", da, {B, C}, type);
+  if (dx) check_contiguous("dx", *dx, {B, N}, type);
+  check_contiguous("left", left, {K, B, C}, type);
+  check_contiguous("right", right, {B, K, N}, type);
+  return K;
+}
+
 void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, std::optional<Tensor> dx,
                    Tensor left, Tensor right, Tensor output) {
   const Shape shape = shape_of({output});
   const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
   const ScalarType type = accumulation_type(output);
-  STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
-  const int64_t K = left.size(0);
   const std::vector<int64_t> sizes = transposed ? std::vector<int64_t>{B, N, C}
                                                 : std::vector<int64_t>{B, C, N};
   if (product) check_contiguous("product", *product, sizes, type);
-  check_contiguous("da", da, {B, C}, type);
-  if (dx) check_contiguous("dx", *dx, {B, N}, type);
-  check_contiguous("left", left, {K, B, C}, type);
-  check_contiguous("right", right, {B, K, N}, type);
+  const int64_t K = checked_rank(shape, da, dx, left, right, type);
   dispatch(output.scalar_type(), [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
@@ -281,8 +289,6 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
                  view_of<S>(output), kParallelFor);
   });
 }
-
-bool small_products_are_fast_op() { return small_products_are_fast(); }
 
 // What this was compiled from; setup.py defines it.
 std::string sources() { return REPMTL_SOURCES; }
@@ -319,17 +325,11 @@ void small_gradient_cpu(Tensor saliency, Tensor matrix, Tensor da, std::optional
                   "saliency: expected the output's batch, channels and positions");
   check_small(saliency, N);
   check_small(output, N);
-  STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
-  const int64_t K = left.size(0);
   check_contiguous("matrix", matrix, {B, N, N}, ScalarType::Float);
-  check_contiguous("da", da, {B, C}, ScalarType::Float);
-  if (dx) check_contiguous("dx", *dx, {B, N}, ScalarType::Float);
-  check_contiguous("left", left, {K, B, C}, ScalarType::Float);
-  check_contiguous("right", right, {B, K, N}, ScalarType::Float);
+  const int64_t K = checked_rank(shape, da, dx, left, right, ScalarType::Float);
   small_gradient(shape, K, view_of<const float>(saliency), data<const float>(matrix),
                  data<const float>(da), data_or_null<float>(dx), data<const float>(left),
-                 data<const float>(right),
-                 view_of<float>(output), kParallelFor);
+                 data<const float>(right), view_of<float>(output), kParallelFor);
 }
 
 }  // namespace
@@ -354,7 +354,7 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CompositeExplicitAutograd, m) {
-  m.impl("small_products_are_fast", TORCH_BOX(&repmtl::small_products_are_fast_op));
+  m.impl("small_products_are_fast", TORCH_BOX(&repmtl::small_products_are_fast));
   m.impl("sources", TORCH_BOX(&repmtl::sources));
 }
 

@@ -95,13 +95,11 @@ struct Reader {
 
   // Channel c of sample b, times factor.
   void copy(int64_t b, int64_t c, float factor, float* to) const {
-    const float* from = view.data + b * view.batch_stride + c * view.channel_stride;
-    if (!view.offsets.empty()) {
-      for (int64_t n = 0; n < columns; ++n) to[n] = from[view.offsets[n]] * factor;
-    } else if (view.position_stride != 1) {
-      for (int64_t n = 0; n < columns; ++n) to[n] = from[n * view.position_stride] * factor;
-    } else {
+    if (view.positions_are_adjacent()) {
+      const float* from = view.at(b, c, 0);
       for (int64_t n = 0; n < columns; ++n) to[n] = from[n] * factor;
+    } else {
+      for (int64_t n = 0; n < columns; ++n) to[n] = *view.at(b, c, n) * factor;
     }
   }
 };
@@ -189,14 +187,11 @@ void small_gradient(const Shape& shape, int64_t rank, const View<const float>& v
         }
         multiply_some_rows(rows.data(), count, count, factors.data(), N, sums.data());
         for (int64_t r = 0; r < some; ++r) {
-          float* to = output.data + b * output.batch_stride + (c + r) * output.channel_stride;
           const float* sum = &sums[r * kSmall];
-          if (!output.offsets.empty()) {
-            for (int64_t n = 0; n < N; ++n) to[output.offsets[n]] = sum[n];
-          } else if (output.position_stride != 1) {
-            for (int64_t n = 0; n < N; ++n) to[n * output.position_stride] = sum[n];
+          if (output.positions_are_adjacent()) {
+            std::copy_n(sum, N, output.at(b, c + r, 0));
           } else {
-            std::copy_n(sum, N, to);
+            for (int64_t n = 0; n < N; ++n) *output.at(b, c + r, n) = sum[n];
           }
         }
       }

@@ -256,10 +256,7 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
 #define INSTANTIATE(S)                                                                         \
   template void statistics(const Shape&, const View<const S>*, acc_t<S>*, acc_t<S>*, acc_t<S>*, \
                            const ParallelFor&);
-INSTANTIATE(double)
-INSTANTIATE(float)
-INSTANTIATE(bfloat16)
-INSTANTIATE(float16)
+REPMTL_FOR_SALIENCY_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace repmtl
