@@ -57,7 +57,7 @@ bench-quick: $(BENCH_STAMP) ## a short benchmark; its results are not kept
 # INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
 # The benchmark runs even if tests fail; the exit status tells of both. Tests spend their time in
 # the compiler, so they run in parallel where pytest-xdist is installed.
-gpu: ## all tests and the full benchmark on a CUDA machine, under 9 minutes: make gpu OUT=DIR
+gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 9 minutes: make gpu OUT=DIR
 	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
 	@command -v "$(PYTHON_GPU)" >/dev/null || \
 		{ echo "make gpu: no '$(PYTHON_GPU)' here: set PYTHON_GPU" >&2; exit 2; }
@@ -68,10 +68,14 @@ gpu: ## all tests and the full benchmark on a CUDA machine, under 9 minutes: mak
 		{ echo "make gpu: needs CUDA, PyTorch and Triton in '$(PYTHON_GPU)'" >&2; exit 2; }
 	@mkdir -p "$(OUT)"
 	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
+	export TORCH_CUDA_ARCH_LIST=$$("$(PYTHON_GPU)" -c \
+		'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
+	timeout -s INT -k 5 60 "$(PYTHON_GPU)" setup.py -q build_ext --inplace \
+		|| failed="$$failed build($$?)"; \
 	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
-	timeout -s INT -k 5 240 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
+	timeout -s INT -k 5 220 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
 		--junitxml="$(OUT)/tests.xml" || failed="$$failed tests($$?)"; \
-	timeout -s INT -k 5 280 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \
+	timeout -s INT -k 5 260 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \
 		|| failed="$$failed benchmark($$?)"; \
 	if [ -n "$$failed" ]; then \
 		echo "make gpu: failed, with exit status (124: ran out of time):$$failed" >&2; exit 1; \

@@ -1,12 +1,14 @@
 """Build entry point: compiles csrc; all metadata is in pyproject.toml.
 
 Needs a C++17 compiler, ninja and the headers of an installed PyTorch, which is not imported: the
-library uses its stable ABI, so that one build serves every Python and every later PyTorch.
-``REPMTL_SKIP_NATIVE=1`` builds the package without it.
+libraries use its stable ABI, so that one build serves every Python and every later PyTorch. The one
+for CUDA is built where nvcc is; no GPU is needed. ``REPMTL_SKIP_CUDA=1`` builds the package without
+it, ``REPMTL_SKIP_NATIVE=1`` without both.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -23,16 +25,17 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = (
-    "statistics", "entropy", "contrast", "gradient", "small_products", "operators",
-)  # fmt: skip
+CSRC = ROOT / "csrc"
 OLDEST_TORCH = (2, 11)
-SKIP = "REPMTL_SKIP_NATIVE"
+SKIP, SKIP_CUDA = "REPMTL_SKIP_NATIVE", "REPMTL_SKIP_CUDA"
 SOURCES_DIGEST = runpy.run_path(str(ROOT / "repmtl_kernels" / "_sources.py"))["digest"]
 FLAGS = [
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
 ]  # fmt: skip
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Those that this nvcc knows are built, and PTX of the last for later ones.
+ARCHITECTURES = ("8.0", "9.0", "10.0")
 
 
 def torch_folder() -> Path | None:
@@ -43,9 +46,13 @@ def torch_folder() -> Path | None:
     return next((path for path in candidates if (path / "version.py").exists()), None)
 
 
+def is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def why_not() -> str | None:
-    """Why the library is left out, or None."""
-    if os.environ.get(SKIP, "0") not in ("", "0"):
+    """Why the libraries are left out, or None."""
+    if is_set(SKIP):
         return f"{SKIP} is set"
     if os.name != "posix":
         return f"the native backend has no build for {sys.platform} yet"
@@ -64,12 +71,55 @@ def why_not() -> str | None:
     return None
 
 
+def why_not_cuda() -> str | None:
+    """Why the library for CUDA is left out where the other one is built, or None."""
+    if is_set(SKIP_CUDA):
+        return f"{SKIP_CUDA} is set"
+    if nvcc() is None:
+        return "there is no nvcc: install the CUDA toolkit, or name its folder in CUDA_HOME"
+    return None
+
+
 def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
+@functools.cache
+def nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    known = [str(Path(home, "bin")) for home in homes if home]
+    for path in (*known, None, "/usr/local/cuda/bin"):  # None: PATH
+        if (found := shutil.which("nvcc", path=path)) is not None:
+            return found
+    return None
+
+
+def gencode() -> list[str]:
+    """nvcc's options for TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX"."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        names = asked.replace(";", " ").split()
+    else:
+        listed = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout
+        names = [n for n in ARCHITECTURES if f"sm_{n.replace('.', '')}" in listed.split()]
+        names[-1:] = [f"{name}+PTX" for name in names[-1:]]
+    options = []
+    for name in names:
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+        if found is None:
+            raise SystemExit(
+                "TORCH_CUDA_ARCH_LIST: expected architectures such as 8.0 or 9.0+PTX, separated by "
+                f"semicolons or spaces; got {name!r}"
+            )
+        major, minor, ptx = found.groups()
+        code = f"{major}{minor}"
+        options.append(f"-gencode=arch=compute_{code},code=sm_{code}")
+        if ptx:
+            options.append(f"-gencode=arch=compute_{code},code=compute_{code}")
+    return options
+
+
 class BuildNative(build_ext):
-    """Builds with ninja: ``repmtl_kernels/_native_cpu.so``."""
+    """Builds with ninja: ``repmtl_kernels/_native_cpu.so`` and ``_native_cuda.so``."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # No tag of a Python: it is loaded by PyTorch.
@@ -77,16 +127,19 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        folder = Path(self.build_temp).resolve()
+        folder = Path(self.build_temp, extension.name).resolve()
         for path in (target.parent, folder):
             path.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(extension.sources, target))
         try:
             subprocess.run([*ninja(), "-C", str(folder)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
+            ways = f"{SKIP}=1"
+            if extension.name == CUDA:
+                ways = f"{SKIP_CUDA}=1 (without CUDA only) or {ways}"
             raise SystemExit(
                 f"csrc could not be compiled: {error}\nThe compiler's messages are above "
-                f"(pip shows them with -v). To go on without the native backend: {SKIP}=1"
+                f"(pip shows them with -v). To go on without the native backend: {ways}"
             ) from error
 
 
@@ -99,25 +152,45 @@ class Wheel(bdist_wheel):
 
 def ninja_file(sources: list[str], target: Path) -> str:
     torch = torch_folder()
-    digest = f'-DREPMTL_SOURCES="{SOURCES_DIGEST(ROOT / "csrc")}"'
+    digest = f'-DREPMTL_SOURCES="{SOURCES_DIGEST(CSRC)}"'
     flags = [*FLAGS, digest, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
     objects = [f"{Path(source).stem}.o" for source in sources]
     lines = [
         f"cxx = {_shell(*compiler())}",
         f"flags = {_shell(*flags, '-isystem', str(torch / 'include'))}",
+        f"libraries = {_shell(*libraries)}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        "rule link",
-        f"  command = $cxx -shared $flags $in -o $out {_shell(*libraries)}",
-        *(
-            f"build {object_}: compile {_path(ROOT / source)}"
-            for source, object_ in zip(sources, objects, strict=True)
-        ),
-        f"build {_path(target)}: link {' '.join(objects)}",
     ]
+    needed = ""
+    if any(source.endswith(".cu") for source in sources):
+        host = ["-ccbin", *compiler()[:1]] if os.environ.get("CXX") else []
+        lines += [
+            f"nvcc = {_shell(nvcc())}",
+            f"nvcc_flags = {_shell(*NVCC_FLAGS, *gencode(), *host)}",
+            "rule compile_cuda",
+            "  command = $nvcc -MMD -MF $out.d $nvcc_flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            # Stands in for the library that a CUDA build of PyTorch loads: there is none here
+            # where a CPU build is installed.
+            "rule stub",
+            "  command = $cxx -shared -Wl,-soname,$out -o $out -x c /dev/null",
+            "build libtorch_cuda.so: stub",
+            "rule link",
+            "  command = $nvcc $nvcc_flags -shared -cudart static $in "
+            "-Xlinker --no-as-needed -L. -ltorch_cuda $libraries -o $out",
+        ]
+        needed = " | libtorch_cuda.so"
+    else:
+        lines += ["rule link", "  command = $cxx -shared $flags $in -o $out $libraries"]
+    for source, object_ in zip(sources, objects, strict=True):
+        rule = "compile_cuda" if source.endswith(".cu") else "compile"
+        lines.append(f"build {object_}: {rule} {_path(ROOT / source)}")
+    lines.append(f"build {_path(target)}: link {' '.join(objects)}{needed}")
     return "\n".join(lines) + "\n"
 
 
@@ -138,14 +211,24 @@ def ninja() -> list[str]:
     return ["ninja"]
 
 
-extensions = []
+def sources(*patterns: str) -> list[str]:
+    found = (path for pattern in patterns for path in sorted(CSRC.glob(pattern)))
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+CPU, CUDA = "repmtl_kernels._native_cpu", "repmtl_kernels._native_cuda"
+extensions = [Extension(CPU, sources("*.cpp")), Extension(CUDA, sources("cuda/*.cu", "cuda/*.cpp"))]
+left_out = {}
 if reason := why_not():
-    print(f"repmtl_kernels: built without the native backend: {reason}", file=sys.stderr)
+    left_out = {CPU: f"the native backend: {reason}", CUDA: None}
+elif reason := why_not_cuda():
+    left_out = {CUDA: f"the native backend for CUDA: {reason}"}
+for name, reason in left_out.items():
+    if reason:
+        print(f"repmtl_kernels: built without {reason}", file=sys.stderr)
     if {"editable_wheel", "develop", "--inplace"} & set(sys.argv):
         # That of an earlier build would still be used.
-        (ROOT / "repmtl_kernels" / "_native_cpu.so").unlink(missing_ok=True)
-else:
-    sources = [f"csrc/{name}.cpp" for name in SOURCES]
-    extensions.append(Extension("repmtl_kernels._native_cpu", sources))
+        Path(ROOT, *name.split(".")).with_suffix(".so").unlink(missing_ok=True)
+extensions = [extension for extension in extensions if extension.name not in left_out]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

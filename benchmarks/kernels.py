@@ -21,6 +21,7 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import side_by_side
 from repmtl_kernels import reference
 from repmtl_kernels.backends import resolve
+from repmtl_kernels.backends._availability import refusal
 
 DIRECTIONS = ("forward", "forward_backward")
 FUNCTIONS = ("csa_loss", "tsr_loss", "rep_mtl_loss")
@@ -213,7 +214,7 @@ def contestants(case: Case, device: torch.device) -> dict[str, Loss]:
     backends = ["eager"]
     if device.type == "cuda":
         backends.append("triton")
-    elif "native" in repmtl_kernels.available_backends():
+    if refusal("native", case.precision.dtype, device) is None:
         backends.append("native")
     public = getattr(repmtl_kernels, case.function)
     for backend in backends:

@@ -80,16 +80,46 @@ def forward(
     config: Config, operands: Sequence[Tensor], present: Tensor | None
 ) -> tuple[Tensor, ...]:
     """``(tsr, csa, *saved)``."""
+    stages = backends.load(config.backend)
+    saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
-        tsr, csa, saved = _run_stages(config, operands, present)
+        if (operators := _in_one_call(stages, saliencies)) is not None:
+            return tuple(_run_in_one_call(operators, config, saliencies, present))
+        tsr, csa, saved = _run_stages(stages, config, operands, saliencies, present)
     return tsr, csa, *(value.contiguous() for value in saved)
 
 
+def _in_one_call(stages: ModuleType, saliencies: Sequence[Tensor]) -> ModuleType | None:
+    """The operators that do all stages at once, where the backend has them."""
+    find = getattr(stages, "in_one_call", None)
+    return None if find is None else find(saliencies[0])
+
+
+def _run_in_one_call(
+    operators: ModuleType, config: Config, saliencies: list[Tensor], present: Tensor | None
+) -> list[Tensor]:
+    return operators.losses(
+        saliencies,
+        None if present is None else present.contiguous(),
+        config.tsr,
+        config.csa,
+        config.over == "tasks",
+        config.normalizer == "softmax",
+        config.tsr_temperature,
+        config.tsr_floor,
+        config.csa_temperature,
+        config.eps,
+        config.with_grad,
+    )
+
+
 def _run_stages(
-    config: Config, operands: Sequence[Tensor], present: Tensor | None
+    stages: ModuleType,
+    config: Config,
+    operands: Sequence[Tensor],
+    saliencies: list[Tensor],
+    present: Tensor | None,
 ) -> tuple[Tensor, Tensor, Saved]:
-    stages = backends.load(config.backend)
-    saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     statistics = stages.statistics(saliencies, positions=config.tsr, channels=config.csa)
     # One tensor each: operators may not return the same tensor twice.
     tsr, csa, *empty = (operands[0].new_empty(0) for _ in range(2 + len(Saved._fields)))
@@ -170,15 +200,43 @@ def backward(
     saved: Saved,
 ) -> list[Tensor]:
     """The gradients of the wanted operands."""
+    stages = backends.load(config.backend)
+    tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
     position_grad = None
     if grad_tsr is not None:
-        channels = canonical_tasks(operands, config.stacked, config.channel_dim)[0].shape[1]
-        position_grad = saved.position_grad * (grad_tsr / channels)
+        position_grad = saved.position_grad * (grad_tsr / tasks[0].shape[1])
     if grad_csa is None:
         return expanded_grads(config, wanted, position_grad, operands)
+    grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
+    outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
+    with without_autocast(operands[0].device):
+        if (operators := _in_one_call(stages, tasks)) is not None:
+            _run_backward_in_one_call(operators, grad_csa, position_grad, tasks, outputs, saved)
+        else:
+            csa = _csa_gradient(grad_csa, saved)
+            stages.saliency_grad(tasks, outputs, csa, position_grad)
+    return [g for g in grads if g is not None]
+
+
+def _run_backward_in_one_call(
+    operators: ModuleType,
+    grad_csa: Tensor,
+    position_grad: Tensor | None,
+    tasks: list[Tensor],
+    outputs: list[Tensor | None],
+    saved: Saved,
+) -> None:
+    numbers = [t for t, output in enumerate(outputs) if output is not None]
+    some = [outputs[t] for t in numbers]
+    operators.losses_backward(
+        grad_csa.resolve_neg(), position_grad, tasks, some, numbers, list(saved)
+    )
+
+
+def _csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
     ds = 2 * grad_csa * saved.weight
     rank = ds * saved.inverse
-    csa = CSAGradient(
+    return CSAGradient(
         scale=saved.scale,
         contrast=Contrast(saved.anchors, saved.factor, None, saved.pull, saved.contrast_grad),
         gram=Gram(saved.similarity, saved.inverse, saved.slope, saved.projection, saved.matrix),
@@ -187,12 +245,6 @@ def backward(
         tug=(ds * saved.similarity).sum(0),
         negatives=grad_csa.resolve_neg(),
     )
-    grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
-    tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
-    outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
-    with without_autocast(operands[0].device):
-        backends.load(config.backend).saliency_grad(tasks, outputs, csa, position_grad)
-    return [g for g in grads if g is not None]
 
 
 def expanded_grads(

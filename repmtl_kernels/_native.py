@@ -1,4 +1,4 @@
-"""The compiled library of ``csrc``: where it is, and why it can't be used."""
+"""The compiled libraries of ``csrc``: where they are, and why they can't be used."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from repmtl_kernels._sources import digest
 
-CPU_LIBRARY = "_native_cpu.so"
+LIBRARIES = {"cpu": "_native_cpu.so", "cuda": "_native_cuda.so"}
+NEEDED = {"cpu": "PyTorch and a C++ compiler", "cuda": "PyTorch, a C++ compiler and nvcc"}
+
+
+def library_of(x: Tensor) -> str:
+    """The key of the library that takes a tensor."""
+    return x.device.type
 
 
 @functools.cache
-def status() -> str:
+def status(library: str) -> str:
     """``"ok"`` once the library is loaded, or why it can't be."""
-    path = Path(__file__).with_name(CPU_LIBRARY)
+    if library == "cuda" and torch.version.cuda is None:
+        return "this PyTorch is built without CUDA"
+    path = Path(__file__).with_name(LIBRARIES[library])
     if not path.exists():
         return (
             f"{path.name} is not there: the package was built without it. Install it from source "
-            "where PyTorch and a C++ compiler are, without REPMTL_SKIP_NATIVE"
+            f"where {NEEDED[library]} are, without REPMTL_SKIP_NATIVE"
         )
     try:
         torch.ops.load_library(path)
@@ -28,15 +37,21 @@ def status() -> str:
         return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     csrc = path.parents[1] / "csrc"
     # In a checkout the sources may have changed since.
-    if csrc.is_dir() and torch.ops.repmtl_native.sources() != digest(csrc):
+    if csrc.is_dir() and operators(library).sources() != digest(csrc):
         return f"{path.name} is older than {csrc.name}: install the package again"
     return "ok"
 
 
-def load() -> ModuleType:
-    """The operators."""
-    if (reason := status()) != "ok":
-        raise ImportError(reason)
-    from repmtl_kernels import _native_fakes  # noqa: F401
+def operators(library: str) -> ModuleType:
+    """Those of a loaded library."""
+    return torch.ops.repmtl_cuda if library == "cuda" else torch.ops.repmtl_native
 
-    return torch.ops.repmtl_native
+
+def load(library: str) -> ModuleType:
+    """The operators."""
+    if (reason := status(library)) != "ok":
+        raise ImportError(reason)
+    from repmtl_kernels import _native_fakes
+
+    _native_fakes.register(library)
+    return operators(library)

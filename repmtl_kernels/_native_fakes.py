@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.library import register_fake
 
 from repmtl_kernels._saliency import accumulation_dtype
 
 
-@register_fake("repmtl_native::statistics")
-def _(saliencies, positions, channels):
+def _statistics(saliencies, positions, channels):
     first = saliencies[0]
     dtype = accumulation_dtype(first.dtype)
     pair = (len(saliencies), first.shape[0])
@@ -21,24 +22,24 @@ def _(saliencies, positions, channels):
     return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@register_fake("repmtl_native::entropy")
-def _(x, over_tasks, softmax, temperature, eps, with_grad):
+def _entropy(x, over_tasks, softmax, temperature, eps, with_grad):
     return x.new_empty(()), torch.empty_like(x) if with_grad else x.new_empty(0)
 
 
-@register_fake("repmtl_native::unit_anchors")
-def _(a, eps, with_grad):
+def _unit_anchors(a, eps, with_grad):
     pull = torch.empty_like(a) if with_grad else a.new_empty(0)
     return torch.empty_like(a), a.new_empty(a.shape[1]), pull
 
 
-@register_fake("repmtl_native::log_sum_exp")
-def _(dots, first, temperature):
+def _log_sum_exp(dots, first, temperature):
     return dots.new_empty(dots.shape[1])
 
 
-@register_fake("repmtl_native::small_gram")
-def _(saliencies, scale, anchors, with_grad):
+def _nothing(*arguments):
+    """Of operators that write one of their arguments."""
+
+
+def _small_gram(saliencies, scale, anchors, with_grad):
     tasks, batch = scale.shape
     positions = saliencies[0].shape[2:].numel()
     last = (
@@ -50,6 +51,50 @@ def _(saliencies, scale, anchors, with_grad):
     return tuple(scale.new_empty(shape) for shape in shapes)
 
 
-# These write one of their arguments and return nothing.
-for _name in ("weigh_dots", "through_normalisation", "add_outer", "small_gradient"):
-    register_fake(f"repmtl_native::{_name}", lambda *args: None)
+def _gram(saliencies, scale, anchors, eps, with_grad):
+    first = saliencies[0]
+    tasks, batch = scale.shape
+    side = torch.sym_min(first.shape[1], first.shape[2:].numel())
+    pair = tuple(torch.empty_like(scale) for _ in range(3))
+    if not with_grad:
+        return *pair, scale.new_empty(0), first.new_empty(0)
+    projection = scale.new_empty(tasks, batch, tasks, side)
+    return *pair, projection, first.new_empty(tasks, batch, side, side)
+
+
+def _losses(
+    saliencies, present, tsr, csa, over_tasks, softmax, tsr_temperature, tsr_floor,
+    csa_temperature, eps, with_grad,
+):  # fmt: skip
+    from repmtl_kernels._operators import empty_results
+
+    return empty_results(saliencies, tsr=tsr, csa=csa, with_grad=with_grad)
+
+
+BOTH = {
+    "statistics": _statistics,
+    "entropy": _entropy,
+    "unit_anchors": _unit_anchors,
+    "log_sum_exp": _log_sum_exp,
+    "weigh_dots": _nothing,
+    "through_normalisation": _nothing,
+}
+FAKES = {
+    "repmtl_native": BOTH
+    | {"small_gram": _small_gram, "add_outer": _nothing, "small_gradient": _nothing},
+    "repmtl_cuda": BOTH
+    | {
+        "gram": _gram,
+        "saliency_grad": _nothing,
+        "losses": _losses,
+        "losses_backward": _nothing,
+    },
+}
+
+
+@functools.cache
+def register(library: str) -> None:
+    """For the operators of a loaded library."""
+    namespace = "repmtl_cuda" if library == "cuda" else "repmtl_native"
+    for name, function in FAKES[namespace].items():
+        register_fake(f"{namespace}::{name}", function)

@@ -5,7 +5,10 @@ Eager calls go to the ``autograd.Function`` directly, which costs less per call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from repmtl_kernels import _autograd
 from repmtl_kernels._autograd import Config, Saved
@@ -41,24 +44,31 @@ def losses_backward(grad_tsr, grad_csa, operands, saved, wanted, *config):
 def _(operands, present, *config):
     config = Config(*config)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
+    return empty_results(saliencies, tsr=config.tsr, csa=config.csa, with_grad=config.with_grad)
+
+
+def empty_results(
+    saliencies: Sequence[Tensor], *, tsr: bool, csa: bool, with_grad: bool
+) -> list[Tensor]:
+    """``tsr, csa, *saved`` of these saliencies, without their values."""
     tasks, batch, channels = len(saliencies), *saliencies[0].shape[:2]
     positions = saliencies[0].shape[2:].numel()
     side = torch.sym_min(channels, positions)
     shapes = {}
-    if config.tsr:
+    if tsr:
         shapes["tsr"] = ()
-        if config.with_grad:
+        if with_grad:
             shapes["position_grad"] = (tasks, batch, positions)
-    if config.csa:
+    if csa:
         shapes["csa"] = ()
-        if config.with_grad:
+        if with_grad:
             pair, anchor = (tasks, batch), (tasks, batch, channels)
             shapes |= dict.fromkeys(("anchors", "pull", "contrast_grad"), anchor)
             shapes |= dict.fromkeys(("scale", "weight", "similarity", "inverse", "slope"), pair)
             shapes["factor"] = (batch,)
             shapes["projection"] = (tasks, batch, tasks, side)
             shapes["matrix"] = (tasks, batch, side, side)
-    first = operands[0]
+    first = saliencies[0]
     statistics = accumulation_dtype(first.dtype)
     return [
         first.new_empty(

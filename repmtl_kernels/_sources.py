@@ -1,4 +1,4 @@
-"""What the compiled library was made from. Imports nothing: setup.py runs it too."""
+"""What the compiled libraries were made from. Imports nothing: setup.py runs it too."""
 
 import hashlib
 from pathlib import Path
@@ -7,7 +7,8 @@ from pathlib import Path
 def digest(csrc: Path) -> str:
     """Of the names and contents of all sources."""
     found = hashlib.sha256()
-    for path in sorted(csrc.iterdir()):
-        if path.suffix in (".h", ".cpp"):
-            found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix in (".h", ".cpp", ".cuh", ".cu"):
+            name = path.relative_to(csrc).as_posix().encode()
+            found.update(name + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:16]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 import repmtl_kernels
-from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
+from repmtl_kernels import _native, csa_loss, reference, rep_mtl_loss, tsr_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Those that take tensors of the device.
 BACKENDS = [
     name
     for name in repmtl_kernels.available_backends()
-    if name != "reference" and not (name == "native" and DEVICE == "cuda")
+    if name != "reference" and not (name == "native" and _native.status(DEVICE) != "ok")
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -125,11 +125,11 @@ def test_without_triton_the_package_works_and_says_why():
 def test_a_native_library_that_cannot_be_loaded_says_why(monkeypatch, tmp_path, broken):
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
     if broken:
-        (tmp_path / _native.CPU_LIBRARY).write_text("not a library")
-    status = _native.status.__wrapped__()
+        (tmp_path / _native.LIBRARIES["cpu"]).write_text("not a library")
+    status = _native.status.__wrapped__("cpu")
     reason = r"cannot be loaded: .*(too short|invalid|not a)" if broken else "built without it"
     assert re.search(reason, status)
-    monkeypatch.setattr(_native, "status", lambda: status)
+    monkeypatch.setattr(_native, "status", lambda library: status)
     refusal = _availability.refusal.__wrapped__
     monkeypatch.setattr(backends, "refusal", refusal)
     assert backend_report()["native"] == status and "native" not in available_backends()
@@ -144,11 +144,32 @@ def test_a_native_library_older_than_its_sources_is_not_used(monkeypatch, tmp_pa
     (tmp_path / "package").mkdir()
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "entropy.cpp").write_text("// changed")
-    library = Path(_native.__file__).with_name(_native.CPU_LIBRARY)
-    (tmp_path / "package" / _native.CPU_LIBRARY).symlink_to(library)
+    library = Path(_native.__file__).with_name(_native.LIBRARIES["cpu"])
+    (tmp_path / "package" / library.name).symlink_to(library)
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "package" / "_native.py"))
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    assert "older than csrc: install the package again" in _native.status.__wrapped__()
+    assert "older than csrc: install the package again" in _native.status.__wrapped__("cpu")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "cuda", "report"),
+    [
+        ("ok", "ok", "ok"),
+        ("ok", "no nvcc", "ok on the CPU; on CUDA: no nvcc"),
+        ("no c++", "ok", "ok on CUDA; on the CPU: no c++"),
+        ("not built", "not built either", "not built"),
+    ],
+)
+def test_native_reports_both_libraries_where_there_is_a_cuda_device(monkeypatch, cpu, cuda, report):
+    status = {"cpu": cpu, "cuda": cuda}
+    monkeypatch.setattr(_native, "status", status.get)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _availability.native_status() == report
+    monkeypatch.setattr(backends, "native_status", lambda: report)
+    assert ("native" in available_backends()) == ("ok" in (cpu, cuda))
+    for device in ("cpu", "cuda"):
+        refusal = _availability.refusal.__wrapped__("native", torch.float32, torch.device(device))
+        assert refusal == (None if status[device] == "ok" else status[device])
 
 
 def test_where_native_is_required_it_is_there():
@@ -157,7 +178,7 @@ def test_where_native_is_required_it_is_there():
     assert backend_report()["native"] == "ok"
 
 
-def test_native_is_for_the_cpu():
+def test_native_is_for_the_cpu_and_cuda():
     if "native" not in available_backends():
         pytest.skip("needs the native backend")
     with pytest.raises(ValueError, match="backend: 'native' cannot run here: .*on meta"):

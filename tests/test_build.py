@@ -18,7 +18,8 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 pytest.importorskip("setuptools", minversion="77", reason="reads PEP 639 metadata")
 
-needs_native = pytest.mark.skipif(_native.status() != "ok", reason=_native.status())
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_native = pytest.mark.skipif(_native.status("cpu") != "ok", reason=_native.status("cpu"))
 USE = (
     "import torch, repmtl_kernels as r; print(r.backend_report()['native']); "
     "print(r.rep_mtl_loss([torch.randn(4, 6, 5) for _ in range(2)], backend='auto').total.item())"
@@ -39,11 +40,14 @@ def tree(tmp_path: Path) -> Path:
 
 
 def build(tree: Path, command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Without the network: PyTorch, setuptools and ninja are those of this environment."""
+    """Without the network: PyTorch, setuptools and ninja are those of this environment.
+
+    Without CUDA unless asked for, which takes a minute.
+    """
     return subprocess.run(
         [sys.executable, "setup.py", *command.split()],
         cwd=tree,
-        env={**os.environ, **environment},
+        env={**os.environ, "REPMTL_SKIP_CUDA": "1", **environment},
         capture_output=True,
         text=True,
         timeout=240,
@@ -65,17 +69,42 @@ def use(wheel: Path, folder: Path) -> list[str]:
 @needs_native
 @pytest.mark.slow
 @pytest.mark.slow_cpu
-def test_wheel_with_the_compiled_library(tree: Path, tmp_path: Path):
-    done = build(tree, "bdist_wheel")
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+def test_wheel_with_the_compiled_libraries(tree: Path, tmp_path: Path, cuda: bool):
+    if cuda and NVCC is None:
+        pytest.skip("needs nvcc")
+    if cuda:  # one architecture; those of a release are in test_cuda_library.py
+        for source in (tree / "csrc" / "cuda").glob("*.cu"):
+            if source.stem != "contrast":
+                source.write_text("")
+        options = {"REPMTL_SKIP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0+PTX"}
+    done = build(tree, "bdist_wheel", **(options if cuda else {}))
     assert done.returncode == 0, done.stderr
     (wheel,) = (tree / "dist").glob("*.whl")
     assert "-py3-none-" in wheel.name, "one wheel for every Python"
     assert "none-any" not in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "repmtl_kernels/_native_cpu.so" in names
+    assert ("repmtl_kernels/_native_cuda.so" in names) == cuda
+    assert ("built without the native backend for CUDA" in done.stderr) == (not cuda)
     assert not [n for n in names if n.startswith("csrc")]
     status, total = use(wheel, tmp_path / "installed")
     assert status == "ok" and float(total) > 0
+
+
+@needs_native
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_architectures_are_those_asked_for(tree: Path):
+    (tree / "csrc" / "cuda" / "contrast.cu").write_text("#error broken")
+    ask = {"REPMTL_SKIP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "8.6;9.0a+PTX"}
+    done = build(tree, "build_ext", **ask)
+    assert done.returncode != 0
+    assert "REPMTL_SKIP_CUDA=1 (without CUDA only) or REPMTL_SKIP_NATIVE=1" in done.stderr
+    for code in ("86,code=sm_86", "90a,code=sm_90a", "90a,code=compute_90a"):
+        assert f"arch=compute_{code}" in done.stdout
+    done = build(tree, "build_ext", **(ask | {"TORCH_CUDA_ARCH_LIST": "Hopper"}))
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: expected architectures such as 8.0" in done.stderr
 
 
 def test_wheel_without_it(tree: Path, tmp_path: Path):
@@ -90,7 +119,7 @@ def test_wheel_without_it(tree: Path, tmp_path: Path):
 
 @needs_native
 def test_skipping_in_place_leaves_no_earlier_library(tree: Path):
-    left = tree / "repmtl_kernels" / _native.CPU_LIBRARY
+    left = tree / "repmtl_kernels" / _native.LIBRARIES["cpu"]
     left.write_text("of an earlier build")
     done = build(tree, "build_ext --inplace", REPMTL_SKIP_NATIVE="1")
     assert done.returncode == 0, done.stderr
@@ -103,7 +132,8 @@ def test_sdist_has_the_sources(tree: Path):
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {Path(*Path(n).parts[1:]).as_posix() for n in files.getnames()}
-    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    sources = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(tree: Path):

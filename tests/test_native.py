@@ -1,4 +1,4 @@
-"""What only the compiled operators have: units of work, threads, argument checks."""
+"""What only the compiled operators for the CPU have: units of work, threads, argument checks."""
 
 import gc
 import os
@@ -14,12 +14,14 @@ from repmtl_kernels import _native, csa_loss, reference, tsr_loss
 from repmtl_kernels._saliency import canonical_tasks
 from repmtl_kernels.backends import eager
 
-if _native.status() != "ok":
-    pytest.skip(_native.status(), allow_module_level=True)
+if _native.status("cpu") != "ok":
+    pytest.skip(_native.status("cpu"), allow_module_level=True)
 if DEVICE != "cpu":
-    pytest.skip("the native backend is for the CPU", allow_module_level=True)
+    pytest.skip("the operators are for the CPU", allow_module_level=True)
 
 from repmtl_kernels.backends import native
+
+ops = _native.load("cpu")
 
 SEVERAL_UNITS = [
     Case(2, 2, 600, (3, 3)),  # units of 256 rows
@@ -49,7 +51,7 @@ def test_several_units_of_work(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("positions", [range(1, 65), range(0)], ids=("own", "library"))
 @pytest.mark.parametrize("case", [Case(2, 3, 96, (7, 7)), Case(3, 2, 9, (3,), "crop")], ids=str)
 def test_products_of_few_positions_by_own_code_and_by_the_library(monkeypatch, case, positions):
-    monkeypatch.setattr(native, "SMALL", positions)
+    monkeypatch.setattr(native, "small_positions", lambda: positions)
     judge(LOSSES[2], case, torch.float32, "native")
 
 
@@ -65,7 +67,7 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
                 statistics.positions, over="tasks", normalizer="abs", temperature=1.0, eps=0.0,
                 with_grad=True,
             )  # fmt: skip
-            anchors = native.ops.unit_anchors(statistics.channels, 0.0, True)
+            anchors = ops.unit_anchors(statistics.channels, 0.0, True)
             gram = native.gram(saliencies, statistics.scale, anchors[0], eps=0.0, with_grad=True)
             found.append([*statistics, *entropy, *anchors, *gram])
     finally:
@@ -89,34 +91,30 @@ GOOD = torch.ones(2, 3, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: native.ops.statistics([GOOD, GOOD.double()], True, True), "one dtype"),
-        (lambda: native.ops.statistics([GOOD, GOOD[:1]], True, True), "of one shape"),
-        (lambda: native.ops.statistics([GOOD[0]], True, True), "at least one spatial dimension"),
-        (lambda: native.ops.statistics([GOOD.long()], True, True), "floating-point saliencies"),
-        (lambda: native.ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), r"x: .*\(T, B, N\)"),
-        (lambda: native.ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
-        (lambda: native.ops.unit_anchors(GOOD.bfloat16(), 0.0, True), "float32 or float64"),
-        (lambda: native.ops.log_sum_exp(GOOD[:, :, None], 5, 0.5), "dots: "),
+        (lambda: ops.statistics([GOOD, GOOD.double()], True, True), "one dtype"),
+        (lambda: ops.statistics([GOOD, GOOD[:1]], True, True), "of one shape"),
+        (lambda: ops.statistics([GOOD[0]], True, True), "at least one spatial dimension"),
+        (lambda: ops.statistics([GOOD.long()], True, True), "floating-point saliencies"),
+        (lambda: ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), r"x: .*\(T, B, N\)"),
+        (lambda: ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
+        (lambda: ops.unit_anchors(GOOD.bfloat16(), 0.0, True), "float32 or float64"),
+        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5), "dots: "),
         (
-            lambda: native.ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
+            lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
             r"factor: .*contiguous CPU tensor of shape \(3\)",
         ),
         (
-            lambda: native.ops.add_outer(
+            lambda: ops.add_outer(
                 None, False, GOOD[0], None, GOOD[:0, 0], GOOD[:, :0], torch.ones(3, 4, 5)
             ),
             r"left: expected \(K, B, C\)",
         ),
         (
-            lambda: native.ops.small_gram(
-                [torch.ones(2, 3, 65)], GOOD[:1, :2, 0], GOOD[:1, :2, :3], True
-            ),
+            lambda: ops.small_gram([torch.ones(2, 3, 65)], GOOD[:1, :2, 0], GOOD[:1, :2, :3], True),
             "at most 64 positions",
         ),
         (
-            lambda: native.ops.small_gradient(
-                GOOD, GOOD, GOOD[0], None, GOOD, GOOD, torch.ones(2, 3, 5)
-            ),
+            lambda: ops.small_gradient(GOOD, GOOD, GOOD[0], None, GOOD, GOOD, torch.ones(2, 3, 5)),
             "saliency: expected the output's batch",
         ),
     ],
@@ -129,13 +127,13 @@ def test_operators_refuse_what_they_cannot_read(call, message):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: native.ops.statistics([torch.ones(0, 3, 4)], True, True),
-        lambda: native.ops.statistics([torch.ones(2, 3, 0)], True, True),
-        lambda: native.ops.statistics([GOOD], False, False),
-        lambda: native.ops.entropy(torch.ones(2, 3, 0), True, False, 1.0, 0.0, True),
-        lambda: native.ops.unit_anchors(torch.ones(2, 3, 0), 0.0, True),
-        lambda: native.ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5),
-        lambda: native.ops.add_outer(
+        lambda: ops.statistics([torch.ones(0, 3, 4)], True, True),
+        lambda: ops.statistics([torch.ones(2, 3, 0)], True, True),
+        lambda: ops.statistics([GOOD], False, False),
+        lambda: ops.entropy(torch.ones(2, 3, 0), True, False, 1.0, 0.0, True),
+        lambda: ops.unit_anchors(torch.ones(2, 3, 0), 0.0, True),
+        lambda: ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5),
+        lambda: ops.add_outer(
             None, False, GOOD[0], None, GOOD[:0], GOOD[:, :0], torch.ones(2, 3, 0)
         ),
     ],
@@ -164,7 +162,7 @@ def test_scratch_memory_follows_the_need(shape, positions, limit):
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the maximum starts again
     before = resident("VmRSS")
-    kept = native.ops.statistics([saliency], positions, True)
+    kept = ops.statistics([saliency], positions, True)
     assert resident("VmHWM") - before < limit * saliency.nbytes
     assert kept[1].shape == (1, *shape[:2])
 
@@ -218,7 +216,7 @@ def _arguments() -> dict[str, tuple]:
 @pytest.mark.parametrize("name", _arguments())
 def test_opcheck(name: str):
     tests = ("test_schema", "test_faketensor")  # autograd is that of the losses
-    operator = getattr(native.ops, name).default
+    operator = getattr(ops, name).default
     torch.library.opcheck(operator, _arguments()[name], test_utils=tests)
 
 
@@ -233,5 +231,5 @@ def test_a_lazy_copy_is_not_written_through():
     original = torch.zeros(2, 3, 4)
     copy = torch._lazy_clone(original)
     da, left, right = torch.ones(2, 3), torch.ones(0, 2, 3), torch.ones(2, 0, 4)
-    native.ops.add_outer(None, False, da, None, left, right, copy)
+    ops.add_outer(None, False, da, None, left, right, copy)
     assert (copy == 1).all() and (original == 0).all()

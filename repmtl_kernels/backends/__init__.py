@@ -20,6 +20,10 @@ is ``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled ope
     Writes the gradient of each task into ``outputs`` (views like the saliencies, or None where no
     gradient is wanted).
 
+A module may also have ``in_one_call(saliency)``: a namespace of operators ``losses`` and
+``losses_backward`` that do all stages of such saliencies in one call each, or None. Their schemas
+are in ``csrc/cuda/operators.cpp``.
+
 With ``eps`` the norms are ``max(norm, eps)``; without, a zero norm gives similarity and gradient 0.
 """
 
@@ -33,9 +37,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels import _native
 from repmtl_kernels._arguments import check_choice
-from repmtl_kernels.backends._availability import refusal, triton_status
+from repmtl_kernels.backends._availability import native_status, refusal, triton_status
 
 
 class Statistics(NamedTuple):
@@ -94,15 +97,19 @@ KNOWN = ("reference", "eager", "native", "triton")
 
 
 def backend_report() -> dict[str, str]:
-    """Each known backend's name to ``"ok"``, or to the reason why it can't be used here."""
+    """Each known backend's name to ``"ok"``, or to the reason why it can't be used here.
+
+    A backend that works on some of this machine's devices is ``"ok on ..."``, with the reason why
+    not on the others.
+    """
     return {
-        "reference": "ok", "eager": "ok", "native": _native.status(), "triton": triton_status(),
+        "reference": "ok", "eager": "ok", "native": native_status(), "triton": triton_status(),
     }  # fmt: skip
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that work on this machine."""
-    return tuple(name for name, status in backend_report().items() if status == "ok")
+    return tuple(name for name, status in backend_report().items() if status.split()[0] == "ok")
 
 
 def check_backend(backend: str, source: str = "backend") -> None:
@@ -114,8 +121,9 @@ def resolve(backend: str, saliency: Tensor) -> str:
     """The name of the backend to run: never ``"auto"``.
 
     ``"auto"`` is REPMTL_BACKEND if that is set, else the fastest one that takes the tensor:
-    ``"triton"`` on CUDA, ``"native"`` on the CPU, ``"eager"`` where neither runs. A backend asked
-    for by name that can't run raises instead of falling back.
+    ``"triton"`` on CUDA, ``"native"`` on the CPU, ``"eager"`` where neither runs. ``"native"`` on
+    CUDA is by name only, until it has been measured. A backend asked for by name that can't run
+    raises instead of falling back.
     """
     source = "backend"
     if backend == "auto":

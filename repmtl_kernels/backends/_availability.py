@@ -52,10 +52,22 @@ def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | Non
     return None
 
 
+def native_status() -> str:
+    """Of both libraries; that for CUDA counts where there is a CUDA device."""
+    cpu = _native.status("cpu")
+    if not torch.cuda.is_available():
+        return cpu
+    cuda = _native.status("cuda")
+    if "ok" not in (cpu, cuda) or cpu == cuda:
+        return cpu
+    return f"ok on the CPU; on CUDA: {cuda}" if cpu == "ok" else f"ok on CUDA; on the CPU: {cpu}"
+
+
 def _native_refusal(device: torch.device) -> str | None:
-    if (status := _native.status()) != "ok":
-        return status
-    return None if device.type == "cpu" else f"saliencies are on {device}, expected the CPU"
+    if device.type not in _native.LIBRARIES:
+        return f"saliencies are on {device}, expected the CPU or a CUDA device"
+    status = _native.status(device.type)
+    return None if status == "ok" else status
 
 
 def _triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:

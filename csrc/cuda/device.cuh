@@ -1,0 +1,235 @@
+// What the kernels share: number types, places of elements, reductions, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace repmtl::cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+template <typename S>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <typename S>
+using acc_t = typename Accumulation<S>::type;
+
+template <typename S>
+constexpr bool kIs16Bit = sizeof(S) == 2;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float16 x) { return __half2float(x); }
+
+__device__ __forceinline__ void narrow(float x, float& to) { to = x; }
+__device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, bfloat16& to) { to = __float2bfloat16(x); }
+__device__ __forceinline__ void narrow(float x, float16& to) { to = __float2half(x); }
+
+// f(S{}) for the type of saliencies; f(A{}) for that of accumulators.
+template <typename F>
+void dispatch(Type type, const F& f) {
+  switch (type) {
+    case Type::kDouble: return f(double{});
+    case Type::kFloat: return f(float{});
+    case Type::kBFloat16: return f(bfloat16{});
+    case Type::kHalf: return f(float16{});
+  }
+}
+template <typename F>
+void dispatch_accumulation(Type type, const F& f) {
+  if (type == Type::kDouble) return f(double{});
+  f(float{});
+}
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// Left without a number of blocks, ptxas spills a few registers of some kernels for more of them.
+#define REPMTL_KERNEL __global__ void __launch_bounds__(kThreads, 1)
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Elements of one load of 16 bytes.
+template <typename S>
+constexpr int kWide = 16 / static_cast<int>(sizeof(S));
+
+template <typename S, int kCount>
+struct alignas(kCount * sizeof(S)) Pack {
+  S x[kCount];
+};
+
+// Tasks of one launch.
+constexpr int kTasks = 8;
+
+struct Tasks {
+  View views[kTasks];
+};
+
+__device__ __forceinline__ int64_t position_offset(const View& view, int64_t n) {
+  if (view.size[0] == 1 && view.size[1] == 1) return n * view.stride[0];
+  const int64_t row = n / view.size[1];
+  return row / view.size[0] * view.stride[0] + row % view.size[0] * view.stride[1] +
+         n % view.size[1] * view.stride[2];
+}
+
+// Saliencies of one task and sample as a matrix whose columns lie along memory where any do: rows are
+// channels and columns positions, or the reverse.
+struct Axes {
+  bool rows_are_channels;
+  bool wide;  // columns may be read 16 bytes at a time
+  int64_t rows, columns;
+};
+
+__device__ __forceinline__ int64_t row_offset(const View& view, const Axes& axes, int64_t row) {
+  return axes.rows_are_channels ? row * view.channel : position_offset(view, row);
+}
+__device__ __forceinline__ int64_t column_offset(const View& view, const Axes& axes, int64_t column) {
+  return axes.rows_are_channels ? position_offset(view, column) : column * view.channel;
+}
+
+template <typename S>
+Axes axes_of(const View& view, const Shape& shape) {
+  Axes axes{};
+  axes.rows_are_channels = !channels_are_adjacent(view, shape);
+  axes.rows = axes.rows_are_channels ? shape.channels : shape.positions;
+  axes.columns = axes.rows_are_channels ? shape.positions : shape.channels;
+  const auto whole = [](int64_t stride) { return stride % kWide<S> == 0; };
+  const int64_t step = axes.rows_are_channels ? view.stride[0] : view.channel;
+  const bool unit = step == 1 && (view.has_single_stride() || !axes.rows_are_channels);
+  const bool rows = axes.rows_are_channels
+                        ? whole(view.channel)
+                        : whole(view.stride[0]) && whole(view.stride[1]) && whole(view.stride[2]);
+  axes.wide = unit && rows && whole(view.batch) && whole(axes.columns) &&
+              reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+  return axes;
+}
+
+// f(first, count, tasks, axes) of each run of tasks that one launch takes.
+template <typename S, typename F>
+void for_runs_of_tasks(const Shape& shape, const View* views, const F& f) {
+  for (int64_t first = 0; first < shape.tasks;) {
+    const Axes axes = axes_of<S>(views[first], shape);
+    Tasks tasks{};
+    int64_t count = 0;
+    for (; count < kTasks && first + count < shape.tasks; ++count) {
+      const View& view = views[first + count];
+      const Axes other = axes_of<S>(view, shape);
+      if (other.rows_are_channels != axes.rows_are_channels || other.wide != axes.wide) break;
+      tasks.views[count] = view;
+    }
+    f(first, count, tasks, axes);
+    first += count;
+  }
+}
+
+template <typename A>
+__device__ __forceinline__ A larger(A a, A b) {
+  return a > b ? a : b;
+}
+
+template <typename A>
+__device__ __forceinline__ A warp_sum(A x) {
+  for (int i = kWarp / 2; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+  return x;
+}
+template <typename A>
+__device__ __forceinline__ A warp_max(A x) {
+  for (int i = kWarp / 2; i > 0; i /= 2) x = larger(x, __shfl_xor_sync(~0u, x, i));
+  return x;
+}
+
+// Of one value a thread, to all threads; `shared` (kWarps) is free again afterwards.
+template <typename A>
+__device__ A block_sum(A x, A* shared) {
+  x = warp_sum(x);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  A sum = 0;
+  for (int i = 0; i < kWarps; ++i) sum += shared[i];
+  __syncthreads();
+  return sum;
+}
+template <typename A>
+__device__ A block_max(A x, A* shared) {
+  x = warp_max(x);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  A top = shared[0];
+  for (int i = 1; i < kWarps; ++i) top = larger(top, shared[i]);
+  __syncthreads();
+  return top;
+}
+
+// The sum of `count` values, to all threads, in a fixed order.
+template <typename A>
+__device__ A sum_of(const A* values, int64_t count, A* shared) {
+  A sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += values[i];
+  return block_sum(sum, shared);
+}
+
+// 2^e with |largest| * 2^e in [0.5, 1), or as near as normal numbers come; 1 for 0. What is not
+// finite gives the least.
+__device__ __forceinline__ float power_of_two(float largest) {
+  const int exponent = __float_as_int(largest) >> 23 & 255;
+  return largest == 0 ? 1.0f : __int_as_float(min(max(253 - exponent, 1), 253) << 23);
+}
+__device__ __forceinline__ double power_of_two(double largest) {
+  const long long exponent = __double_as_longlong(largest) >> 52 & 2047;
+  return largest == 0 ? 1.0 : __longlong_as_double(min(max(2045 - exponent, 1ll), 2045ll) << 52);
+}
+
+// 1 / max(norm, eps scale^2), 0 for a norm of 0; norm is that of products of scaled operands.
+template <typename A>
+struct Guarded {
+  A inverse;
+  bool clamped;
+};
+template <typename A>
+__device__ __forceinline__ Guarded<A> guarded_inverse(A norm, A scale, A eps) {
+  if (eps == 0) return {norm == 0 ? A(0) : 1 / norm, false};  // scale^2 may overflow
+  const A least = eps * scale * scale;
+  return norm < least ? Guarded<A>{1 / least, true} : Guarded<A>{1 / norm, false};
+}
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") +
+                             cudaGetErrorString(error));
+  }
+}
+
+// On blocks of kThreads threads; nothing where there are none.
+template <typename... P, typename... X>
+void launch(const Context& on, void (*kernel)(P...), int64_t blocks, X... arguments) {
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::runtime_error("a CUDA kernel needs more than 2^31 - 1 blocks");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(on.stream);
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...));
+}
+
+template <typename A>
+A* scratch(const Context& on, int64_t count) {
+  return count == 0 ? nullptr : static_cast<A*>(on.workspace->take(count * sizeof(A)));
+}
+
+}  // namespace repmtl::cuda

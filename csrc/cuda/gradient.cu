@@ -1,0 +1,258 @@
+#include <type_traits>
+
+#include "tile.cuh"
+
+namespace repmtl::cuda {
+namespace {
+
+template <typename A>
+struct Terms {
+  const A *scale, *rank_of, *curl;  // (T, B)
+  const A *da, *dx;                 // (T, B, C), (T, B, N) or null
+  int64_t rank;
+  const A *left, *right;  // (K, B, C), (T, B, K, N)
+};
+
+template <typename A>
+Terms<A> terms_of(const Coefficients& c, const Outer& o) {
+  const auto cast = [](const void* x) { return static_cast<const A*>(x); };
+  return {cast(c.scale), cast(c.rank), cast(c.curl), cast(o.da),
+          cast(o.dx),    o.rank,       cast(o.left), cast(o.right)};
+}
+
+template <typename A>
+REPMTL_KERNEL coefficients_kernel(
+    const A* grad, const A* weight, const A* similarity, const A* inverse,
+    const A* slope, int64_t tasks, int64_t batch, A* rank, A* curl, A* tug) {
+  const int64_t b = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (b >= batch) return;
+  A sum = 0;
+  for (int64_t t = 0; t < tasks; ++t) {
+    const int64_t i = t * batch + b;
+    const A ds = 2 * *grad * weight[i];
+    rank[i] = ds * inverse[i];
+    curl[i] = rank[i] * slope[i];
+    sum += ds * similarity[i];
+  }
+  tug[b] = sum;
+}
+
+template <typename A>
+struct AnchorTerms {
+  const A *negatives, *grad, *factor, *rank, *y, *tug, *pull;
+};
+
+// Grid: (anchor and sample, tile of channels).
+template <typename A>
+REPMTL_KERNEL anchor_gradient_kernel(
+    const __grid_constant__ AnchorTerms<A> terms, Shape shape, unsigned blocks, A* da) {
+  const int64_t sample = blockIdx.x / blocks, v = sample / shape.batch, b = sample % shape.batch;
+  const int64_t c = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (c >= shape.channels) return;
+  A positive = 0;
+  for (int64_t t = 0; t < shape.tasks; ++t) {
+    const int64_t task = t * shape.batch + b;
+    positive += terms.rank[task] * terms.y[(task * shape.tasks + v) * shape.channels + c];
+  }
+  const int64_t i = sample * shape.channels + c;
+  const A through = terms.factor[b] * (positive - terms.tug[b] * terms.pull[i]);
+  da[i] = (*terms.negatives * terms.grad[i] + through) / static_cast<A>(shape.positions);
+}
+
+constexpr int kChannels = 64;  // of a block
+constexpr int kRowTiles = kChannels / kSide;
+constexpr int kDepth = 32;  // positions of one step
+
+// Tasks of one launch whose gradients are wanted.
+struct Outputs {
+  View from[kTasks], to[kTasks];
+  int task[kTasks];
+};
+
+// Grid: (task and sample, chunk of channels); N <= 16 kTiles.
+template <typename S, int kTiles>
+REPMTL_KERNEL small_gradient_kernel(
+    const __grid_constant__ Outputs views, Shape shape, unsigned chunks,
+    const S* matrix,  // (T, B, N, N)
+    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms) {
+  using A = acc_t<S>;
+  using Operand = std::conditional_t<kIs16Bit<S>, S, A>;
+  constexpr int kStride = kSide * kTiles + 8, kLeftStride = kChannels + 8;
+  __shared__ __align__(32) Operand left[kDepth * kLeftStride];  // S^^T
+  __shared__ __align__(32) Operand right[kDepth * kStride];
+  const int64_t N = shape.positions, C = shape.channels;
+  const unsigned local = blockIdx.x / chunks;
+  const int64_t first = static_cast<int64_t>(blockIdx.x % chunks) * kChannels;
+  const View &from = views.from[local / shape.batch], &to = views.to[local / shape.batch];
+  const int64_t t = views.task[local / shape.batch], b = local % shape.batch;
+  const int64_t sample = t * shape.batch + b;
+  const A scale = terms.scale[sample];
+  const S* saliency = static_cast<const S*>(from.data) + b * from.batch;
+  const bool channels_are_adjacent = from.channel == 1;
+  matrix += sample * N * N;
+
+  Elements<A, kRowTiles, kTiles> g{};
+  MatrixUnits<std::conditional_t<kIs16Bit<S>, S, float16>, kRowTiles, kTiles> units;
+  if constexpr (kIs16Bit<S>) units.clear();
+  for (int64_t step = 0; step < N; step += kDepth) {
+    for (int i = threadIdx.x; i < kDepth * kChannels; i += kThreads) {
+      const int c = channels_are_adjacent ? i % kChannels : i / kDepth;
+      const int n = channels_are_adjacent ? i / kChannels : i % kDepth;
+      A x = 0;
+      if (first + c < C && step + n < N) {
+        x = widen(saliency[(first + c) * from.channel + position_offset(from, step + n)]) * scale;
+      }
+      narrow(x, left[n * kLeftStride + c]);
+    }
+    for (int i = threadIdx.x; i < kDepth * kSide * kTiles; i += kThreads) {
+      const int64_t m = i / (kSide * kTiles), n = i % (kSide * kTiles);
+      const bool inside = step + m < N && n < N;
+      narrow(inside ? widen(matrix[(step + m) * N + n]) : A(0), right[m * kStride + n]);
+    }
+    __syncthreads();
+    if constexpr (kIs16Bit<S>) {
+      units.template multiply<kDepth, kLeftStride, kStride>(left, right);
+    } else {
+      multiply<kDepth, kLeftStride, kStride>(left, right, g);
+    }
+    __syncthreads();
+  }
+  if constexpr (kIs16Bit<S>) {
+    __shared__ __align__(32) float products[kChannels * kStride];
+    units.template elements<kStride>(products, g);
+  }
+
+  const A curl = terms.curl[sample] / multiple, rank = terms.rank_of[sample];
+  S* output = static_cast<S*>(to.data) + b * to.batch;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i) {
+    const int64_t c = first + i * kSide + threadIdx.x / kSide;
+    if (c >= C) break;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int64_t n = j * kSide + threadIdx.x % kSide;
+      if (n >= N) break;
+      A outer = 0;
+      for (int64_t k = 0; k < terms.rank; ++k) {
+        outer += terms.left[(k * shape.batch + b) * C + c] *
+                 terms.right[(sample * terms.rank + k) * N + n];
+      }
+      A x = scale * (curl * g.x[i][j] + rank * outer) + terms.da[sample * C + c];
+      if (terms.dx) x += terms.dx[sample * N + n];
+      narrow(x, output[c * to.channel + position_offset(to, n)]);
+    }
+  }
+}
+
+// Grid: (sample, tile of rows and columns): rows and columns are those of the output's axes.
+template <typename S, int kVector>
+REPMTL_KERNEL add_outer_kernel(
+    const __grid_constant__ View to, const __grid_constant__ Axes axes,
+    Shape shape, int64_t task, unsigned blocks,
+    const acc_t<S>* product,  // (B, rows, columns)
+    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms) {
+  using A = acc_t<S>;
+  const int64_t b = blockIdx.x / blocks;
+  const int64_t i = (blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x) * kVector;
+  if (i >= axes.rows * axes.columns) return;
+  const int64_t row = i / axes.columns, column = i % axes.columns;
+  const int64_t sample = task * shape.batch + b;
+  const int64_t C = shape.channels, N = shape.positions;
+  const A* from = product + b * axes.rows * axes.columns + i;
+  A x[kVector] = {};
+  for (int64_t k = 0; k < terms.rank; ++k) {
+    const A* left = terms.left + (k * shape.batch + b) * C;
+    const A* right = terms.right + (sample * terms.rank + k) * N;
+    const A of_row = axes.rows_are_channels ? left[row] : right[row];
+    const A* of_column = (axes.rows_are_channels ? right : left) + column;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) x[j] += of_row * of_column[j];
+  }
+  const A scale = terms.scale[sample], rank = terms.rank_of[sample];
+  const A curl = terms.curl[sample] / multiple;
+  const A* da = terms.da + sample * C;
+  const A* dx = terms.dx ? terms.dx + sample * N : nullptr;
+  Pack<S, kVector> pack;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    const int64_t c = axes.rows_are_channels ? row : column + j;
+    const int64_t n = axes.rows_are_channels ? column + j : row;
+    // In this order: scale^2 may overflow.
+    const A value = scale * (curl * (scale * from[j]) + rank * x[j]) + da[c];
+    narrow(dx ? value + dx[n] : value, pack.x[j]);
+  }
+  S* target = static_cast<S*>(to.data) + b * to.batch + row_offset(to, axes, row) +
+              column_offset(to, axes, column);
+  *reinterpret_cast<Pack<S, kVector>*>(target) = pack;
+}
+
+}  // namespace
+
+void coefficients(const Context& on, Type type, int64_t tasks, int64_t batch, const void* grad,
+                  const void* weight, const void* similarity, const void* inverse,
+                  const void* slope, void* rank, void* curl, void* tug) {
+  dispatch_accumulation(type, [&](auto example) {
+    using A = decltype(example);
+    launch(on, coefficients_kernel<A>, ceil_div(batch, kThreads), static_cast<const A*>(grad),
+           static_cast<const A*>(weight), static_cast<const A*>(similarity),
+           static_cast<const A*>(inverse), static_cast<const A*>(slope), tasks, batch,
+           static_cast<A*>(rank), static_cast<A*>(curl), static_cast<A*>(tug));
+  });
+}
+
+void anchor_gradient(const Context& on, Type type, const Shape& shape, const AnchorGradient& terms,
+                     void* da) {
+  dispatch_accumulation(type, [&](auto example) {
+    using A = decltype(example);
+    const auto cast = [](const void* x) { return static_cast<const A*>(x); };
+    const AnchorTerms<A> typed{cast(terms.negatives), cast(terms.grad), cast(terms.factor),
+                               cast(terms.rank),      cast(terms.y),    cast(terms.tug),
+                               cast(terms.pull)};
+    const int64_t blocks = ceil_div(shape.channels, kThreads);
+    launch(on, anchor_gradient_kernel<A>, shape.tasks * shape.batch * blocks, typed, shape,
+           static_cast<unsigned>(blocks), static_cast<A*>(da));
+  });
+}
+
+void small_gradient(const Context& on, Type type, const Shape& shape, int64_t count,
+                    const int64_t* tasks, const View* views, const View* outputs,
+                    const void* matrix, double multiple, const Coefficients& coefficients,
+                    const Outer& outer) {
+  dispatch(type, [&](auto example) {
+    using S = decltype(example);
+    using A = acc_t<S>;
+    const int64_t chunks = ceil_div(shape.channels, kChannels);
+    for (int64_t first = 0; first < count; first += kTasks) {
+      const int64_t some = std::min<int64_t>(kTasks, count - first);
+      Outputs group{};
+      for (int64_t i = 0; i < some; ++i) {
+        group.from[i] = views[first + i];
+        group.to[i] = outputs[first + i];
+        group.task[i] = static_cast<int>(tasks[first + i]);
+      }
+      launch(on,
+             shape.positions <= kSide ? small_gradient_kernel<S, 1> : small_gradient_kernel<S, 4>,
+             some * shape.batch * chunks, group, shape, static_cast<unsigned>(chunks),
+             static_cast<const S*>(matrix), static_cast<A>(multiple),
+             terms_of<A>(coefficients, outer));
+    }
+  });
+}
+
+void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, const View& output,
+               const void* product, double multiple, const Coefficients& coefficients,
+               const Outer& outer) {
+  dispatch(type, [&](auto example) {
+    using S = decltype(example);
+    using A = acc_t<S>;
+    const Axes axes = axes_of<S>(output, shape);
+    const int64_t vector = axes.wide ? kWide<S> : 1;
+    const int64_t blocks = ceil_div(axes.rows * axes.columns / vector, kThreads);
+    launch(on, axes.wide ? add_outer_kernel<S, kWide<S>> : add_outer_kernel<S, 1>,
+           shape.batch * blocks, output, axes, shape, task, static_cast<unsigned>(blocks),
+           static_cast<const A*>(product), static_cast<A>(multiple),
+           terms_of<A>(coefficients, outer));
+  });
+}
+
+}  // namespace repmtl::cuda

@@ -1,0 +1,217 @@
+// Products of the saliencies with few vectors: one read of them for every four.
+#include "device.cuh"
+
+namespace repmtl::cuda {
+namespace {
+
+constexpr int kGroup = 4;  // vectors of one read
+constexpr int kRows = 4;   // rows of a warp that share a read of the vectors
+constexpr int64_t kBlocks = 1056;
+constexpr int64_t kMinRows = 64;  // of a chunk
+
+struct Plan {
+  Axes axes;
+  int64_t first, batch, chunk;       // the first task; rows of a chunk
+  unsigned chunks, tiles, groups;    // of rows, of columns, of vectors
+};
+
+template <typename A>
+struct Columns {
+  const A* data;
+  int64_t count, task, batch, column;
+
+  __device__ const A* at(int64_t t, int64_t b, int64_t k) const {
+    return data + t * task + b * batch + k * column;
+  }
+};
+
+// parts (tasks, B, chunks, columns of v, columns) = sum over a chunk of rows, of S v.
+// Grid: (task and sample, chunk of rows, tile of columns, group of vectors).
+template <typename S, int kVector>
+REPMTL_KERNEL over_rows_kernel(
+    const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
+    const __grid_constant__ Columns<acc_t<S>> vectors, acc_t<S>* parts) {
+  using A = acc_t<S>;
+  constexpr int kColumns = kWarp * kVector;
+  const int64_t columns = plan.axes.columns;
+  unsigned block = blockIdx.x;
+  const int64_t k0 = static_cast<int64_t>(block % plan.groups) * kGroup;
+  block /= plan.groups;
+  const int64_t tile = block % plan.tiles, chunk = block / plan.tiles % plan.chunks;
+  const int64_t sample = block / plan.tiles / plan.chunks;
+  const int64_t t = sample / plan.batch, b = sample % plan.batch;
+  const View& view = tasks.views[t];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t column = tile * kColumns + lane * kVector;
+  const bool inside = column < columns;
+  const int64_t end = min(plan.axes.rows, (chunk + 1) * plan.chunk);
+  const S* base = static_cast<const S*>(view.data) + b * view.batch +
+                  (inside ? column_offset(view, plan.axes, column) : 0);
+  const A* v[kGroup];
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) {
+    v[k] = vectors.at(plan.first + t, b, min(k0 + k, vectors.count - 1));
+  }
+  A sums[kGroup][kVector] = {};
+  for (int64_t first = chunk * plan.chunk + warp; first < end; first += kWarps * kRows) {
+    Pack<S, kVector> x[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = first + i * kWarps;
+      x[i] = Pack<S, kVector>{};
+      if (inside && row < end) {
+        const S* from = base + row_offset(view, plan.axes, row);
+        x[i] = *reinterpret_cast<const Pack<S, kVector>*>(from);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t row = first + i * kWarps;
+      if (row >= end) break;
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        const A weight = v[k][row];
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) sums[k][j] += weight * widen(x[i].x[j]);
+      }
+    }
+  }
+  __shared__ A shared[kWarps][kColumns];
+  for (int k = 0; k < kGroup && k0 + k < vectors.count; ++k) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      // Unrolled, so that `sums` stays in registers.
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        if (i == k) shared[warp][lane * kVector + j] = sums[i][j];
+      }
+    }
+    __syncthreads();
+    A* to = parts + ((sample * plan.chunks + chunk) * vectors.count + k0 + k) * columns;
+    for (int i = threadIdx.x; i < kColumns; i += kThreads) {
+      if (tile * kColumns + i >= columns) continue;
+      A sum = 0;
+      for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
+      to[tile * kColumns + i] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+// out (samples, length) = scale (samples) times the sum of parts (samples, chunks, length).
+template <typename A>
+REPMTL_KERNEL add_chunks_kernel(
+    const A* parts, const A* scale, int64_t chunks, int64_t length, unsigned blocks, A* out) {
+  const int64_t sample = blockIdx.x / blocks;
+  const int64_t i = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= length) return;
+  A sum = 0;
+  for (int64_t k = 0; k < chunks; ++k) sum += parts[(sample * chunks + k) * length + i];
+  out[sample * length + i] = sum * scale[sample];
+}
+
+// out (tasks, B, columns of v, rows) = scale S v. Grid: (task and sample, tile of rows, group).
+template <typename S, int kVector>
+REPMTL_KERNEL over_columns_kernel(
+    const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
+    const __grid_constant__ Columns<acc_t<S>> vectors, const acc_t<S>* scale, acc_t<S>* out) {
+  using A = acc_t<S>;
+  const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
+  unsigned block = blockIdx.x;
+  const int64_t k0 = static_cast<int64_t>(block % plan.groups) * kGroup;
+  block /= plan.groups;
+  const int64_t tile = block % plan.tiles, sample = block / plan.tiles;
+  const int64_t t = sample / plan.batch, b = sample % plan.batch;
+  const View& view = tasks.views[t];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first = (tile * kWarps + warp) * kRows;
+  const S* base = static_cast<const S*>(view.data) + b * view.batch;
+  const S* from[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    from[i] = base + row_offset(view, plan.axes, min(first + i, rows - 1));
+  }
+  const A* v[kGroup];
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) {
+    v[k] = vectors.at(plan.first + t, b, min(k0 + k, vectors.count - 1));
+  }
+  A sums[kRows][kGroup] = {};
+  for (int64_t column = lane * kVector; column < columns; column += kWarp * kVector) {
+    const int64_t offset = column_offset(view, plan.axes, column);
+    Pack<S, kVector> x[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      x[i] = *reinterpret_cast<const Pack<S, kVector>*>(from[i] + offset);
+    }
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        const A weight = v[k][column + j];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) sums[i][k] += weight * widen(x[i].x[j]);
+      }
+    }
+  }
+  const A factor = scale[sample];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      const A sum = warp_sum(sums[i][k]);
+      if (lane == 0 && first + i < rows && k0 + k < vectors.count) {
+        out[(sample * vectors.count + k0 + k) * rows + first + i] = sum * factor;
+      }
+    }
+  }
+}
+
+template <typename S>
+void run(const Context& on, const Shape& shape, const View* views, bool over_channels,
+         const Columns<acc_t<S>>& vectors, const acc_t<S>* scale, acc_t<S>* out) {
+  using A = acc_t<S>;
+  for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
+                                         const Axes& axes) {
+    const int64_t samples = count * shape.batch, before = first * shape.batch;
+    const int64_t groups = ceil_div(vectors.count, kGroup);
+    Plan plan{axes, first, shape.batch, 0, 0, 0, static_cast<unsigned>(groups)};
+    const bool over_rows = axes.rows_are_channels == over_channels;
+    const int64_t length = over_rows ? axes.columns : axes.rows;
+    A* to = out + before * vectors.count * length;
+    if (!over_rows) {
+      const int64_t tiles = ceil_div(axes.rows, kWarps * kRows);
+      plan.tiles = static_cast<unsigned>(tiles);
+      launch(on, axes.wide ? over_columns_kernel<S, kWide<S>> : over_columns_kernel<S, 1>,
+             samples * tiles * groups, tasks, plan, vectors, scale + before, to);
+      return;
+    }
+    const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
+    const int64_t wanted = ceil_div(kBlocks, samples * tiles);
+    plan.chunk = std::max(kMinRows, ceil_div(axes.rows, wanted));
+    const int64_t chunks = ceil_div(axes.rows, plan.chunk);
+    plan.tiles = static_cast<unsigned>(tiles);
+    plan.chunks = static_cast<unsigned>(chunks);
+    A* parts = scratch<A>(on, samples * chunks * vectors.count * length);
+    launch(on, axes.wide ? over_rows_kernel<S, kWide<S>> : over_rows_kernel<S, 1>,
+           samples * chunks * tiles * groups, tasks, plan, vectors, parts);
+    const int64_t blocks = ceil_div(vectors.count * length, kThreads);
+    launch(on, add_chunks_kernel<A>, samples * blocks, parts, scale + before, chunks,
+           vectors.count * length, static_cast<unsigned>(blocks), to);
+  });
+}
+
+}  // namespace
+
+void products(const Context& on, Type type, const Shape& shape, const View* views,
+              bool over_channels, const Vectors& vectors, const void* scale, void* out) {
+  dispatch(type, [&](auto example) {
+    using A = acc_t<decltype(example)>;
+    const Columns<A> columns{static_cast<const A*>(vectors.data), vectors.count, vectors.task,
+                             vectors.batch, vectors.column};
+    run<decltype(example)>(on, shape, views, over_channels, columns, static_cast<const A*>(scale),
+                           static_cast<A*>(out));
+  });
+}
+
+}  // namespace repmtl::cuda
