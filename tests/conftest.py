@@ -9,6 +9,10 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if library := os.environ.get("REPMTL_EMULATED_CUDA"):  # set by test_emulated_cuda.py
+    import emulated_cuda
+
+    emulated_cuda.install(library)
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,64 @@
+"""The CUDA kernels of ``csrc/cuda`` on the CPU: compiled with headers that emulate CUDA."""
+
+import os
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from repmtl_kernels import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+HEADERS = ROOT / "tests" / "emulation"
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The library, whose operators take CPU tensors."""
+    torch_folder = Path(torch.__file__).parent
+    compiler = os.environ.get("CXX", "c++")
+    common = ["-std=c++17", "-O2", "-fPIC", "-Wall", *flags]
+    kernels = [*common, "-Wno-unknown-pragmas", "-x", "c++", "-I", str(HEADERS)]
+    binding = [*common, "-Wno-psabi", "-isystem", str(torch_folder / "include")]
+    binding += ["-DREPMTL_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    digest = runpy.run_path(str(ROOT / "repmtl_kernels" / "_sources.py"))["digest"]
+    binding.append(f'-DREPMTL_SOURCES="{digest(ROOT / "csrc")}"')
+    jobs = [(kernels, source) for source in sorted(SOURCES.glob("*.cu"))]
+    jobs += [(binding, path) for path in (SOURCES / "operators.cpp", HEADERS / "torch_cuda.cpp")]
+
+    def compile_one(job: tuple[list[str], Path]) -> str:
+        options, source = job
+        target = folder / f"{source.stem}.o"
+        _run(compiler, *options, "-c", str(source), "-o", str(target))
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, jobs))
+    library = folder / "librepmtl_emulated.so"
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    _run(
+        compiler, *flags, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(library)
+    )  # fmt: skip
+    return library
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def install(library: str) -> None:
+    """From here on the native backend takes CPU tensors for CUDA ones."""
+    torch.ops.load_library(library)
+    # PyTorch has it for CUDA alone.
+    implementations = torch.library.Library("aten", "IMPL")
+    implementations.impl("bmm.dtype", _bmm, "CPU")
+    install.implementations = implementations  # which end with it
+    _native.library_of = lambda x: "cuda"
+    _native.status = lambda library: "ok"
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.bmm(a.to(dtype), b.to(dtype))

@@ -1,0 +1,108 @@
+"""The CUDA kernels of the native backend, executed without a GPU: same sources, emulated CUDA.
+
+The emulation runs the threads of a block one after the other between barriers, in an order of
+choice; what depends on it is a race.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_cuda
+import pytest
+import torch
+
+from repmtl_kernels import _native
+
+COMPILER = os.environ.get("CXX") or "c++"
+TESTS = Path(__file__).parent
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slow_cpu,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for them"),
+    pytest.mark.skipif(
+        not emulated_cuda.SOURCES.exists() or _native.status("cpu") != "ok",
+        reason="needs the source tree and what compiles it",
+    ),
+]
+
+if shutil.which(COMPILER) is None:
+    pytest.skip(f"there is no {COMPILER}", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> Path:
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
+
+
+def run(library: Path, *arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", *arguments],
+        cwd=TESTS.parent,
+        env={
+            **os.environ,
+            "REPMTL_EMULATED_CUDA": str(library),
+            "PYTHONPATH": str(TESTS.parent),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def tests(*names: str) -> list[str]:
+    return [str(TESTS / f"test_{name}.py") for name in names]
+
+
+def test_every_test_of_the_native_backend(library: Path):
+    run(library, *tests("native_cuda", "stages", "losses", "gradients", "numerics"))
+
+
+@pytest.mark.parametrize("order", ["reverse", "7"])
+def test_no_order_of_threads_and_blocks_matters(library: Path, order: str):
+    run(library, *tests("native_cuda", "stages"), CUDA_EMULATION_ORDER=order)
+
+
+def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tmp_path: Path):
+    """Of kernels, in shared and global memory."""
+    libraries = [
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip(f"{COMPILER} has no sanitizers here")
+    flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+    library = emulated_cuda.build(tmp_path, *flags, "-fno-sanitize-recover=all")
+    preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    run(library, *tests("native_cuda"), "-k", "every_way or blocks or anywhere", **preload)
+
+
+@pytest.fixture(scope="module")
+def self_test(tmp_path_factory) -> Path:
+    program = tmp_path_factory.mktemp("emulation") / "self_test"
+    source = emulated_cuda.HEADERS / "self_test.cpp"
+    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread"]
+    command += ["-I", str(emulated_cuda.HEADERS), str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert not done.stderr, done.stderr[-4000:]
+    return program
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "1"])
+def test_the_emulation_itself(self_test: Path, order: str):
+    done = subprocess.run(
+        [str(self_test)],
+        env={**os.environ, "CUDA_EMULATION_ORDER": order},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
