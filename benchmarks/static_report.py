@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -47,8 +48,9 @@ class KernelReport:
     spill_bytes: int  # local memory of one thread
     shared_bytes: int
     warps: int
-    global_loads: dict[str, int]  # width in bits -> instructions, LDG and LDGSTS
-    matrix_instructions: dict[str, int]  # HGMMA, UTCHMMA, HMMA
+    # Both None where the instructions were not read.
+    global_loads: dict[str, int] | None  # width in bits -> instructions, LDG and LDGSTS
+    matrix_instructions: dict[str, int] | None  # HGMMA, UTCHMMA, HMMA
 
 
 class _AheadOfTimeDriver:
@@ -89,18 +91,12 @@ def compiled_instead_of_launched(capability: int) -> Iterator[dict[str, object]]
         triton.runtime.driver._active = None
 
 
-def inspect(kernel, capability: int) -> KernelReport:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        usage = _cuobjdump("--dump-resource-usage", cubin.name)
-        sass = _cuobjdump("--dump-sass", cubin.name)
+def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelReport:
+    """``instructions``: whether to disassemble, which takes as long as to compile."""
+    with _cubin_file(kernel.asm["cubin"]) as cubin:
+        usage = _cuobjdump("--dump-resource-usage", cubin)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    loads = Counter(
-        "tma" if load.startswith("UTMALDG") else _width(load)
-        for load in re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\.[\w.]*", sass)
-    )
-    matrix = Counter(re.findall(r"\b(HGMMA|QGMMA|UTC\w*MMA|HMMA|IMMA|DMMA)\b", sass))
+    loads, matrix = _instructions(kernel.asm["cubin"]) if instructions else (None, None)
     return KernelReport(
         kernel=kernel.metadata.name,
         capability=capability,
@@ -108,15 +104,35 @@ def inspect(kernel, capability: int) -> KernelReport:
         spill_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
         shared_bytes=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
-        global_loads=dict(sorted(loads.items())),
-        matrix_instructions=dict(sorted(matrix.items())),
+        global_loads=loads,
+        matrix_instructions=matrix,
     )
+
+
+@functools.cache  # shapes and modes have kernels in common
+def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    with _cubin_file(cubin) as file:
+        sass = _cuobjdump("--dump-sass", file)
+    loads = Counter(
+        "tma" if load.startswith("UTMALDG") else _width(load)
+        for load in re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\.[\w.]*", sass)
+    )
+    matrix = Counter(re.findall(r"\b(HGMMA|QGMMA|UTC\w*MMA|HMMA|IMMA|DMMA)\b", sass))
+    return dict(sorted(loads.items())), dict(sorted(matrix.items()))
 
 
 def _width(load: str) -> str:
     """Bits that one thread loads."""
     found = re.search(r"\.[US]?(8|16|64|128|256)\b", load)
     return found[1] if found else "32"
+
+
+@contextlib.contextmanager
+def _cubin_file(cubin: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        yield file.name
 
 
 def _cuobjdump(*args: str) -> str:
@@ -137,12 +153,11 @@ MODES = {
 }
 
 
-def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> list[KernelReport]:
+def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> list:
     """Compiles what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code."""
     stages = backends.load("triton")
     dtype, precision = MODES[mode]
-    if precision is not None:
-        os.environ["REPMTL_FP32_PRECISION"] = precision
+    os.environ["REPMTL_FP32_PRECISION"] = precision or ""
     saliencies = [_empty(shape, dtype, layout) for _ in range(shape.tasks)]
     with compiled_instead_of_launched(capability) as compiled:
         statistics = stages.statistics(saliencies, positions=True, channels=True)
@@ -170,10 +185,10 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
         )
         outputs = [torch.empty_like(s) for s in saliencies]
         stages.saliency_grad(saliencies, outputs, csa, entropy.grad)
-    return [inspect(kernel, capability) for kernel in compiled.values()]
+    return list(compiled.values())
 
 
-def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) -> list[KernelReport]:
+def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) -> list:
     """Compiles the derivatives of batch norm with a ReLU behind it, in training.
 
     There are no matrix products in them, so that float32 has one mode.
@@ -187,7 +202,7 @@ def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) ->
     with compiled_instead_of_launched(capability) as compiled:
         batch_norm.batch_norm_backward(*operands)
         batch_norm.batch_norm_double_backward(x, None, None, *operands)
-    return [inspect(kernel, capability) for kernel in compiled.values()]
+    return list(compiled.values())
 
 
 def _empty(shape: Shape, dtype: torch.dtype, layout: str) -> torch.Tensor:
@@ -206,6 +221,9 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument(
+        "--disassemble", nargs="+", metavar="NAME", help="only these kernels; default: all"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
     parser.add_argument(
         "--save",
@@ -217,7 +235,9 @@ def main() -> None:
     for capability, mode, name, layout, kernels in itertools.product(
         options.capability, options.mode, options.shape, options.layout, options.kernels
     ):
-        for found in KERNELS[kernels](SHAPES[name], mode, layout, capability):
+        for kernel in KERNELS[kernels](SHAPES[name], mode, layout, capability):
+            wanted = options.disassemble is None or kernel.metadata.name in options.disassemble
+            found = inspect(kernel, capability, instructions=wanted)
             rows.append({"shape": name, "layout": layout, "mode": mode, **asdict(found)})
             if not options.json:
                 _print_row(rows[-1])
@@ -238,8 +258,8 @@ def main() -> None:
 
 
 def _print_row(row: dict) -> None:
-    loads = " ".join(f"{width}:{n}" for width, n in row["global_loads"].items())
-    matrix = " ".join(f"{name}:{n}" for name, n in row["matrix_instructions"].items())
+    loads = " ".join(f"{width}:{n}" for width, n in (row["global_loads"] or {}).items())
+    matrix = " ".join(f"{name}:{n}" for name, n in (row["matrix_instructions"] or {}).items())
     print(
         f"sm_{row['capability']} {row['mode']:9} {row['shape']:10} {row['layout']:13} "
         f"{row['kernel']:28} regs {row['registers']:3} spill {row['spill_bytes']} "

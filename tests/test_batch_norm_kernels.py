@@ -310,6 +310,7 @@ def test_compiled_without_spills_and_with_wide_loads():
     command = [sys.executable, "-m", "benchmarks.static_report", "--json", "--shape", "nyuv2"]
     command += ["--kernels", "batch_norm", "--mode", "bfloat16", "ieee"]
     command += ["--capability", "80", "90", "100", "--layout", "contiguous", "channels_last"]
+    command += ["--disassemble", "_batch_norm_sums_kernel", "_batch_norm_apply_kernel"]
     done = subprocess.run(
         command,
         cwd=Path(__file__).parents[1],
