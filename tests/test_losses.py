@@ -48,10 +48,19 @@ def test_eps_is_the_usual_guard(backend: str, dtype: torch.dtype, loss: Loss, ep
 
 
 @pytest.mark.slow_cpu
-@pytest.mark.parametrize("case", [Case(1, 2, 640, (25, 25)), Case(1, 2, 610, (26, 25))], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (Case(1, 2, 610, (26, 25)), torch.bfloat16),  # tiles of 128
+        # Tiles of 64 whose rows start at any address: N side, C side.
+        (Case(1, 2, 209, (13, 15)), torch.float32),
+        (Case(1, 2, 195, (11, 19)), torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_large_tiles(backend: str, case: Case):
-    judge(LOSSES[1], case, torch.float32, backend)
+def test_large_tiles(backend: str, case: Case, dtype: torch.dtype):
+    judge(LOSSES[1], case, dtype, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
