@@ -96,51 +96,46 @@ torch.manual_seed(0)
 saliencies = [torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(2)]
 value = rk.tsr_loss(saliencies).item() + rk.csa_loss(saliencies).item()
 judge = rk.reference.tsr_loss(saliencies).item() + rk.reference.csa_loss(saliencies).item()
-print(json.dumps([list(rk.available_backends()), rk.backend_report(), value, judge]))
+refusal = "none"
+try:
+    rk.tsr_loss(saliencies, backend="triton")
+except (ImportError, RuntimeError, ValueError) as error:
+    refusal = str(error)
+print(json.dumps([list(rk.available_backends()), rk.backend_report(), value, judge, refusal]))
 """,
         CUDA_VISIBLE_DEVICES="",
     )
-    available, report, value, judge = json.loads(out)
+    available, report, value, judge, refusal = json.loads(out)
     assert {"reference", "eager"} <= set(available)
     assert "triton" not in available
-    assert "triton" in report["triton"], "the report names what is missing"
+    assert "triton cannot be imported" in report["triton"], "the report names what is missing"
     assert value == pytest.approx(judge, rel=1e-12)
+    assert "triton" in refusal, f"asked for by name, it must raise, and say why; got {refusal!r}"
 
 
-def test_triton_is_refused_with_a_reason_where_it_is_missing() -> None:
+def test_import_alone() -> None:
+    """Loads neither Triton nor the benchmark tools, does not start CUDA, needs no metadata."""
     out = run_python(
         """
-import sys
-sys.modules["triton"] = None
+import importlib.metadata, json, sys
 import torch
-import repmtl_kernels as rk
-try:
-    rk.tsr_loss([torch.ones(2, 3, 4)] * 2, backend="triton")
-except (ImportError, RuntimeError, ValueError) as error:
-    print(type(error).__name__, error)
-""",
-        CUDA_VISIBLE_DEVICES="",
-    )
-    assert "triton" in out, f"asked for by name, it must raise, and say why; got {out!r}"
-
-
-def test_import_alone_loads_neither_triton_nor_the_benchmark_tools() -> None:
-    out = run_python(
-        """
-import sys
-import torch
+installed_version = importlib.metadata.version
+def version(name):
+    if name.replace("_", "-") == "repmtl-kernels":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return installed_version(name)
+importlib.metadata.version = version
 before = set(sys.modules)
 import repmtl_kernels
 heavy = ("triton", "torchjd", "lightning", "matplotlib", "mlxtend", "pytest", "benchmarks")
-print(sorted(m for m in set(sys.modules) - before if m.split(".")[0] in heavy))
+loaded = sorted(m for m in set(sys.modules) - before if m.split(".")[0] in heavy)
+print(json.dumps([loaded, torch.cuda.is_initialized(), repmtl_kernels.__version__]))
 """
     )
-    assert out.strip() == "[]"
-
-
-def test_import_does_not_start_cuda() -> None:
-    out = run_python("import torch, repmtl_kernels; print(torch.cuda.is_initialized())")
-    assert out.strip() == "False"
+    loaded, cuda, version = json.loads(out)
+    assert loaded == [] and cuda is False
+    assert version, "a version that says that it is not an installed one"
+    assert version != declared_version(), "the number has one place, pyproject.toml"
 
 
 def test_public_names_are_the_documented_ones() -> None:
@@ -225,24 +220,6 @@ def test_version_is_the_declared_one() -> None:
         pytest.skip("repmtl-kernels is not installed here, only on the path")
     assert installed == declared_version(), "installed from other sources: run `make venv`"
     assert repmtl_kernels.__version__ == installed
-
-
-def test_version_where_the_package_is_not_installed() -> None:
-    out = run_python(
-        """
-import importlib.metadata
-installed_version = importlib.metadata.version
-def version(name):
-    if name.replace("_", "-") == "repmtl-kernels":
-        raise importlib.metadata.PackageNotFoundError(name)
-    return installed_version(name)
-importlib.metadata.version = version
-import repmtl_kernels
-print(repmtl_kernels.__version__)
-"""
-    ).strip()
-    assert out, "a version that says that it is not an installed one"
-    assert out != declared_version(), "the number has one place, pyproject.toml"
 
 
 def test_changelog_has_the_declared_version() -> None:
