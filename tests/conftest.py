@@ -1,5 +1,6 @@
 """Where the tests run: on CUDA if there is one, else on the CPU with Triton's interpreter."""
 
+import contextlib
 import os
 
 import pytest
@@ -13,6 +14,31 @@ if library := os.environ.get("REPMTL_EMULATED_CUDA"):  # set by test_emulated_cu
     import emulated_cuda
 
     emulated_cuda.install(library)
+
+
+def _patch_triton_language_once():
+    """Half of the interpreter's time: each call of a device function patches triton.language again.
+
+    A call within a kernel finds it patched by the kernel's launch.
+    """
+    from triton.runtime import interpreter
+
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope
+    core = interpreter.tl.core
+
+    def once(function):
+        seen = function.__globals__.values()
+        modules = [m for m in (interpreter.tl, core) if any(value is m for value in seen)]
+        if modules and not any(core.is_builtin(m.load) for m in modules):
+            return nothing()
+        return patch(function)
+
+    interpreter._patch_lang = once
+
+
+if not CUDA:
+    with contextlib.suppress(ImportError, AttributeError):  # no Triton, or another inside
+        _patch_triton_language_once()
 
 
 def pytest_collection_modifyitems(items):
