@@ -171,12 +171,14 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
                     eps=0.0,
                     with_grad=True,
                 )
-        contrast = stages.contrast(statistics.channels, temperature=0.5, eps=0.0, with_grad=True)
-        gram = stages.gram(saliencies, statistics.scale, contrast.anchors, eps=0.0, with_grad=True)
+        anchors = stages.anchors(statistics.channels, eps=0.0, with_grad=True)
+        gram = stages.gram(saliencies, statistics.scale, anchors.unit, eps=0.0, with_grad=True)
+        contrast = stages.contrast(anchors, temperature=0.5, with_grad=True)
         pairs = gram.similarity
         csa = CSAGradient(
             scale=statistics.scale,
-            contrast=contrast,
+            anchors=anchors,
+            contrast_grad=contrast.grad,
             gram=gram,
             rank=pairs,
             curl=pairs,

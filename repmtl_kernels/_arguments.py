@@ -9,9 +9,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from repmtl_kernels._distributed import Group, check_group
+from repmtl_kernels._saliency import DTYPES
+
 OVER = ("tasks", "space")
 NORMALIZERS = ("abs", "softmax")
+
+
+def is_dtensor(value: object) -> bool:
+    """Without loading ``torch.distributed.tensor``."""
+    return hasattr(value, "device_mesh") and hasattr(value, "placements")
+
+
+def check_plain(name: str, value: Tensor) -> None:
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name}: expected a plain Tensor, got a DTensor, spread as {value.placements}. Where "
+            "that is over the batch, pass its own part, .to_local(), and group= for negatives of "
+            "all ranks"
+        )
 
 
 def check_saliencies(
@@ -22,6 +38,7 @@ def check_saliencies(
     Raises ``TypeError`` or ``ValueError`` for anything that the losses are not defined on.
     """
     if isinstance(saliencies, Tensor):
+        check_plain(name, saliencies)
         if not 3 <= saliencies.ndim <= 6:
             raise ValueError(
                 f"{name}: one tensor must be stacked, (T, B, C, *spatial) with 0 to 3 spatial "
@@ -35,6 +52,7 @@ def check_saliencies(
         for t, s in enumerate(operands):
             if not isinstance(s, Tensor):
                 raise TypeError(f"{name}[{t}]: expected a Tensor, got {type(s).__name__}")
+            check_plain(f"{name}[{t}]", s)
         first = operands[0]
         for t, s in enumerate(operands):
             for what in ("shape", "dtype", "device", "layout"):
@@ -132,25 +150,29 @@ def check_tsr_options(
     check_number("eps", eps, minimum=0)
 
 
-def check_csa_options(*, temperature: float, eps: float, group: None, prefix: str = "") -> None:
+def check_csa_options(
+    *, temperature: float, eps: float, group: Group | None, prefix: str = ""
+) -> None:
     check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
     check_number("eps", eps, minimum=0)
-    if group is not None:
-        raise ValueError(
-            "group: negatives from other ranks are not supported in this version; pass None "
-            f"(negatives from this process), got {group!r}"
-        )
+    check_group(group)
 
 
-def check_csa_batch(operands: Sequence[Tensor], stacked: bool, present: Tensor | None) -> None:
+ONE_SAMPLE = (
+    "saliencies: CSA contrasts a sample with the other samples of the batch and needs at least 2; "
+    "got B = 1. Use a larger batch, drop the last short batch (DataLoader(drop_last=True)), or use "
+    "TSR alone (tsr_loss; lambda_csa=0 in RepMTL)."
+)
+
+
+def check_csa_batch(
+    operands: Sequence[Tensor], stacked: bool, present: Tensor | None, group: str
+) -> None:
+    """``group``: the name of the one whose other ranks may have samples; empty without."""
     shape = operands[0].shape
     tasks, batch = (shape[0], shape[1]) if stacked else (len(operands), shape[0])
-    if batch == 1:
-        raise ValueError(
-            "saliencies: CSA contrasts a sample with the other samples of the batch and needs at "
-            "least 2; got B = 1. Use a larger batch, drop the last short batch "
-            "(DataLoader(drop_last=True)), or use TSR alone (tsr_loss; lambda_csa=0 in RepMTL)."
-        )
+    if batch == 1 and not group:
+        raise ValueError(ONE_SAMPLE)
     check_present(present, tasks, batch, operands[0].device)
 
 
@@ -178,10 +200,11 @@ def csa_arguments(
     eps: float,
     present: Tensor | None,
     channel_dim: int,
-    group: None,
+    group: str,
+    prefix: str = "",
 ) -> tuple[tuple[Tensor, ...], bool]:
-    """Checked operands of CSA and whether they are one stacked tensor."""
-    check_csa_options(temperature=temperature, eps=eps, group=group)
+    """Checked operands of CSA and whether they are one stacked tensor. ``group`` is a name."""
+    check_csa_options(temperature=temperature, eps=eps, group=None, prefix=prefix)
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
-    check_csa_batch(operands, stacked, present)
+    check_csa_batch(operands, stacked, present, group)
     return operands, stacked

@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels import backends
+from repmtl_kernels import _distributed, backends
+from repmtl_kernels._arguments import ONE_SAMPLE
+from repmtl_kernels._distributed import Facts, Peers
 from repmtl_kernels._saliency import canonical_tasks, positions_to_saliency, without_autocast
-from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram
+from repmtl_kernels.backends import Anchors, CSAGradient, Entropy, Everyone, Gram
 
 
 class Config(NamedTuple):
@@ -35,6 +37,7 @@ class Config(NamedTuple):
     csa_temperature: float
     eps: float
     with_grad: bool
+    group: str  # name of the process group whose samples are negatives; empty: this process alone
 
 
 class Saved(NamedTuple):
@@ -83,7 +86,8 @@ def forward(
     stages = backends.load(config.backend)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
-        if (operators := _in_one_call(stages, saliencies)) is not None:
+        operators = _in_one_call(stages, saliencies)
+        if operators is not None and not config.group:  # between the stages of a group ranks talk
             return tuple(_run_in_one_call(operators, config, saliencies, present))
         tsr, csa, saved = _run_stages(stages, config, operands, saliencies, present)
     return tsr, csa, *(value.contiguous() for value in saved)
@@ -120,6 +124,7 @@ def _run_stages(
     saliencies: list[Tensor],
     present: Tensor | None,
 ) -> tuple[Tensor, Tensor, Saved]:
+    peers = _meet(config, saliencies) if config.csa and config.group else None
     statistics = stages.statistics(saliencies, positions=config.tsr, channels=config.csa)
     # One tensor each: operators may not return the same tensor twice.
     tsr, csa, *empty = (operands[0].new_empty(0) for _ in range(2 + len(Saved._fields)))
@@ -130,18 +135,24 @@ def _run_stages(
         if config.with_grad:
             saved = saved._replace(position_grad=entropy.grad)
     if config.csa:
-        contrast = stages.contrast(
-            statistics.channels,
-            temperature=config.csa_temperature,
-            eps=config.eps,
-            with_grad=config.with_grad,
-        )
+        anchors = stages.anchors(statistics.channels, eps=config.eps, with_grad=config.with_grad)
+        # They travel while the Gram stage runs.
+        arrive = None if peers is None else peers.start(anchors.unit.transpose(0, 1))
         gram = stages.gram(
             saliencies,
             statistics.scale,
-            contrast.anchors,
+            anchors.unit,
             eps=config.eps,
             with_grad=config.with_grad,
+        )
+        everyone = None
+        if peers is not None:
+            everyone = Everyone(arrive().transpose(0, 1), peers.first, peers.gather)
+        contrast = stages.contrast(
+            anchors,
+            temperature=config.csa_temperature,
+            with_grad=config.with_grad,
+            everyone=everyone,
         )
         weight = _positive_weight(gram.similarity, present, config.csa_temperature)
         positive = (weight * gram.similarity).sum()
@@ -149,9 +160,9 @@ def _run_stages(
         if config.with_grad:
             saved = saved._replace(
                 scale=statistics.scale,
-                anchors=contrast.anchors,
-                factor=contrast.factor,
-                pull=contrast.pull,
+                anchors=anchors.unit,
+                factor=anchors.factor,
+                pull=anchors.pull,
                 contrast_grad=contrast.grad,
                 weight=weight,
                 similarity=gram.similarity,
@@ -160,7 +171,37 @@ def _run_stages(
                 projection=gram.projection,
                 matrix=gram.matrix,
             )
+    if peers is not None:
+        tsr, csa, saved = _shared(tsr, csa, saved, peers)
     return tsr, csa, saved
+
+
+def _meet(config: Config, saliencies: Sequence[Tensor]) -> Peers:
+    batch, channels = saliencies[0].shape[:2]
+    facts = Facts(
+        batch=batch,
+        tasks=len(saliencies),
+        channels=channels,
+        dtype=saliencies[0].dtype,
+        with_grad=config.with_grad,
+        temperature=config.csa_temperature,
+        eps=config.eps,
+    )
+    peers = _distributed.meet(config.group, facts)
+    if sum(peers.sizes) == 1:
+        raise ValueError(ONE_SAMPLE)
+    return peers
+
+
+def _shared(tsr: Tensor, csa: Tensor, saved: Saved, peers: Peers) -> tuple[Tensor, Tensor, Saved]:
+    """This rank's part: the plain average of the ranks' parts is the mean over all samples."""
+    parts = saved._replace(
+        position_grad=saved.position_grad * peers.share,
+        weight=saved.weight * peers.share,
+        # That of the mean over all samples: this rank's anchors are in every rank's loss.
+        contrast_grad=saved.contrast_grad * len(peers.sizes),
+    )
+    return tsr * peers.share, csa * peers.share, parts
 
 
 def _entropy(stages: ModuleType, config: Config, x: Tensor) -> Entropy:
@@ -238,7 +279,8 @@ def _csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
     rank = ds * saved.inverse
     return CSAGradient(
         scale=saved.scale,
-        contrast=Contrast(saved.anchors, saved.factor, None, saved.pull, saved.contrast_grad),
+        anchors=Anchors(saved.anchors, saved.factor, saved.pull),
+        contrast_grad=saved.contrast_grad,
         gram=Gram(saved.similarity, saved.inverse, saved.slope, saved.projection, saved.matrix),
         rank=rank,
         curl=rank * saved.slope,

@@ -16,6 +16,8 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
+from repmtl_kernels._arguments import is_dtensor
+
 Head = Callable[[Tensor], Any]
 Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict
 Representation = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
@@ -40,6 +42,18 @@ class Fault(NamedTuple):
 
 _SDPA = "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 _ATTENTION = ("FlashAttn", "FlashAttention", "EfficientAttention", "FlexAttention", "_fMHA")
+_SHARDED = (
+    "a module sharded with fully_shard frees its parameters, or reduces their gradients, before "
+    "the second-order pass has come to them"
+)
+_SHARDED_1 = (
+    "FullyShardedDataParallel (FSDP1) frees its parameters before the second-order pass has come "
+    "to them"
+)
+_KEEP_WHOLE = (
+    "Shard the encoder alone, with torch.distributed.fsdp.fully_shard, and keep the heads whole, "
+    "e.g. in DistributedDataParallel; see docs/distributed.md"
+)
 _KNOWN = (
     (
         ("CompiledFunction",),
@@ -71,6 +85,7 @@ _KNOWN = (
         "SyncBatchNorm has no second derivative",
         "Use BatchNorm or GroupNorm in the heads; the encoder may keep SyncBatchNorm",
     ),
+    (("RegisterPostBackwardFunction",), _SHARDED, _KEEP_WHOLE),
 )
 # once_differentiable wraps a function; all its wrappers share one code object.
 _ONCE = once_differentiable(print).__code__
@@ -171,6 +186,12 @@ def explain(
         end = get_gradient_edge(z)
         known = visited.setdefault((end.node, end.output_nr), {})
         found = _leads([loss.grad_fn], end, known)
+        fault = _sharded_fault(z, found)
+        if fault is not None:
+            raise SecondDerivativeError(
+                f"losses[{task!r}]: {fault.what}, and it is between {name} and this loss, or gave "
+                f"{name}. {fault.remedy}"
+            )
         depends = known.get(loss.grad_fn, loss.output_nr == end.output_nr)
         if end.node.name().startswith("_DDPSink") and not depends:
             raise SecondDerivativeError(
@@ -185,6 +206,36 @@ def explain(
                     f"losses[{task!r}]: {fault.what}, and it is between {name} and this loss. "
                     f"{fault.remedy}. RepMTL.check(heads, z) finds the module"
                 )
+
+
+def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
+    """Of parameters between a loss and ``z``, and of hooks on ``z``, which every saliency fires."""
+    sharded: set[int] = set()
+    for hook in (z._backward_hooks or {}).values():
+        function = getattr(hook, "func", hook)  # FSDP1's is a partial
+        if getattr(function, "__module__", "") == "torch.distributed.fsdp._runtime_utils":
+            return Fault(_SHARDED_1, _KEEP_WHOLE)
+        state = getattr(hook, "__self__", None)
+        if hasattr(state, "_fsdp_param_groups"):
+            sharded |= {id(p) for p in _unsharded(state)}
+    for node in nodes:
+        leaf = getattr(node, "variable", None)
+        if leaf is None:
+            continue
+        if getattr(leaf, "_is_flat_param", False):
+            return Fault(_SHARDED_1, _KEEP_WHOLE)
+        if id(leaf) in sharded:
+            return Fault(_SHARDED, _KEEP_WHOLE)
+    return None
+
+
+def _unsharded(state: Any) -> Iterator[Tensor]:
+    """The parameters that computations see, of all modules that go with this ``FSDPState``."""
+    for other in state._state_ctx.all_states:
+        for group in other._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                if hasattr(parameter, "_unsharded_param"):
+                    yield parameter._unsharded_param
 
 
 # --- the preflight ---
@@ -211,9 +262,9 @@ def check(heads: Heads, z: Representation) -> None:
 
     Raises:
         SecondDerivativeError: a head has an operation without a second derivative (a compiled
-            region, fused attention, a cuDNN RNN, re-entrant checkpointing, SyncBatchNorm, a custom
-            ``autograd.Function``), with one that is wrong without a word (its backward detaches),
-            does not depend on ``z``, or writes to it.
+            region, fused attention, a cuDNN RNN, re-entrant checkpointing, SyncBatchNorm, a sharded
+            module, a custom ``autograd.Function``), with one that is wrong without a word (its
+            backward detaches), does not depend on ``z``, or writes to it.
         ValueError, TypeError: an argument is not as described.
     """
     named = _named_heads(heads)
@@ -225,6 +276,16 @@ def check(heads: Heads, z: Representation) -> None:
 
 def _check_head(name: str, head: Head, z: Tensor) -> None:
     modules = _modules_of(head)
+    for module, inner in modules.items():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "FullyShardedDataParallel" in kinds:
+            fault = Fault(_SHARDED_1, _KEEP_WHOLE)
+        elif "FSDPModule" in kinds or any(map(is_dtensor, module._parameters.values())):
+            fault = Fault(_SHARDED, _KEEP_WHOLE)
+        else:
+            continue
+        where = f"{name}, module {inner!r}" if inner else name
+        raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}")
     with _left_as_found(modules, z):
         fault = _find_fault(head, z, None)
     if fault is None:

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, similarities and losses for saliencies of ``dtype``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from repmtl_kernels import _distributed
 from repmtl_kernels._saliency import accumulation_dtype
 
 # Of the running means: they follow the last fifty observations or so.
@@ -27,9 +28,10 @@ class RunningMean:
     def __init__(self) -> None:
         self._state: Tensor | None = None  # weighted sum of the observations, and of ones
 
-    def value(self, device: torch.device, default: float) -> Tensor:
-        """The mean, ``default`` before the first observation."""
-        total, weight = self._on(device).unbind()
+    def value(self, device: torch.device, default: float, group: str = "") -> Tensor:
+        """The mean, ``default`` before the first observation; over the ranks of a group."""
+        state = self._on(device)
+        total, weight = (_distributed.summed(state, group) if group else state).unbind()
         return (total / weight).where(weight > 0, default)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repmtl_kernels._arguments import check_number
+from repmtl_kernels._arguments import check_number, check_plain
 
 TaskLosses = Sequence[Tensor | None] | Mapping[Hashable, Tensor | None]
 Representation = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
@@ -64,6 +64,7 @@ def named_losses(
             raise TypeError(
                 f"losses[{task!r}]: expected a scalar Tensor, got {type(loss).__name__}"
             )
+        check_plain(f"losses[{task!r}]", loss)
         if loss.ndim != 0:
             remedy = ".mean() or .squeeze()" if loss.numel() == 1 else ".mean() or .sum()"
             raise ValueError(
@@ -82,6 +83,7 @@ def named_representations(
     """
     tasks = list(losses) if isinstance(losses, Mapping) else range(len(losses))
     if isinstance(representation, Tensor):
+        check_plain("representation", representation)
         return [("representation", representation) for _ in present_of(tasks, losses)]
     if not isinstance(representation, list | tuple | Mapping):
         raise TypeError(
@@ -94,6 +96,7 @@ def named_representations(
     for name, z in named:
         if not isinstance(z, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(z).__name__}")
+        check_plain(name, z)
     return named
 
 

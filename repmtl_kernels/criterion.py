@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from repmtl_kernels import _preflight, _second_order
+from repmtl_kernels import _distributed, _preflight, _second_order
 from repmtl_kernels._arguments import (
     check_csa_batch,
     check_csa_options,
@@ -19,6 +19,7 @@ from repmtl_kernels._arguments import (
     check_tsr_options,
 )
 from repmtl_kernels._clip import Clip
+from repmtl_kernels._distributed import Group
 from repmtl_kernels._step import RepMTLStep
 from repmtl_kernels._strength import BackwardPass, RunningMean, is_transformed
 from repmtl_kernels._task_losses import (
@@ -113,7 +114,9 @@ class RepMTL(_Loss):
             cost of the losses alone; its weight then grows linearly, and is full at the
             ``ramp``-th call after that.
         over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
-        csa_temperature, group: of :func:`csa_loss`.
+        csa_temperature: of :func:`csa_loss`.
+        group: of :func:`csa_loss`: all ranks give negatives. The weight of the regulariser with
+            ``strength`` is then the same on all of them, from the mean over their observations.
         eps, channel_dim, backend: of both losses.
         log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies. A loss of
             exactly 0 then gives infinite or NaN totals and gradients, a negative one NaN: keep the
@@ -134,9 +137,9 @@ class RepMTL(_Loss):
 
     What is observed of the backward pass (``last.ratio``) costs each call about as many reads of
     the representation as there are tasks, and one tensor of its size in float32 or better until
-    then. ``strength`` and ``clip`` are each process's own, and need ``backward()`` or
-    ``torch.autograd.grad``: not ``torch.func`` or a compiled region around the criterion. For a
-    CUDA graph, run a few calls before the capture.
+    then. ``clip``, and without ``group`` ``strength``, are each process's own; both need
+    ``backward()`` or ``torch.autograd.grad``: not ``torch.func`` or a compiled region around the
+    criterion. For a CUDA graph, run a few calls before the capture.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -168,7 +171,7 @@ class RepMTL(_Loss):
         task_weights: Weights | None = None,
         every: int = 1,
         channel_dim: int = 1,
-        group: None = None,
+        group: Group | None = None,
         backend: str = "auto",
     ) -> None:
         if lambda_tsr is None and lambda_csa is None and strength is None:
@@ -238,14 +241,23 @@ class RepMTL(_Loss):
         lambdas = self._lambdas()
         if self.training and any(lambdas):
             representations = named_representations(representation, losses)
-            check_graph(tasks, representations)
-            present = self._checked_mask(representations, present, losses)
+            zs = [z for _, z in representations]
             if weight := self._weight():
-                self._explain(tasks, representations)
-                saliencies = take_saliencies(objectives, representations)
-                zs = [z for _, z in representations]
+                self._check_observable(total)
+            group = _distributed.name_of(self.group)
+            # The same sequence of collectives on every rank, whatever is wrong on one of them.
+            strength = self._strength(zs[0].device, group) if weight else 1.0
+            with _distributed.telling(group if weight and lambdas[1] else ""):
+                check_graph(tasks, representations)
+                present = self._checked_mask(representations, present, losses, group)
+                if weight:
+                    self._explain(tasks, representations)
+                    saliencies = take_saliencies(objectives, representations)
+            if weight:
                 lambdas = [weight * value for value in lambdas]
-                total = self._regularized(total, saliencies, zs, weights, present, lambdas, step)
+                total = self._regularized(
+                    total, saliencies, zs, weights, present, lambdas, strength, step
+                )
         if self.training:
             self._calls += 1
         # A copy: `total /= accumulation_steps` is the caller's right.
@@ -322,6 +334,7 @@ class RepMTL(_Loss):
         representations: list[tuple[str, Tensor]],
         present: Tensor | None,
         losses: TaskLosses,
+        group: str,
     ) -> Tensor | None:
         """The mask's rows of the tasks that have a loss.
 
@@ -333,7 +346,7 @@ class RepMTL(_Loss):
         if present is not None and len(zs) < len(losses):
             present = torch.stack(present_of(present.unbind(), losses))
         if self.lambda_csa:
-            check_csa_batch(zs, False, present)
+            check_csa_batch(zs, False, present, group)
         return present
 
     def _weights(self, losses: TaskLosses) -> Sequence[float]:
@@ -361,6 +374,20 @@ class RepMTL(_Loss):
             return 0
         return self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
 
+    def _check_observable(self, total: Tensor) -> None:
+        if (self.strength is not None or self.clip is not None) and is_transformed(total):
+            raise ValueError(
+                "strength and clip observe the backward pass of the total, which torch.func and "
+                "torch.compile hide; expected both to be None there. Compile the encoder alone, "
+                "or use lambdas"
+            )
+
+    def _strength(self, device: torch.device, group: str) -> float | Tensor:
+        """What the lambdas are multiplied with; the same on all ranks of a group."""
+        if self.strength is None:
+            return 1.0
+        return self.strength / self._ratio.value(device, 1.0, group).clamp_min(SMALLEST_RATIO)
+
     def _explain(
         self, tasks: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
     ) -> None:
@@ -379,21 +406,12 @@ class RepMTL(_Loss):
         weights: list[float],
         present: Tensor | None,
         lambdas: list[float],
+        strength: float | Tensor,
         step: RepMTLStep,
     ) -> Tensor:
         """``total`` plus the regulariser, and what of it goes into ``step``."""
-        observable = not is_transformed(total)
-        if not observable and (self.strength is not None or self.clip is not None):
-            raise ValueError(
-                "strength and clip observe the backward pass of the total, which torch.func and "
-                "torch.compile hide; expected both to be None there. Compile the encoder alone, "
-                "or use lambdas"
-            )
         backward = BackwardPass()
-        strength, ratios = 1.0, None
-        if self.strength is not None:
-            ratios = self._ratio
-            strength = self.strength / ratios.value(total.device, 1.0).clamp_min(SMALLEST_RATIO)
+        ratios = None if self.strength is None else self._ratio
         factor = strength * sum(lambdas)
         inputs = saliencies
         if self.clip is not None:
@@ -404,7 +422,7 @@ class RepMTL(_Loss):
         total = total + regularizer
         step.tsr, step.csa = _detached(tsr), _detached(csa)
         step.regularizer, step.applied = regularizer.detach(), True
-        if observable:
+        if not is_transformed(total):
             backward.follow(total)
             report = partial(_report, step, factor, ratios)
             backward.measure(total, representations, saliencies, weights, report)

@@ -10,15 +10,13 @@ from torch import Tensor
 
 from repmtl_kernels import backends, reference
 from repmtl_kernels._arguments import (
-    check_csa_batch,
-    check_csa_options,
     check_number,
-    check_saliencies,
     check_tsr_options,
     csa_arguments,
     tsr_arguments,
 )
 from repmtl_kernels._autograd import Config, evaluate
+from repmtl_kernels._distributed import Group, name_of, telling
 
 
 class RepMTLLosses(NamedTuple):
@@ -112,6 +110,7 @@ def tsr_loss(
         csa_temperature=1.0,
         eps=float(eps),
         with_grad=_grad_wanted(operands),
+        group="",
     )
     return evaluate(config, operands, None)[0]
 
@@ -123,7 +122,7 @@ def csa_loss(
     eps: float = 0.0,
     present: Tensor | None = None,
     channel_dim: int = 1,
-    group: None = None,
+    group: Group | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Cross-task saliency alignment (CSA) of Rep-MTL, arXiv 2507.21049, eq. 7 to 9.
@@ -141,7 +140,13 @@ def csa_loss(
         present: bool ``(T, B)``, which task has a label for which sample; positives are averaged
             over those. None: over all tasks.
         channel_dim: as for :func:`tsr_loss`.
-        group: None; negatives come from this process.
+        group: None: negatives are the other samples of this process. ``"world"``, a
+            ``ProcessGroup`` or a 1-D ``DeviceMesh``: those of all its ranks, whose batches may
+            differ in size; a rank may have one sample. Every rank has to call this, and to
+            backpropagate the same multiple of its result: the plain average over the ranks, which
+            is what ``DistributedDataParallel`` takes of gradients, is then value and gradient of
+            the whole batch's loss. The forward pass gathers ``T C + 1`` numbers a sample, the
+            backward pass sends nothing. See docs/distributed.md.
         backend: as for :func:`tsr_loss`.
 
     Returns:
@@ -149,17 +154,22 @@ def csa_loss(
         ``"reference"``.
 
     Raises:
-        ValueError, TypeError: an argument is not as described.
+        ValueError, TypeError: an argument is not as described, or with ``group`` that of another
+            rank is not, or not the same.
     """
-    operands, stacked = csa_arguments(
-        saliencies,
-        temperature=temperature,
-        eps=eps,
-        present=present,
-        channel_dim=channel_dim,
-        group=group,
-    )
-    name = backends.resolve(backend, operands[0])
+    group_name = name_of(group)
+    with telling(group_name):
+        operands, stacked = csa_arguments(
+            saliencies,
+            temperature=temperature,
+            eps=eps,
+            present=present,
+            channel_dim=channel_dim,
+            group=group_name,
+        )
+        name = backends.resolve(backend, operands[0])
+        if name == "reference":
+            reference.check_group_of_one(group_name)
     if name == "reference":
         return reference.csa_loss(
             saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim
@@ -177,6 +187,7 @@ def csa_loss(
         csa_temperature=float(temperature),
         eps=float(eps),
         with_grad=_grad_wanted(operands),
+        group=group_name,
     )
     return evaluate(config, operands, present)[1]
 
@@ -194,7 +205,7 @@ def rep_mtl_loss(
     eps: float = 0.0,
     present: Tensor | None = None,
     channel_dim: int = 1,
-    group: None = None,
+    group: Group | None = None,
     backend: str = "auto",
 ) -> RepMTLLosses:
     """Both losses of Rep-MTL in one fused pass: the regulariser of arXiv 2507.21049, eq. 10.
@@ -207,7 +218,9 @@ def rep_mtl_loss(
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5).
         lambda_csa: weight of :func:`csa_loss`, at least 0 (the paper: 0.7 to 1.5).
         over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
-        csa_temperature, present, group: of :func:`csa_loss`.
+        csa_temperature, present: of :func:`csa_loss`.
+        group: of :func:`csa_loss`. TSR is weighted in the same way, by the rank's share of the
+            samples; the mean in ``tsr_floor`` is that of this rank's saliencies.
         eps: guard of both losses; 0 is exact.
         channel_dim, backend: as for :func:`tsr_loss`.
 
@@ -217,20 +230,30 @@ def rep_mtl_loss(
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    check_number("lambda_tsr", lambda_tsr, minimum=0)
-    check_number("lambda_csa", lambda_csa, minimum=0)
-    check_tsr_options(
-        over=over,
-        normalizer=normalizer,
-        temperature=tsr_temperature,
-        floor=tsr_floor,
-        eps=eps,
-        prefix="tsr_",
-    )
-    check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
-    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
-    check_csa_batch(operands, stacked, present)
-    name = backends.resolve(backend, operands[0])
+    group_name = name_of(group)
+    with telling(group_name):
+        check_number("lambda_tsr", lambda_tsr, minimum=0)
+        check_number("lambda_csa", lambda_csa, minimum=0)
+        check_tsr_options(
+            over=over,
+            normalizer=normalizer,
+            temperature=tsr_temperature,
+            floor=tsr_floor,
+            eps=eps,
+            prefix="tsr_",
+        )
+        operands, stacked = csa_arguments(
+            saliencies,
+            temperature=csa_temperature,
+            eps=eps,
+            present=present,
+            channel_dim=channel_dim,
+            group=group_name,
+            prefix="csa_",
+        )
+        name = backends.resolve(backend, operands[0])
+        if name == "reference":
+            reference.check_group_of_one(group_name)
     if name == "reference":
         tsr = reference.tsr_loss(
             saliencies,
@@ -262,6 +285,7 @@ def rep_mtl_loss(
             csa_temperature=float(csa_temperature),
             eps=float(eps),
             with_grad=_grad_wanted(operands),
+            group=group_name,
         )
         tsr, csa = evaluate(config, operands, present)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)

@@ -12,6 +12,7 @@ from repmtl_kernels._arguments import (
     check_number,
     check_tsr_options,
 )
+from repmtl_kernels._distributed import Group
 from repmtl_kernels.backends import check_backend
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
 
@@ -74,7 +75,7 @@ class CSALoss(_Loss):
         temperature: float = 0.5,
         eps: float = 0.0,
         channel_dim: int = 1,
-        group: None = None,
+        group: Group | None = None,
         backend: str = "auto",
     ) -> None:
         check_csa_options(temperature=temperature, eps=eps, group=group)
@@ -107,7 +108,7 @@ class RepMTLLoss(_Loss):
         csa_temperature: float = 0.5,
         eps: float = 0.0,
         channel_dim: int = 1,
-        group: None = None,
+        group: Group | None = None,
         backend: str = "auto",
     ) -> None:
         check_number("lambda_tsr", lambda_tsr, minimum=0)

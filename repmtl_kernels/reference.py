@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._arguments import csa_arguments, tsr_arguments
+from repmtl_kernels._distributed import Group, name_of
 from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks, without_autocast
 
 
@@ -71,20 +72,32 @@ def csa_loss(
     eps: float = 0.0,
     present: Tensor | None = None,
     channel_dim: int = 1,
-    group: None = None,
+    group: Group | None = None,
 ) -> Tensor:
-    """Cross-task saliency alignment, eq. 7 to 9, as :func:`repmtl_kernels.csa_loss`."""
+    """Cross-task saliency alignment, eq. 7 to 9, as :func:`repmtl_kernels.csa_loss`.
+
+    The samples are those of one process: a ``group`` of several raises ``ValueError``.
+    """
+    check_group_of_one(name_of(group))
     operands, stacked = csa_arguments(
         saliencies,
         temperature=temperature,
         eps=eps,
         present=present,
         channel_dim=channel_dim,
-        group=group,
+        group="",
     )
     tasks = canonical_tasks(operands, stacked, channel_dim)
     with without_autocast(operands[0].device):
         return _contrastive(tasks, temperature, eps, present)
+
+
+def check_group_of_one(name: str) -> None:
+    if name:
+        raise ValueError(
+            "group: the reference contrasts the samples of one process; expected None, or a "
+            "backend other than 'reference', got a group of several"
+        )
 
 
 def _contrastive(

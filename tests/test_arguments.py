@@ -138,7 +138,7 @@ def test_batch_of_one_is_fine_for_tsr():
         (TSRLoss, "over", "time"),
         (TSRLoss, "temperature", 0),
         (CSALoss, "temperature", -1),
-        (CSALoss, "group", 1),
+        (CSALoss, "group", "everyone"),
         (RepMTLLoss, "lambda_tsr", -1),
         (RepMTLLoss, "csa_temperature", 0),
         (TSRLoss, "backend", "cuda"),

@@ -135,7 +135,7 @@ def test_second_derivative_by_function_transforms_is_refused():
 
 
 def _config(backend: str, **changes) -> Config:
-    config = Config(backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True)
+    config = Config(backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True, "")
     return config._replace(**changes)
 
 

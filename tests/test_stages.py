@@ -1,4 +1,4 @@
-"""The stage contract: every backend's five functions against the eager ones in float64."""
+"""The stage contract: every backend's six functions against the eager ones in float64."""
 
 import importlib
 
@@ -87,18 +87,60 @@ def test_entropy(backend: str, shape: tuple, form: dict):
 def test_contrast(backend: str, shape: tuple, eps: float):
     a = torch.randn(shape, device=DEVICE) * torch.logspace(-12, 3, shape[1], device=DEVICE)[:, None]
     a[:, 0] = 0
-    stage = backends.load(backend).contrast
-    found = stage(a, temperature=0.3, eps=eps, with_grad=True)
-    exact = backends.load("eager").contrast(a.double(), temperature=0.3, eps=eps, with_grad=True)
+    stages, eager = backends.load(backend), backends.load("eager")
+    anchors = stages.anchors(a, eps=eps, with_grad=True)
+    found = stages.contrast(anchors, temperature=0.3, with_grad=True)
+    exact_anchors = eager.anchors(a.double(), eps=eps, with_grad=True)
+    exact = eager.contrast(exact_anchors, temperature=0.3, with_grad=True)
     torch.testing.assert_close(found.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=3e-6)
-    for b in range(shape[1]):  # samples have scales of their own
-        for name in ("anchors", "pull", "grad"):
-            f, e = getattr(found, name)[:, b].double(), getattr(exact, name)[:, b]
-            assert (f - e).norm() <= 2e-5 * e.norm() + 1e-9 * exact.factor[b], (name, b)
-    torch.testing.assert_close(found.factor.double(), exact.factor, rtol=1e-5, atol=0)
-    without = stage(a, temperature=0.3, eps=eps, with_grad=False)
-    assert without.grad is None and without.pull is None
+    factor = exact_anchors.factor
+    pairs = {
+        "unit": (anchors.unit, exact_anchors.unit),
+        "pull": (anchors.pull, exact_anchors.pull),
+        "grad": (found.grad, exact.grad),
+    }
+    for name, (of_all, exact_of_all) in pairs.items():
+        for b in range(shape[1]):  # samples have scales of their own
+            f, e = of_all[:, b].double(), exact_of_all[:, b]
+            assert (f - e).norm() <= 2e-5 * e.norm() + 1e-9 * factor[b], (name, b)
+    torch.testing.assert_close(anchors.factor.double(), factor, rtol=1e-5, atol=0)
+    without = stages.anchors(a, eps=eps, with_grad=False)
+    assert without.pull is None and torch.equal(without.unit, anchors.unit)
+    without = stages.contrast(without, temperature=0.3, with_grad=False)
+    assert without.grad is None
     assert torch.equal(without.logsumexp, found.logsumexp)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["task by task", "sample by sample"])
+@pytest.mark.parametrize("shape", [(3, 7, 40), (2, 70, 17), (1, 9, 8)], ids=str)
+@pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
+def test_contrast_of_some_samples_with_all(
+    backend: str, shape: tuple, gathered: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Each part of the batch has the rows of the result for the whole batch."""
+    monkeypatch.setattr(
+        importlib.import_module("repmtl_kernels.backends.eager"), "CONTRAST_BLOCK", 60
+    )
+    stages = backends.load(backend)
+    a = torch.randn(shape, device=DEVICE)
+    whole = stages.anchors(a, eps=0.0, with_grad=True)
+    exact = stages.contrast(whole, temperature=0.3, with_grad=True)
+    unit = whole.unit.transpose(0, 1).contiguous().transpose(0, 1) if gathered else whole.unit
+    for first, last in ((0, 1), (1, 5), (5, shape[1])):
+        part = stages.anchors(a[:, first:last], eps=0.0, with_grad=True)
+        told = []
+
+        def gather(logsumexp: torch.Tensor, told=told) -> torch.Tensor:
+            told.append(logsumexp)
+            return exact.logsumexp
+
+        everyone = backends.Everyone(unit, first, gather)
+        found = stages.contrast(part, temperature=0.3, with_grad=True, everyone=everyone)
+        assert len(told) == 1 and torch.equal(told[0], found.logsumexp)
+        torch.testing.assert_close(found.logsumexp, exact.logsumexp[first:last])
+        torch.testing.assert_close(found.grad, exact.grad[:, first:last], rtol=1e-4, atol=1e-5)
+        stages.contrast(part, temperature=0.3, with_grad=False, everyone=everyone)
+        assert len(told) == 1
 
 
 @pytest.mark.slow
@@ -113,8 +155,11 @@ def test_contrast_of_many_samples_in_parts(backend: str, monkeypatch: pytest.Mon
     batch = 1030
     angle = torch.linspace(0, 1.5, batch, device=DEVICE)
     a = torch.stack((angle.cos(), angle.sin(), 0.1 * angle), -1)[None]
-    found = stages.contrast(a, temperature=0.02, eps=0.0, with_grad=True)
-    exact = backends.load("eager").contrast(a.double(), temperature=0.02, eps=0.0, with_grad=True)
+    anchors = stages.anchors(a, eps=0.0, with_grad=True)
+    found = stages.contrast(anchors, temperature=0.02, with_grad=True)
+    eager = backends.load("eager")
+    exact = eager.anchors(a.double(), eps=0.0, with_grad=True)
+    exact = eager.contrast(exact, temperature=0.02, with_grad=True)
     torch.testing.assert_close(found.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=0)
     assert (found.grad.double() - exact.grad).norm() <= 3e-5 * exact.grad.norm()
 
@@ -126,7 +171,7 @@ def test_gram(backend: str, dtype: torch.dtype, case: Case, eps: float):
     views = _views(case, dtype)
     eager = backends.load("eager")
     statistics = eager.statistics(_exact(views), positions=False, channels=True)
-    anchors = eager.contrast(statistics.channels, temperature=0.5, eps=eps, with_grad=False).anchors
+    anchors = eager.anchors(statistics.channels, eps=eps, with_grad=False).unit
     stage = backends.load(backend).gram
     precise = anchors.dtype if dtype == torch.float64 else torch.float32
     scale, unit = statistics.scale.to(precise), anchors.to(precise)

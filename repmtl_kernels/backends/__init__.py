@@ -1,6 +1,6 @@
 """The stage contract, which backends exist on this machine, and which one to use.
 
-A backend is a module with five functions, the stages of the losses. They run outside autograd, on
+A backend is a module with six functions, the stages of the losses. They run outside autograd, on
 the T canonical views ``(B, C, *spatial)`` of the saliencies (any strides, one dtype and device),
 and return tensors of the accumulation dtype (float32; float64 for float64) unless noted. ``N`` is
 the number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix
@@ -11,11 +11,14 @@ is ``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled ope
     One read of the saliencies.
 ``entropy(x, *, over, normalizer, temperature, eps, with_grad) -> Entropy``
     TSR of the position means (eq. 5 and 6) and its gradient.
-``contrast(a, *, temperature, eps, with_grad) -> Contrast``
-    Unit anchors (eq. 8) and the negatives' half of CSA (eq. 9).
+``anchors(a, *, eps, with_grad) -> Anchors``
+    Unit anchors (eq. 8).
 ``gram(saliencies, scale, anchors, *, eps, with_grad) -> Gram``
     Similarity of each task's affinity (eq. 7) with its anchor, without a ``C x C`` matrix unless
     that is the smaller one.
+``contrast(anchors, *, temperature, with_grad, everyone=None) -> Contrast``
+    The negatives' half of CSA (eq. 9): these samples against those of ``everyone``, with memory
+    linear in their number. None: against each other.
 ``saliency_grad(saliencies, outputs, csa, position_grad)``
     Writes the gradient of each task into ``outputs`` (views like the saliencies, or None where no
     gradient is wanted).
@@ -31,6 +34,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -54,15 +58,26 @@ class Entropy(NamedTuple):
     grad: Tensor | None  # (T, B, N): d value / d x
 
 
-class Contrast(NamedTuple):
+class Anchors(NamedTuple):
     """Unit anchors ``u_bt = factor_b a_bt``: ``sum_t u u^T`` has Frobenius norm 1."""
 
-    anchors: Tensor  # (T, B, C): u
+    unit: Tensor  # (T, B, C): u, contiguous
     factor: Tensor  # (B,): 0 where the anchor is exactly zero
-    logsumexp: Tensor  # (B,): logsumexp over k != b of r_bk / temperature
     pull: Tensor | None  # (T, B, C): sum_v (u_t . u_v) u_v, what normalisation takes out of a
     #                      gradient; 0 where the norm is clamped by eps
-    grad: Tensor | None  # (T, B, C): d mean_b logsumexp / d a (through the normalisation)
+
+
+class Everyone(NamedTuple):
+    """The samples of all ranks: G of them, those of this one from ``first`` on."""
+
+    unit: Tensor  # (T, G, C): unit anchors; memory as (T, G, C) or (G, T, C) lies
+    first: int
+    gather: Callable[[Tensor], Tensor]  # (B,) of each rank to (G,) of all; each rank calls it once
+
+
+class Contrast(NamedTuple):
+    logsumexp: Tensor  # (B,): logsumexp over k != b of r_bk / temperature
+    grad: Tensor | None  # (T, B, C): d mean logsumexp of everyone / d a, through the normalisation
 
 
 class Gram(NamedTuple):
@@ -81,11 +96,12 @@ class CSAGradient(NamedTuple):
     """What ``saliency_grad`` needs of CSA: with ``u`` the unit anchors and per (task, sample)
 
     ``dS^ = rank sum_u u_u (u_u^T S^) + curl S^ (S^^T S^)``, times ``scale``, plus ``da 1^T / N``,
-    ``da_u = negatives * contrast.grad_u + factor (sum_t rank_t S^_t S^_t^T u_u - tug pull_u)``.
+    ``da_u = negatives * contrast_grad_u + factor (sum_t rank_t S^_t S^_t^T u_u - tug pull_u)``.
     """
 
     scale: Tensor  # (T, B)
-    contrast: Contrast
+    anchors: Anchors
+    contrast_grad: Tensor  # (T, B, C): Contrast.grad
     gram: Gram
     rank: Tensor  # (T, B): 2 (dL/ds) inverse
     curl: Tensor  # (T, B): rank * slope

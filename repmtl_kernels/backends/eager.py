@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor
-from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram, Statistics
+from repmtl_kernels.backends import (
+    Anchors,
+    Contrast,
+    CSAGradient,
+    Entropy,
+    Everyone,
+    Gram,
+    Statistics,
+)
 
 # Rows of one block of the Gram matrix: small enough to skip most of the upper half, large enough
 # for the matrix product to run at full speed.
@@ -74,8 +82,7 @@ def entropy(
     return Entropy(h.mean(), grad)
 
 
-def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
-    tasks, batch, channels = a.shape
+def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     scale = _power_of_two(a.abs().amax((0, 2)))  # (B,)
     scaled = a * scale[:, None]
     products = torch.einsum("tbc,ubc->btu", scaled, scaled)
@@ -83,33 +90,47 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
     inverse, free = _guarded_inverse(norm, scale, eps)
     factor = scale * inverse.sqrt()
     u = scaled * inverse.sqrt()[:, None]
-    rows = u.transpose(0, 1).reshape(batch * tasks, channels)
-    step = max(1, CONTRAST_BLOCK // (tasks * len(rows)))
+    if not with_grad:
+        return Anchors(u, factor, None)
+    pull = torch.einsum("btu,ubc->tbc", products * (inverse * free)[:, None, None], u)
+    return Anchors(u, factor, pull)
+
+
+def contrast(
+    anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
+) -> Contrast:
+    u = anchors.unit
+    tasks, batch, channels = u.shape
+    rows = others = u.transpose(0, 1).reshape(batch * tasks, channels)
+    first = 0
+    if everyone is not None:
+        others, first = everyone.unit.transpose(0, 1).reshape(-1, channels), everyone.first
+    total = len(others) // tasks
+    step = max(1, CONTRAST_BLOCK // (tasks * len(others)))
     blocks = range(0, batch, step)
 
     def similarity(b: int) -> tuple[Tensor, Tensor]:
         """u_bt . u_ku of one block of samples, and r_bk / temperature with -inf for k = b."""
-        dots = (rows[b * tasks : (b + step) * tasks] @ rows.T).view(-1, tasks, batch, tasks)
+        dots = (rows[b * tasks : (b + step) * tasks] @ others.T).view(-1, tasks, total, tasks)
         r = dots.square().sum((1, 3)) / temperature
-        r.diagonal(b).fill_(float("-inf"))
+        r.diagonal(first + b).fill_(float("-inf"))
         return dots, r
 
     lse = torch.cat([torch.logsumexp(similarity(b)[1], 1) for b in blocks])
     if not with_grad:
-        return Contrast(u, factor, lse, None, None)
+        return Contrast(lse, None)
 
+    all_lse = lse if everyone is None else everyone.gather(lse)
     du = torch.empty_like(rows)
     for b in blocks:
         dots, r = similarity(b)
         # r_bk is a negative of sample b and of sample k
-        weight = torch.exp(r - lse[b : b + step, None]) + torch.exp(r - lse)
-        dots *= (weight * (2 / (temperature * batch)))[:, None, :, None]
-        torch.mm(dots.view(-1, len(rows)), rows, out=du[b * tasks : (b + step) * tasks])
+        weight = torch.exp(r - lse[b : b + step, None]) + torch.exp(r - all_lse)
+        dots *= (weight * (2 / (temperature * total)))[:, None, :, None]
+        torch.mm(dots.view(-1, len(others)), others, out=du[b * tasks : (b + step) * tasks])
     du = du.view(batch, tasks, channels).transpose(0, 1)
-    pull = torch.einsum("btu,ubc->tbc", products * (inverse * free)[:, None, None], u)
     tug = (du * u).sum((0, 2))
-    grad = factor[:, None] * (du - tug[:, None] * pull)
-    return Contrast(u, factor, lse, pull, grad)
+    return Contrast(lse, anchors.factor[:, None] * (du - tug[:, None] * anchors.pull))
 
 
 def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -245,7 +266,7 @@ def gradient_terms(
 ) -> Iterator[GradientTerms]:
     """Of each task whose gradient is wanted."""
     prescale = _needs_prescale(saliencies[0], csa.scale)
-    anchors = csa.contrast.anchors  # (T, B, C)
+    anchors = csa.anchors.unit  # (T, B, C)
     anchor_grad = _anchor_grad(saliencies, csa, prescale)
     for t, (s, output) in enumerate(zip(saliencies, outputs, strict=True)):
         if output is None:
@@ -284,16 +305,15 @@ def saliency_grad(
 
 def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> Tensor:
     """``da / N`` (T, B, C)."""
-    positive = torch.zeros_like(csa.contrast.anchors)  # sum_t rank_t S^_t S^_t^T u
+    positive = torch.zeros_like(csa.anchors.unit)  # sum_t rank_t S^_t S^_t^T u
     for t, s in enumerate(saliencies):
         v = csa.gram.projection[t] * csa.rank[t][:, None, None]  # (B, T, R)
         if _is_n_side(s):
             x, rest = _operand(s, csa.scale[t], prescale)
             v = (v * rest[:, None, None]) @ x.mT
         positive += v.transpose(0, 1)
-    contrast = csa.contrast
-    through = contrast.factor[:, None] * (positive - csa.tug[:, None] * contrast.pull)
-    return (csa.negatives * contrast.grad + through) / saliencies[0].shape[2:].numel()
+    through = csa.anchors.factor[:, None] * (positive - csa.tug[:, None] * csa.anchors.pull)
+    return (csa.negatives * csa.contrast_grad + through) / saliencies[0].shape[2:].numel()
 
 
 def rows_of(output: Tensor) -> tuple[Tensor | None, bool]:

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import _native
-from repmtl_kernels.backends import Contrast, CSAGradient, Entropy, Gram, Statistics, eager
+from repmtl_kernels.backends import (
+    Anchors,
+    Contrast,
+    CSAGradient,
+    Entropy,
+    Everyone,
+    Gram,
+    Statistics,
+    eager,
+)
 
 
 def ops_of(x: Tensor) -> ModuleType:
@@ -45,35 +54,67 @@ def entropy(
     return Entropy(value, grad if with_grad else None)
 
 
-def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
-    tasks, batch, channels = a.shape
-    ops = ops_of(a)
-    u, factor, pull = ops.unit_anchors(a.contiguous(), eps, with_grad)
-    rows = u.view(tasks * batch, channels)
-    step = max(1, eager.CONTRAST_BLOCK // (tasks * len(rows)))
+def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
+    unit, factor, pull = ops_of(a).unit_anchors(a.contiguous(), eps, with_grad)
+    return Anchors(unit, factor, pull if with_grad else None)
+
+
+def contrast(
+    anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
+) -> Contrast:
+    u, ops = anchors.unit, ops_of(anchors.unit)
+    others, first = (u, 0) if everyone is None else everyone[:2]
+    tasks, batch, _ = u.shape
+    total = others.shape[1]
+    step = max(1, eager.CONTRAST_BLOCK // (tasks * tasks * total))
     blocks = range(0, batch, step)
 
     def dots_of(b: int) -> Tensor:
-        """(T, M, T, B): products of one block of samples with all."""
-        block = u[:, b : b + step]
-        return torch.matmul(block, rows.T).view(tasks, -1, tasks, batch)
+        """(T, M, T, G): products of one block of samples with all."""
+        return _products(u[:, b : b + step], others)
 
     found = []
     for b in blocks:
         dots = dots_of(b)
-        found.append(ops.log_sum_exp(dots, b, temperature))
+        found.append(ops.log_sum_exp(dots, first + b, temperature))
     lse = torch.cat(found)
     if not with_grad:
-        return Contrast(u, factor, lse, None, None)
+        return Contrast(lse, None)
 
+    all_lse = lse if everyone is None else everyone.gather(lse)
     du = torch.empty_like(u)
     for b in blocks:
         if len(blocks) > 1:  # else those of above are still there
             dots = dots_of(b)
-        ops.weigh_dots(dots, lse, b, temperature)
-        du[:, b : b + step] = torch.matmul(dots.view(tasks, -1, len(rows)), rows)
-    ops.through_normalisation(du, u, factor, pull)
-    return Contrast(u, factor, lse, pull, du)
+        ops.weigh_dots(dots, all_lse, first + b, temperature)
+        du[:, b : b + step] = _weighted_sums(dots, others)
+    ops.through_normalisation(du, u, anchors.factor, anchors.pull)
+    return Contrast(lse, du)
+
+
+def _products(x: Tensor, others: Tensor) -> Tensor:
+    """(T, M, T, G): of x (T, M, C) with all of ``others`` (T, G, C)."""
+    tasks, samples, channels = x.shape
+    shape = (tasks, samples, tasks, others.shape[1])
+    if others.is_contiguous():
+        return torch.matmul(x, others.view(-1, channels).T).view(shape)
+    # Task by task, in place: gathered anchors are too many to be copied.
+    products, x = x.new_empty(shape), x.reshape(-1, channels)
+    for v, other in enumerate(others):
+        torch.mm(x, other.T, out=products.view(-1, *shape[2:])[:, v])
+    return products
+
+
+def _weighted_sums(weights: Tensor, others: Tensor) -> Tensor:
+    """(T, M, C): of ``others`` (T, G, C), with weights (T, M, T, G)."""
+    if others.is_contiguous():
+        flat = others.view(-1, others.shape[2])
+        return torch.matmul(weights.flatten(2), flat)
+    weights = weights.flatten(0, 1)
+    sums = weights[:, 0] @ others[0]
+    for weight, other in zip(weights.unbind(1)[1:], others[1:], strict=True):
+        sums.addmm_(weight, other)
+    return sums.view(len(others), -1, others.shape[2])
 
 
 def gram(
@@ -115,10 +156,10 @@ def saliency_grad(
             [outputs[t] for t in wanted],
             wanted,
             csa.scale,
-            csa.contrast.anchors,
-            csa.contrast.factor,
-            csa.contrast.pull,
-            csa.contrast.grad,
+            csa.anchors.unit,
+            csa.anchors.factor,
+            csa.anchors.pull,
+            csa.contrast_grad,
             csa.gram.projection,
             csa.gram.matrix,
             csa.rank,

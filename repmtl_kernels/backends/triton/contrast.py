@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends import Contrast
+from repmtl_kernels.backends import Anchors, Contrast, Everyone
 from repmtl_kernels.backends.triton._common import INTERPRET, alignment, fp32_precision, launch
 from repmtl_kernels.backends.triton.statistics import power_of_two
 
@@ -76,21 +76,37 @@ def _contrast_anchor_kernel(
 
 
 @triton.jit
-def _anchor_rows(tile, batch, SIDE: tl.constexpr, TASKS: tl.constexpr, TASK_BLOCK: tl.constexpr):
-    """Rows (int64) of the ``(T B, C)`` anchors that make up a tile, and which of them exist."""
+def _anchor_rows(
+    tile,
+    samples,
+    task_rows,
+    sample_rows,
+    SIDE: tl.constexpr,
+    TASKS: tl.constexpr,
+    TASK_BLOCK: tl.constexpr,
+):
+    """Rows (int64) of C anchor elements that make up a tile, and which of them exist.
+
+    From one task to the next there are ``task_rows`` rows, between samples ``sample_rows``.
+    """
     i = tl.arange(0, SIDE)
     task, sample = i % TASK_BLOCK, tile * (SIDE // TASK_BLOCK) + i // TASK_BLOCK
-    return task.to(tl.int64) * batch + sample, (task < TASKS) & (sample < batch)
+    row = task.to(tl.int64) * task_rows + sample.to(tl.int64) * sample_rows
+    return row, (task < TASKS) & (sample < samples)
 
 
 @triton.jit
 def _contrast_products_kernel(
     anchors,  # (T, B, C)
+    others,  # (T, G, C), of rows of C
     dots,  # (tiles of this launch * SIDE, all tiles * SIDE) or None: products, 0 where padded
     similarity,  # (tiles of this launch * samples, all tiles * samples): r, 0 where padded
     first_tile,
     tiles,
     batch,
+    total,
+    task_rows,  # of `others`
+    sample_rows,
     channels_div,
     CHANNELS_ALIGN: tl.constexpr,
     TASKS: tl.constexpr,
@@ -103,9 +119,10 @@ def _contrast_products_kernel(
     channels = channels_div * CHANNELS_ALIGN
     local, k_tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     lane = tl.arange(0, WIDE)[None, :]
-    b_row, b_exists = _anchor_rows(first_tile + local, batch, SIDE, TASKS, TASK_BLOCK)
-    k_row, k_exists = _anchor_rows(k_tile, batch, SIDE, TASKS, TASK_BLOCK)
-    x_row, y_row = anchors + b_row[:, None] * channels, anchors + k_row[:, None] * channels
+    tile = first_tile + local
+    b_row, b_exists = _anchor_rows(tile, batch, batch, 1, SIDE, TASKS, TASK_BLOCK)
+    k_row, k_exists = _anchor_rows(k_tile, total, task_rows, sample_rows, SIDE, TASKS, TASK_BLOCK)
+    x_row, y_row = anchors + b_row[:, None] * channels, others + k_row[:, None] * channels
     acc = tl.zeros((SIDE, SIDE), tl.float32)
     for c in range(0, channels, WIDE):
         in_range = c + lane < channels
@@ -133,8 +150,9 @@ def _contrast_logsumexp_kernel(
     similarity,  # (samples of this launch, columns): r
     logsumexp,  # (B,)
     first,
+    own,  # number of the first of the B samples among the G
     columns,
-    batch,
+    total,
     temperature,
     WIDE: tl.constexpr,
 ):
@@ -146,8 +164,8 @@ def _contrast_logsumexp_kernel(
     # negative, so 0 is a lower bound of their maximum, and finite.
     largest = tl.zeros((WIDE,), tl.float32)
     sums = tl.zeros((WIDE,), tl.float32)
-    for k in range(0, batch, WIDE):
-        negative = (k + lane < batch) & (k + lane != b)
+    for k in range(0, total, WIDE):
+        negative = (k + lane < total) & (k + lane != own + b)
         z = tl.load(row + k + lane, mask=negative, other=0.0) / temperature
         raised = tl.maximum(largest, z)
         sums = sums * tl.exp(largest - raised) + tl.where(negative, tl.exp(z - raised), 0.0)
@@ -161,18 +179,22 @@ def _contrast_logsumexp_kernel(
 def _contrast_gradient_kernel(
     dots,  # (tiles of this launch * SIDE, all tiles * SIDE)
     similarity,  # (tiles of this launch * samples, all tiles * samples): r
-    anchors,  # (T, B, C)
+    others,  # (T, G, C), of rows of C
     pull,  # (T, B, C)
     factor,  # (B,)
-    logsumexp,  # (B,)
+    logsumexp,  # (G,)
     grad,  # (T, B, C)
     first_tile,
+    own,  # number of the first of the B samples among the G
     tiles,
     blocks,
     batch,
+    total,
+    task_rows,  # of `others`
+    sample_rows,
     channels_div,
     temperature,
-    coefficient,  # 2 / (temperature B)
+    coefficient,  # 2 / (temperature G)
     CHANNELS_ALIGN: tl.constexpr,
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
@@ -187,28 +209,30 @@ def _contrast_gradient_kernel(
     tile = first_tile + local
     samples: tl.constexpr = SIDE // TASK_BLOCK
     b = tile * samples + tl.arange(0, samples)
-    b_lse = tl.load(logsumexp + b, mask=b < batch, other=0.0)
+    b_lse = tl.load(logsumexp + own + b, mask=b < batch, other=0.0)
     c = block * WIDE + tl.arange(0, WIDE)[None, :]
     du = tl.zeros((SIDE, WIDE), tl.float32)
     tug = tl.zeros((samples,), tl.float32)  # sum_t du_t . u_t, from r alone
     k_samples: tl.constexpr = K_SIDE // TASK_BLOCK
     for k_tile in range(tiles * (SIDE // K_SIDE)):
         k = k_tile * k_samples + tl.arange(0, k_samples)
-        k_lse = tl.load(logsumexp + k, mask=k < batch, other=0.0)
+        k_lse = tl.load(logsumexp + k, mask=k < total, other=0.0)
         r = tl.load(_tile_of(similarity, local, k_tile, tiles * samples, samples, k_samples))
         # r_bk is a negative of sample b and of sample k.
         z = r / temperature
         weight = tl.exp(z - b_lse[:, None]) + tl.exp(z - k_lse[None, :])
-        weight = tl.where((b[:, None] != k[None, :]) & (k < batch)[None, :], weight, 0.0)
+        weight = tl.where((own + b[:, None] != k[None, :]) & (k < total)[None, :], weight, 0.0)
         tug += tl.sum(weight * r, 1)
         shape: tl.constexpr = (samples, TASK_BLOCK, k_samples, TASK_BLOCK)
         weight = tl.reshape(tl.broadcast_to(weight[:, None, :, None], shape), (SIDE, K_SIDE))
         weight *= tl.load(_tile_of(dots, local, k_tile, tiles * SIDE, SIDE, K_SIDE))
-        k_row, k_exists = _anchor_rows(k_tile, batch, K_SIDE, TASKS, TASK_BLOCK)
+        k_row, k_exists = _anchor_rows(
+            k_tile, total, task_rows, sample_rows, K_SIDE, TASKS, TASK_BLOCK
+        )
         mask = k_exists[:, None] & (c < channels)
-        u = tl.load(anchors + k_row[:, None] * channels + c, mask=mask, other=0.0)
+        u = tl.load(others + k_row[:, None] * channels + c, mask=mask, other=0.0)
         du = tl.dot(weight, u, du, input_precision=PRECISION)
-    row, exists = _anchor_rows(tile, batch, SIDE, TASKS, TASK_BLOCK)
+    row, exists = _anchor_rows(tile, batch, batch, 1, SIDE, TASKS, TASK_BLOCK)
     offset = row[:, None] * channels + c
     mask = exists[:, None] & (c < channels)
     pulled = tl.load(pull + offset, mask=mask, other=0.0)
@@ -218,26 +242,27 @@ def _contrast_gradient_kernel(
 
 
 class _Plan(NamedTuple):
-    """How the samples are cut into square tiles of products."""
+    """How products of B samples with G are cut into square tiles."""
 
     task_block: int  # T rounded up to a power of two
     side: int  # anchors of a tile, those of all tasks of `samples` samples
     samples: int
-    tiles: int
+    rows: int  # tiles of samples b
+    tiles: int  # tiles of samples k
     at_once: int  # tiles of samples b whose products are in memory at a time
 
 
-def _plan(tasks: int, batch: int, channels: int) -> _Plan:
+def _plan(tasks: int, batch: int, total: int, channels: int) -> _Plan:
     task_block = triton.next_power_of_2(tasks)
     for side in SIDES:
         side = max(side, task_block)
         samples = side // task_block
-        tiles = triton.cdiv(batch, samples)
-        if tiles * tiles >= TILES:
+        rows, tiles = triton.cdiv(batch, samples), triton.cdiv(total, samples)
+        if rows * tiles >= TILES:
             break
-    room = max(BUFFER, tasks * batch * channels)
-    at_once = min(tiles, max(1, room // (side * side * tiles)))
-    return _Plan(task_block, side, samples, tiles, at_once)
+    room = max(BUFFER, tasks * total * channels)
+    at_once = min(rows, max(1, room // (side * side * tiles)))
+    return _Plan(task_block, side, samples, rows, tiles, at_once)
 
 
 def _step(side: int, align: int) -> dict[str, int]:
@@ -245,47 +270,70 @@ def _step(side: int, align: int) -> dict[str, int]:
     return {"WIDE": wide if align >= 4 else max(16, wide // 2), "num_warps": warps}
 
 
-def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> Contrast:
+def _precision() -> str:
+    return "ieee" if INTERPRET or fp32_precision() == "ieee" else "tf32x3"
+
+
+def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     tasks, batch, channels = a.shape
     a = a.contiguous()
-    temperature = float(temperature)
-    precision = "ieee" if INTERPRET or fp32_precision() == "ieee" else "tf32x3"
     align = alignment(channels)
-    sizes = batch, channels // align
-    constants = {"CHANNELS_ALIGN": align, "TASKS": tasks, "PRECISION": precision}
-    plan = _plan(tasks, batch, channels)
-    tiling = {"TASK_BLOCK": plan.task_block, "SIDE": plan.side, **constants}
-    step = _step(plan.side, align)
-
-    anchors, factor, logsumexp = torch.empty_like(a), a.new_empty(batch), a.new_empty(batch)
+    unit, factor = torch.empty_like(a), a.new_empty(batch)
     pull = torch.empty_like(a) if with_grad else None
-    anchor_block = max(16, plan.task_block)  # the least that a matrix product takes
+    block = max(16, triton.next_power_of_2(tasks))  # the least that a matrix product takes
     launch(
         _contrast_anchor_kernel,
         (batch,),
         a.device,
         a,
-        anchors,
+        unit,
         pull,
         factor,
-        *sizes,
+        batch,
+        channels // align,
         float(eps),
-        TASK_BLOCK=anchor_block,
-        **_step(anchor_block, align),
-        **constants,
+        CHANNELS_ALIGN=align,
+        TASKS=tasks,
+        TASK_BLOCK=block,
+        PRECISION=_precision(),
+        **_step(block, align),
     )
+    return Anchors(unit, factor, pull)
+
+
+def contrast(
+    anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
+) -> Contrast:
+    unit, factor, pull = anchors
+    others, own = (unit, 0) if everyone is None else everyone[:2]
+    tasks, batch, channels = unit.shape
+    total = others.shape[1]
+    temperature = float(temperature)
+    align = alignment(channels)
+    task_rows, sample_rows = (stride // channels for stride in others.stride()[:2])
+    sizes = batch, total, task_rows, sample_rows, channels // align
+    plan = _plan(tasks, batch, total, channels)
+    tiling = {
+        "CHANNELS_ALIGN": align,
+        "TASKS": tasks,
+        "TASK_BLOCK": plan.task_block,
+        "SIDE": plan.side,
+        "PRECISION": _precision(),
+    }
+    step = _step(plan.side, align)
 
     dots = None
     if with_grad:
-        dots = a.new_empty(plan.at_once * plan.side, plan.tiles * plan.side)
-    similarity = a.new_empty(plan.at_once * plan.samples, plan.tiles * plan.samples)
+        dots = unit.new_empty(plan.at_once * plan.side, plan.tiles * plan.side)
+    similarity = unit.new_empty(plan.at_once * plan.samples, plan.tiles * plan.samples)
 
     def write_products(first: int, count: int, dots: Tensor | None) -> None:
         launch(
             _contrast_products_kernel,
             (count * plan.tiles,),
-            a.device,
-            anchors,
+            unit.device,
+            unit,
+            others,
             dots,
             similarity,
             first,
@@ -295,54 +343,58 @@ def contrast(a: Tensor, *, temperature: float, eps: float, with_grad: bool) -> C
             **tiling,
         )
 
-    whole = plan.at_once == plan.tiles
-    starts = range(0, plan.tiles, plan.at_once)
+    logsumexp = unit.new_empty(batch)
+    whole = plan.at_once == plan.rows
+    starts = range(0, plan.rows, plan.at_once)
     for first in starts:
-        count = min(plan.at_once, plan.tiles - first)
+        count = min(plan.at_once, plan.rows - first)
         write_products(first, count, dots if whole else None)
         launch(
             _contrast_logsumexp_kernel,
             (min(count * plan.samples, batch - first * plan.samples),),
-            a.device,
+            unit.device,
             similarity,
             logsumexp,
             first * plan.samples,
+            own,
             similarity.shape[1],
-            batch,
+            total,
             temperature,
-            WIDE=min(1024, triton.next_power_of_2(batch)),
+            WIDE=min(1024, triton.next_power_of_2(total)),
         )
     if not with_grad:
-        return Contrast(anchors, factor, logsumexp, None, None)
+        return Contrast(logsumexp, None)
 
-    grad = torch.empty_like(a)
+    all_logsumexp = logsumexp if everyone is None else everyone.gather(logsumexp)
+    grad = torch.empty_like(unit)
     k_side = max(plan.task_block, min(plan.side, GRADIENT_SIDE))
     gradient_wide = GRADIENT_ELEMENTS // max(k_side, GRADIENT_SIDE)
     blocks = triton.cdiv(channels, gradient_wide)
     for first in starts:
-        count = min(plan.at_once, plan.tiles - first)
+        count = min(plan.at_once, plan.rows - first)
         if not whole:  # the weights of the gradient need every sample's logsumexp first
             write_products(first, count, dots)
         launch(
             _contrast_gradient_kernel,
             (count * blocks,),
-            a.device,
+            unit.device,
             dots,
             similarity,
-            anchors,
+            others,
             pull,
             factor,
-            logsumexp,
+            all_logsumexp,
             grad,
             first,
+            own,
             plan.tiles,
             blocks,
             *sizes,
             temperature,
-            2 / (temperature * batch),
+            2 / (temperature * total),
             K_SIDE=k_side,
             WIDE=gradient_wide,
             num_warps=step["num_warps"],
             **tiling,
         )
-    return Contrast(anchors, factor, logsumexp, pull, grad)
+    return Contrast(logsumexp, grad)

@@ -29,7 +29,7 @@ def saliency_grad(
     csa: CSAGradient,
     position_grad: Tensor | None,
 ) -> None:
-    anchors = csa.contrast.anchors
+    anchors = csa.anchors.unit
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
     anchor_grad = _anchor_grad(saliencies, csa, operand)
@@ -104,22 +104,21 @@ def _tile(operand: Operand) -> _Tile:
 
 def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
     """``da / N`` (T, B, C)."""
-    anchors, contrast = csa.contrast.anchors, csa.contrast
-    tasks, batch, channels = anchors.shape
+    tasks, batch, channels = csa.anchors.unit.shape
     pulled = csa.gram.projection
     if operand.n_side:
         pulled = _pulled_anchors(saliencies, csa, operand)
-    anchor_grad = anchors.new_empty(tasks, batch, channels)
+    anchor_grad = csa.anchors.unit.new_empty(tasks, batch, channels)
     block = min(1024, triton.next_power_of_2(channels))
     launch(
         _gradient_anchor_kernel,
         (triton.cdiv(channels, block) * batch, tasks),
-        anchors.device,
+        anchor_grad.device,
         pulled,
         csa.rank,
-        contrast.grad,
-        contrast.pull,
-        contrast.factor,
+        csa.contrast_grad,
+        csa.anchors.pull,
+        csa.anchors.factor,
         csa.tug,
         csa.negatives,
         anchor_grad,
@@ -135,7 +134,7 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -
 
 def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
     """``S^ S^^T u`` (T, B, T, C) from ``V = S^^T u``: what the C side has as its projection."""
-    anchors = csa.contrast.anchors
+    anchors = csa.anchors.unit
     tasks, batch, channels = anchors.shape
     pulled = anchors.new_empty(tasks, batch, tasks, channels)
     parts = 2 if operand.is_split else 1

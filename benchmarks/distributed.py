@@ -1,0 +1,97 @@
+"""What negatives of all ranks cost, from formulas: nothing here is measured.
+
+``python -m benchmarks.report`` writes the table into docs/distributed.md. A test on two ranks
+counts the bytes that :func:`given` says, another measures the memory of the contrast stage.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from benchmarks.progress import markdown
+from repmtl_kernels._distributed import Facts
+from repmtl_kernels.backends.eager import CONTRAST_BLOCK
+
+RANKS = (2, 8, 64, 512, 4096)
+# Assumed of the network: one port of 400 Gbit/s for each rank, at half of its rate.
+BYTES_PER_SECOND = 25e9
+
+
+class Setting(NamedTuple):
+    tasks: int = 4
+    batch: int = 64  # of each rank
+    channels: int = 512
+    positions: int = 49
+    itemsize: int = 4  # of float32, which anchors have but for float64 saliencies
+
+
+def given(s: Setting) -> int:
+    """Bytes that a rank gives to the gathers of one step, all in its forward pass."""
+    facts = 8 * len(Facts._fields)
+    return facts + s.itemsize * s.batch * (s.tasks * s.channels + 1)
+
+
+def received(s: Setting, ranks: int) -> int:
+    return (ranks - 1) * given(s)
+
+
+def anchors(s: Setting, ranks: int) -> int:
+    """Bytes of everyone's anchors, until the forward pass is over."""
+    return s.itemsize * ranks * s.batch * s.tasks * s.channels
+
+
+def block(s: Setting, ranks: int) -> int:
+    """Bytes of the products that the contrast stage has at a time, on the CPU."""
+    sample = s.tasks**2 * ranks * s.batch
+    samples = min(s.batch, max(1, CONTRAST_BLOCK // sample))
+    return s.itemsize * samples * sample
+
+
+def all_products(s: Setting, ranks: int) -> int:
+    """Bytes of ``(G T)^2`` products, which are never made."""
+    return s.itemsize * (ranks * s.batch * s.tasks) ** 2
+
+
+def work(s: Setting, ranks: int) -> int:
+    """Multiply-adds of the contrast stage of one rank: products, and their gradient."""
+    return 2 * s.tasks**2 * s.batch * ranks * s.batch * s.channels
+
+
+def gram_work(s: Setting) -> int:
+    """Multiply-adds of the rest of CSA, which does not depend on the number of ranks."""
+    small = min(s.channels, s.positions)
+    return round(1.5 * small * s.channels * s.positions * s.tasks * s.batch)
+
+
+def table() -> str:
+    s = Setting()
+    header = [
+        "ranks", "samples", "received per step", f"at {BYTES_PER_SECOND / 1e9:g} GB/s",
+        "everyone's anchors", "products at a time", "all products, never made",
+        "multiply-adds, against the rest of CSA",
+    ]  # fmt: skip
+    lines = [
+        [
+            f"{ranks:,}",
+            f"{ranks * s.batch:,}",
+            amount(received(s, ranks)),
+            f"{1e3 * received(s, ranks) / BYTES_PER_SECOND:.2g} ms",
+            amount(anchors(s, ranks)),
+            amount(block(s, ranks)),
+            amount(all_products(s, ranks)),
+            f"{work(s, ranks):.1e} ({work(s, ranks) / gram_work(s):.3g}x)",
+        ]
+        for ranks in RANKS
+    ]
+    caption = (
+        f"Simulated from the formulas above by `benchmarks/distributed.py`, not measured: for each "
+        f"rank, T = {s.tasks}, B = {s.batch}, C = {s.channels}, N = {s.positions}, float32; the "
+        "rate of the network is an assumption, its latency is left out."
+    )
+    return f"{markdown(header, lines)}\n\n{caption}"
+
+
+def amount(size: float) -> str:
+    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
+    unit = next((unit for unit, scale in units.items() if size >= scale), "MB")
+    return f"{size / units[unit]:.3g} {unit}"

@@ -1,0 +1,63 @@
+"""Runs functions on two processes of a gloo group, for the tests of several ranks."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 2
+TIMEOUT = timedelta(seconds=60)
+
+
+def run(
+    checks: list[Callable[[int], None]],
+    folder: Path,
+    timeout: timedelta = TIMEOUT,
+    wait: float = 300,
+) -> list[dict[str, str]]:
+    """Each check on each rank, one after the other: by rank, the name to the error of those that
+    failed.
+
+    An empty dict says that all passed; a rank that did not come to an end has an ``"end"``.
+    """
+    context = mp.get_context("spawn")
+    work = (checks, str(folder), timeout)
+    processes = [context.Process(target=_rank, args=(rank, *work)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + wait
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+    found = []
+    for rank, process in enumerate(processes):
+        path = folder / f"{rank}.pt"
+        if process.is_alive():
+            process.kill()
+        ended = {"end": f"exit code {process.exitcode}, no result"}
+        found.append(torch.load(path) if path.exists() else ended)
+    return found
+
+
+def _rank(rank: int, checks: list, folder: str, timeout: timedelta) -> None:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in all tests
+    if sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timeout, rank=rank, world_size=RANKS)
+    failed = {}
+    for check in checks:
+        try:
+            check(rank)
+        except BaseException:  # noqa: BLE001  (the test shows it)
+            failed[check.__name__] = traceback.format_exc()
+    torch.save(failed, f"{folder}/{rank}.tmp")
+    os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt")  # whole or not at all
+    os._exit(0)  # without the farewell of a group whose other rank may be gone

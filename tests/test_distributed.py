@@ -1,0 +1,638 @@
+"""Two gloo processes against one that has the whole batch.
+
+The functions called ``check_...`` run on both ranks, all in one pair of processes; the tests look
+at what became of them.
+"""
+
+import copy
+import os
+import signal
+import time
+from collections import Counter
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import repmtl_kernels
+from benchmarks import distributed as cost
+from benchmarks import memory
+from repmtl_kernels import (
+    CSALoss,
+    RepMTL,
+    RepMTLLoss,
+    SecondDerivativeError,
+    _distributed,
+    backends,
+    csa_loss,
+    reference,
+    rep_mtl_loss,
+    tsr_loss,
+)
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("needs gloo", allow_module_level=True)
+pytestmark = pytest.mark.slow_cpu
+
+T, C, N = 3, 12, 5
+
+
+def cpu_backends() -> list[str]:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return [
+        name
+        for name in repmtl_kernels.available_backends()
+        if name in ("eager", "native") or (name == "triton" and interpreted)
+    ]
+
+
+def whole_batch(batch: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    shape = (T, batch, C, N)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64)
+    values += torch.randn((*shape[:3], 1), generator=generator, dtype=torch.float64)
+    return list(values.to(dtype))
+
+
+def own(rank: int, sizes: tuple[int, int]) -> slice:
+    return slice(0, sizes[0]) if rank == 0 else slice(sizes[0], sum(sizes))
+
+
+def leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+def average(value: Tensor) -> Tensor:
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def assert_as_whole(rank: int, sizes, loss, whole_loss=None, *, tolerance=1e-9, **dtype) -> None:
+    """``loss(saliencies, samples)`` averaged over the ranks is ``loss`` of the whole batch, as a
+    value and in its gradient."""
+    whole = whole_batch(sum(sizes), **dtype)
+    mine, everything = leaves([s[own(rank, sizes)] for s in whole]), leaves(whole)
+    value, exact = loss(mine, own(rank, sizes)), (whole_loss or loss)(everything, slice(None))
+    torch.testing.assert_close(average(value), exact.detach(), rtol=tolerance, atol=0)
+    # The average over ranks of the gradient at this rank's saliencies: other ranks have none there.
+    grads = [g / dist.get_world_size() for g in torch.autograd.grad(value, mine)]
+    expected = [g[own(rank, sizes)] for g in torch.autograd.grad(exact, everything)]
+    for found, wanted in zip(grads, expected, strict=True):
+        atol = tolerance * wanted.abs().max().item()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+
+
+# --- checks: both ranks run them, and the name of one is the name of its test ---
+
+
+def check_csa_loss_is_that_of_the_whole_batch(rank: int) -> None:
+    for sizes in ((3, 3), (5, 2), (1, 4), (1, 1)):
+        for backend in cpu_backends():
+            precise = backend != "triton"
+
+            def loss(saliencies, samples, backend=backend):
+                group = None if samples == slice(None) else "world"
+                return csa_loss(saliencies, group=group, backend=backend)
+
+            options = {} if precise else {"dtype": torch.float32, "tolerance": 1e-4}
+            assert_as_whole(rank, sizes, loss, **options)
+            if precise:
+                assert_as_whole(rank, sizes, loss, lambda s, samples: reference.csa_loss(s))
+
+
+def check_blocks_of_rows_and_eps(rank: int) -> None:
+    for backend in ("eager", "native"):
+        if backend not in cpu_backends():
+            continue
+        with mock.patch.object(backends.load("eager"), "CONTRAST_BLOCK", 2 * T * T * 9):
+
+            def loss(saliencies, samples, backend=backend):
+                group = None if samples == slice(None) else dist.group.WORLD
+                return csa_loss(saliencies, group=group, backend=backend, eps=0.7, temperature=0.1)
+
+            assert_as_whole(rank, (5, 4), loss)
+
+
+def check_a_rank_without_labels_of_a_task(rank: int) -> None:
+    present = torch.ones(T, 7, dtype=torch.bool)
+    present[0, :3] = False  # nothing of task 0 on rank 0
+    present[:, 4] = False
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def loss(saliencies, samples):
+        group = None if samples == slice(None) else mesh
+        return CSALoss(group=group)(saliencies, present[:, samples])
+
+    assert_as_whole(rank, (3, 4), loss)
+
+
+def check_both_losses_of_unequal_batches(rank: int) -> None:
+    for field in ("total", "tsr", "csa"):
+
+        def loss(saliencies, samples, field=field):
+            group = None if samples == slice(None) else "world"
+            module = RepMTLLoss(lambda_tsr=0.7, lambda_csa=1.3, over="space", group=group)
+            return getattr(module(saliencies), field)
+
+        assert_as_whole(rank, (2, 5), loss)
+
+
+def check_stacked_tokens_and_no_gradient(rank: int) -> None:
+    whole = torch.stack(whole_batch(6)).mT  # (T, B, N, C)
+    mine = whole[:, own(rank, (4, 2))].clone()
+    found = csa_loss(mine, channel_dim=-1, group="world")
+    assert not found.requires_grad
+    torch.testing.assert_close(average(found), csa_loss(whole, channel_dim=-1), rtol=1e-12, atol=0)
+
+
+class Sent(TorchDispatchMode):
+    """Bytes that this rank gives to collectives, by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
+        self.bytes: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._schema.name.partition("::")[2]
+            self.calls[name] += 1
+            given = {"_allgather_base_": args[1:2], "allreduce_": args[0]}[name]
+            self.bytes[name] += sum(t.nbytes for t in given)
+        return func(*args, **(kwargs or {}))
+
+
+def check_bytes_of_a_step(rank: int) -> None:
+    # Facts of the arguments, the anchors and the log-sum-exps: all of it in the forward pass.
+    facts = 8 * len(_distributed.Facts._fields)
+    for dtype, size in ((torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)):
+        saliencies = leaves([s[own(rank, (4, 4))] for s in whole_batch(8, dtype)])
+        with Sent() as sent:
+            value = csa_loss(saliencies, group="world")
+        assert sent.calls == {"_allgather_base_": 3}
+        assert sent.bytes.total() == facts + size * 4 * (T * C + 1)
+        assert sent.bytes.total() == cost.given(cost.Setting(T, 4, C, N, size))
+        with Sent() as sent:
+            value.backward()
+        assert sent.calls.total() == 0
+    with Sent() as sent, torch.no_grad():
+        csa_loss(saliencies, group="world")
+    assert sent.bytes.total() == facts + size * 4 * T * C
+    with Sent() as sent:
+        csa_loss(saliencies).backward()
+    assert sent.calls.total() == 0
+
+
+def check_anchors_travel_during_the_gram_stage(rank: int) -> None:
+    stages = backends.load("eager")
+    gather, gram, seen = _distributed._all_gather, stages.gram, []
+
+    def spy_gather(*args, async_op=False):
+        work = gather(*args, async_op)
+        seen.append("asynchronous" if async_op else "waits")
+        if work is not None:
+            wait = work.wait
+            work = mock.Mock(wait=lambda: (seen.append("arrived"), wait()))
+        return work
+
+    def spy_gram(*args, **options):
+        seen.append("gram")
+        return gram(*args, **options)
+
+    with (
+        mock.patch.object(_distributed, "_all_gather", spy_gather),
+        mock.patch.object(stages, "gram", spy_gram),
+    ):
+        csa_loss(leaves(whole_batch(3)), group="world", backend="eager")
+    assert seen[:4] == ["waits", "asynchronous", "gram", "arrived"]
+
+
+def check_what_is_wrong_is_told_to_every_rank(rank: int) -> None:
+    good = whole_batch(3)
+
+    def refused(saliencies, message: str, error=ValueError, **options) -> None:
+        with pytest.raises(error, match=message):
+            csa_loss(saliencies, group="world", **options)
+
+    refused(good[: T - rank], r"group: .* number of tasks T on every rank; got 3, 2 by rank")
+    refused([s[:, : C - rank] for s in good], "same number of channels C")
+    refused(
+        [s.float() if rank else s for s in good],
+        "saliencies of the same dtype .* got torch.float64, torch.float32 by",
+    )
+    refused(good, "the same temperature", temperature=0.5 + rank)
+    refused(good, "the same eps", eps=float(rank))
+    refused(leaves(good) if rank else good, "require a gradient, or none")
+    empty = [s[:0] for s in good]
+    other = r"group: ranks \[1\] of it have raised an error"
+    refused(empty if rank else good, "every dimension must be at least 1" if rank else other)
+    refused("abc" if rank else good, "saliencies: " if rank else other, (TypeError, ValueError))
+    refused(good, "the reference contrasts the samples of one process", backend="reference")
+    with pytest.raises(ValueError, match="the samples of one process"):
+        reference.csa_loss(good, group="world")
+    options = {} if rank else {"lambda_tsr": -1}
+    with pytest.raises(ValueError, match=r"group: ranks \[0\]" if rank else "lambda_tsr: "):
+        rep_mtl_loss(good, group="world", **options)
+    # And after all that the group still works.
+    torch.testing.assert_close(csa_loss(good, group="world"), csa_loss(good * 1), rtol=1, atol=9)
+
+
+def check_groups(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    good = whole_batch(3)
+    alone = [dist.new_group([r]) for r in range(2)]
+    assert csa_loss(good, group=alone[rank]) == csa_loss(good)
+    assert reference.csa_loss(good, group=alone[rank]) == reference.csa_loss(good)
+    with pytest.raises(ValueError, match="at least 2; got B = 1"):
+        csa_loss([s[:1] for s in good], group=alone[rank])
+    with pytest.raises(ValueError, match="group: this process is not one of its members"):
+        csa_loss(good, group=alone[1 - rank])
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    with pytest.raises(ValueError, match=r"group: .* of 2 dimensions.*mesh\['dp'\]"):
+        csa_loss(good, group=mesh)
+    assert csa_loss(good, group=mesh["a"]) == csa_loss(good)
+    assert csa_loss(good, group=mesh["b"]) != csa_loss(good)
+    copied = copy.deepcopy(CSALoss(group="world"))
+    assert copied(good) == csa_loss(good, group="world")
+
+    spread = [distribute_tensor(s, mesh["b"], [Shard(0)]) for s in whole_batch(4)]
+    for loss in (csa_loss, tsr_loss, rep_mtl_loss):
+        with pytest.raises(TypeError, match=r"saliencies\[0\]: .* got a DTensor.*to_local"):
+            loss(spread)
+    z = spread[0].requires_grad_()
+    with pytest.raises(TypeError, match="representation: .* got a DTensor"):
+        RepMTL()([good[0].requires_grad_().sum()], z)
+    with pytest.raises(TypeError, match=r"losses\[0\]: .* got a DTensor"):
+        RepMTL()([z.sum()], good[0])
+
+
+# --- training: one network, one batch, wrapped in every way ---
+
+
+class Network(nn.Module):
+    """Two dense tasks. The objective is computed inside or, without a criterion, by the caller."""
+
+    def __init__(self, criterion: RepMTL | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 10, 3, padding=1), nn.Tanh()
+        )
+        self.heads = nn.ModuleDict(
+            {
+                task: nn.Sequential(nn.Conv2d(10, 5, 3), nn.Tanh(), nn.Conv2d(5, 1, 1))
+                for task in ("depth", "normal")
+            }
+        )
+        self.criterion = [criterion]  # not a submodule: its state is not the network's
+        self.double()
+
+    def forward(self, x: Tensor, targets: dict[str, Tensor] | None = None):
+        z = self.encoder(x)
+        outputs = {task: head(z) for task, head in self.heads.items()}
+        if targets is None:
+            return z, outputs
+        return self.criterion[0](losses_of(outputs, targets), z)
+
+
+def losses_of(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {task: (outputs[task] - y).square().mean() for task, y in targets.items()}
+
+
+STEPS, BATCH = 5, 6
+
+
+def batches(samples: slice):
+    generator = torch.Generator().manual_seed(11)
+    for _ in range(STEPS):
+        x = torch.randn(BATCH, 1, 6, 6, generator=generator, dtype=torch.float64)
+        y = torch.randn(2, BATCH, 1, 4, 4, generator=generator, dtype=torch.float64)
+        yield x[samples], {"depth": y[0, samples], "normal": 3 * y[1, samples]}
+
+
+def step(network: nn.Module, criterion: RepMTL, x: Tensor, targets: dict[str, Tensor], inside):
+    if inside:
+        total = network(x, targets)
+    else:
+        z, outputs = network(x)
+        total = criterion(losses_of(outputs, targets), z)
+    total.backward()
+
+
+def train(network, criterion, samples, *, inside=False) -> None:
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for x, targets in batches(samples):
+        optimizer.zero_grad()
+        step(network, criterion, x, targets, inside)
+        optimizer.step()
+
+
+LAMBDAS = {"lambda_tsr": 0.5, "lambda_csa": 1.5}
+
+
+def trained_alone(**options) -> list[Tensor]:
+    network = Network()
+    train(network, RepMTL(**LAMBDAS, **options), slice(None))
+    return [p.detach() for p in network.parameters()]
+
+
+def assert_same_parameters(found, expected: list[Tensor]) -> None:
+    found = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in found]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=1e-9)
+
+
+def half(rank: int) -> slice:
+    return own(rank, (BATCH // 2, BATCH // 2))
+
+
+def check_data_parallel_training(rank: int) -> None:
+    expected = trained_alone()
+    start = [p.detach() for p in Network().parameters()]
+    moved = max((a - b).abs().max() for a, b in zip(start, expected, strict=True))
+    assert moved > 1e-2
+    for options, inside in (
+        ({}, False),
+        ({}, True),
+        ({"find_unused_parameters": True}, True),
+        ({"static_graph": True}, True),
+    ):
+        criterion = RepMTL(**LAMBDAS, group="world")
+        network = Network(criterion)
+        wrapped = DistributedDataParallel(network, **options)
+        train(wrapped, criterion, half(rank), inside=inside)
+        assert_same_parameters(network.parameters(), expected)
+    # Negatives of its own process only are another loss.
+    network = Network()
+    train(DistributedDataParallel(network), RepMTL(**LAMBDAS), half(rank))
+    with pytest.raises(AssertionError):
+        assert_same_parameters(network.parameters(), expected)
+
+
+def check_training_with_unequal_batches(rank: int) -> None:
+    """Means of a rank's samples, by the rank's share, average to the mean of all."""
+    sizes = (1, BATCH - 1)
+    share = 2 * sizes[rank] / BATCH
+    criterion = RepMTL(**LAMBDAS, every=2, task_weights=[share, share], group="world")
+    network = Network()
+    wrapped = DistributedDataParallel(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for x, targets in batches(own(rank, sizes)):
+        optimizer.zero_grad()
+        z, outputs = wrapped(x)
+        criterion(list(losses_of(outputs, targets).values()), z).backward()
+        optimizer.step()
+    assert_same_parameters(network.parameters(), trained_alone(every=2))
+
+
+def sharding():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    return partial(fully_shard, mesh=init_device_mesh("cpu", (2,)))  # not the GPU of a machine
+
+
+def check_sharded_encoder_training(rank: int) -> None:
+    fully_shard = sharding()
+    expected = trained_alone(every=2)
+    for by_layer in (False, True):
+        criterion = RepMTL(**LAMBDAS, every=2, group="world")
+        network = Network()
+        if by_layer:
+            for layer in network.encoder:
+                if list(layer.parameters()):
+                    fully_shard(layer)
+        fully_shard(network.encoder)
+        network.heads = nn.ModuleDict(
+            {task: DistributedDataParallel(head) for task, head in network.heads.items()}
+        )
+        train(network, criterion, half(rank))
+        assert_same_parameters(network.parameters(), expected)
+    # One group of parameters, and the criterion inside its forward.
+    for options in ({}, {"reshard_after_forward": True}):
+        criterion = RepMTL(**LAMBDAS, every=2, group="world")
+        network = fully_shard(Network(criterion), **options)
+        train(network, criterion, half(rank), inside=True)
+        assert_same_parameters(network.parameters(), expected)
+
+
+def check_one_strength_for_all_ranks(rank: int) -> None:
+    criterion = RepMTL(strength=0.1, group="world")
+    network = Network()
+    wrapped = DistributedDataParallel(network)
+    found = []
+    for x, targets in batches(half(rank)):
+        step(wrapped, criterion, x, targets, False)
+        last = criterion.last
+        factor = (last.regularizer / (0.5 * last.tsr + 0.5 * last.csa)).reshape(1)
+        by_rank = [torch.empty_like(factor) for _ in range(2)]
+        dist.all_gather(by_rank, factor)
+        torch.testing.assert_close(*by_rank, rtol=1e-12, atol=0)
+        found.append(factor)
+        ratios = [torch.empty_like(last.ratio[None]) for _ in range(2)]
+        dist.all_gather(ratios, last.ratio[None])
+        assert ratios[0] != ratios[1], "or the test can't fail"
+    assert found[-1] != found[0]
+
+
+def check_a_criterion_that_one_rank_cannot_call(rank: int) -> None:
+    good = torch.randn(4, C, requires_grad=True)
+    for options in ({}, {"strength": None, **LAMBDAS}):
+        criterion = RepMTL(group="world", **options)
+        z = good[:0] if rank else good * 1
+        losses = [z.square().sum(), z.sin().sum()]
+        expected = "representation: every dimension" if rank else r"group: ranks \[1\]"
+        with pytest.raises(ValueError, match=expected):
+            criterion(losses, z)
+        z = good[rank : rank + 1] * 1
+        criterion([z.square().sum(), z.sin().sum()], z).backward()
+
+
+def check_what_wrappers_cannot_do_is_refused(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    fully_shard = sharding()
+
+    def sharded_heads(network):
+        for head in network.heads.values():
+            fully_shard(head)
+
+    def kept_heads(network):
+        for head in network.heads.values():
+            fully_shard(head, reshard_after_forward=False)
+
+    def sharded_whole(network):
+        fully_shard(network)
+
+    def sharded_twice(network):
+        fully_shard(network.encoder)
+        fully_shard(network)
+
+    def one(module):
+        return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+
+    def first_version_of_encoder(network):
+        network.encoder = one(network.encoder)
+
+    def first_version_of_heads(network):
+        network.heads = nn.ModuleDict({t: one(h) for t, h in network.heads.items()})
+
+    refused = (
+        (sharded_heads, "fully_shard .* Shard the encoder alone"),
+        (kept_heads, "fully_shard .* Shard the encoder alone"),
+        (sharded_whole, "fully_shard .* Shard the encoder alone"),
+        (sharded_twice, "fully_shard .* Shard the encoder alone"),
+        (first_version_of_encoder, "FSDP1"),
+        (first_version_of_heads, "FSDP1"),
+        (lambda network: DistributedDataParallel(network, static_graph=True), "static_graph"),
+        (
+            lambda network: DistributedDataParallel(network, find_unused_parameters=True),
+            "find_unused_parameters",
+        ),
+    )
+    x, targets = next(batches(half(rank)))
+    for wrap, message in refused:
+        for inside in (False, True) if "heads" in wrap.__name__ else (False,):
+            criterion = RepMTL(**LAMBDAS)
+            network = Network(criterion)
+            network = wrap(network) or network
+            with pytest.raises(SecondDerivativeError, match=message):
+                step(network, criterion, x, targets, inside)
+    z = torch.randn(2, 10, 6, 6, dtype=torch.float64)
+    for wrap, message in refused[:6]:
+        if "encoder" not in wrap.__name__:
+            network = Network()
+            wrap(network)
+            with pytest.raises(SecondDerivativeError, match=message):
+                RepMTL.check(network.heads, z)
+    network = Network()
+    fully_shard(network.encoder)
+    RepMTL.check(network.heads, z)
+
+
+def check_compiled(rank: int) -> None:
+    compiled = torch.compile(csa_loss, backend="aot_eager", fullgraph=True)
+    mine = leaves([s[own(rank, (4, 4))] for s in whole_batch(8)])
+    expected = csa_loss(mine, group="world")
+    found = compiled(mine, group="world")
+    assert found == expected
+    grads = torch.autograd.grad(found, mine)
+    for ours, theirs in zip(grads, torch.autograd.grad(expected, mine), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> list[dict[str, str]]:
+    return ranks.run(CHECKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+def test_two_ranks(name: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, failed in enumerate(outcomes):
+        assert "end" not in failed, f"rank {rank}: {failed['end']}"
+        assert name not in failed, f"rank {rank}: {failed[name]}"
+
+
+# --- a rank that dies ---
+
+
+def die_in_mid_step(rank: int) -> None:
+    """Rank 1 is gone while rank 0 is waiting for its anchors."""
+    network = Network()
+    wrapped = DistributedDataParallel(network)
+    criterion = RepMTL(**LAMBDAS, group="world", backend="eager")
+    x, targets = next(batches(half(rank)))
+    step(wrapped, criterion, x, targets, False)
+    if rank == 1:
+        stages = backends.load("eager")
+        stages.anchors = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        step(wrapped, criterion, x, targets, False)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_rank_that_is_killed_ends_the_other(tmp_path: Path) -> None:
+    survivor, killed = ranks.run([die_in_mid_step], tmp_path, timedelta(seconds=10), wait=60)
+    assert survivor == {}, survivor
+    assert killed["end"].startswith(f"exit code {-signal.SIGKILL}")
+
+
+# --- without processes ---
+
+
+def test_a_group_before_there_are_processes() -> None:
+    saliencies = whole_batch(3)
+    with pytest.raises(ValueError, match=r"^group: expected an initialised .*init_process_group"):
+        csa_loss(saliencies, group="world")
+    criterion = RepMTL(group="world")
+    assert "group='world'" in repr(criterion)
+    z = saliencies[0].requires_grad_()
+    with pytest.raises(ValueError, match="^group: expected an initialised"):
+        criterion([z.square().sum()], z)
+
+
+@pytest.mark.parametrize("backend", ["eager", "native"])
+def test_memory_of_the_contrast_of_32768_samples(backend: str) -> None:
+    """One rank of 512: 64 samples against everyone's."""
+    if backend not in cpu_backends():
+        pytest.skip(f"no {backend} here")
+    stages = backends.load(backend)
+    tasks, channels, total, local, first = 4, 512, 32768, 64, 4096
+    a = torch.randn(tasks, local, channels)
+    anchors = stages.anchors(a, eps=0.0, with_grad=True)
+    unit = torch.randn(total, tasks, channels)
+    unit /= unit.norm(dim=2, keepdim=True) * tasks**0.5
+    unit[first : first + local] = anchors.unit.transpose(0, 1)
+    logsumexp = torch.full((total,), 10.0)
+    everyone = backends.Everyone(unit.transpose(0, 1), first, lambda own: logsumexp)
+    found = None
+
+    def call():
+        nonlocal found
+        found = stages.contrast(anchors, temperature=0.5, with_grad=True, everyone=everyone)
+
+    peak = memory.peak_extra_bytes(call, torch.device("cpu"))
+    ranks_of_64 = cost.Setting(tasks, local, channels)
+    assert unit.nbytes == cost.anchors(ranks_of_64, total // local)
+    assert peak > cost.block(ranks_of_64, total // local)
+    gradient = found.grad.nbytes
+    assert torch.isfinite(found.grad).all() and found.logsumexp.shape == (local,)
+    assert 0 < peak - gradient < 64e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_cost_formulas_by_hand() -> None:
+    setting = cost.Setting(tasks=2, batch=3, channels=5, positions=7)
+    assert cost.given(setting) == 7 * 8 + 4 * 3 * 11
+    assert cost.received(setting, 4) == 3 * cost.given(setting)
+    assert cost.anchors(setting, 4) == 4 * 12 * 10
+    assert cost.block(setting, 4) == 4 * 3 * 2 * 2 * 12
+    assert cost.all_products(setting, 4) == 4 * 24**2
+    assert cost.work(setting, 4) == 2 * 6 * 24 * 5
+
+
+def test_table_in_the_documentation_is_up_to_date() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    written = text.partition("<!-- bench:ranks:simulated -->\n")[2].partition("\n<!-- /bench -->")[
+        0
+    ]
+    assert written == cost.table()
+    assert "| 4,096 |" in written and "Simulated" in written
