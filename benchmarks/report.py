@@ -5,6 +5,7 @@ A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, wi
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
 ``quality_STUDY`` (``Delta_p`` of a study) and ``static`` (what the compiler made of the kernels).
+MACHINE ``simulated`` is for ``ranks``, the cost of negatives of all ranks, from formulas alone.
 Where a document has no such markers nothing is written.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import distributed, plots
 from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
@@ -25,7 +26,7 @@ from benchmarks.results import RESULTS, load
 README = ROOT / "README.md"
 DOCUMENTS = (
     README, ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tuning.md",
-    ROOT / "docs" / "quality.md",
+    ROOT / "docs" / "quality.md", ROOT / "docs" / "distributed.md",
 )  # fmt: skip
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
@@ -106,6 +107,8 @@ def refresh_readme(readme: Path, results: Path) -> None:
 
 def _filled(match: re.Match[str], results: Path) -> str:
     name, machine = match["name"], match["machine"]
+    if (name, machine) in SIMULATED:
+        return f"{match['open']}{SIMULATED[name, machine]()}\n{match['close']}"
     if name.startswith("quality_"):
         what, make = name, quality_table
     elif name in TABLES:
@@ -337,6 +340,10 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "second_order": ("second_order", second_order_table),
     "accuracy": ("quality_bench", accuracy_table),
     "static": ("static", static_table),
+}
+
+SIMULATED: dict[tuple[str, str], Callable[[], str]] = {
+    ("ranks", "simulated"): distributed.table,
 }
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +35,27 @@ def test_example(script, library, figure, good, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = [float(value) for value in re.findall(figure, done.stdout)]
     assert figures and good(figures[-1]), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.slow_cpu
+@pytest.mark.parametrize("script", ["data_parallel.py", "sharded_encoder.py"])
+def test_example_on_two_processes(script, tmp_path):
+    pytest.importorskip("mlxtend")
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, ROOT / "examples" / script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = re.findall(r"left ([\d.]+)%, right ([\d.]+)%", done.stdout)
+    assert len(figures) == 2, done.stdout
+    assert min(map(float, figures[-1])) > 70, done.stdout
 
 
 def test_libmtl_checkout_says_what_it_needs(tmp_path):
