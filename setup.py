@@ -111,6 +111,8 @@ def gencode() -> list[str]:
                 f"semicolons or spaces; got {name!r}"
             )
         major, minor, ptx = found.groups()
+        if int(major) < 8:  # the least with bfloat16 in the matrix units
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 or later; got {name!r}")
         code = f"{major}{minor}"
         options.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if ptx:

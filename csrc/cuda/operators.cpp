@@ -28,6 +28,10 @@
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // the name in headers of PyTorch before 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace repmtl::cuda {
 namespace {
 
