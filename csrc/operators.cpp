@@ -259,19 +259,6 @@ void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor pull) 
   });
 }
 
-// The number of outer products in a gradient's terms.
-int64_t checked_rank(const Shape& shape, const Tensor& da, const std::optional<Tensor>& dx,
-                     const Tensor& left, const Tensor& right, ScalarType type) {
-  const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
-  STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
-  const int64_t K = left.size(0);
-  check_contiguous("da", da, {B, C}, type);
-  if (dx) check_contiguous("dx", *dx, {B, N}, type);
-  check_contiguous("left", left, {K, B, C}, type);
-  check_contiguous("right", right, {B, K, N}, type);
-  return K;
-}
-
 void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, std::optional<Tensor> dx,
                    Tensor left, Tensor right, Tensor output) {
   const Shape shape = shape_of({output});
@@ -280,7 +267,12 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
   const std::vector<int64_t> sizes = transposed ? std::vector<int64_t>{B, N, C}
                                                 : std::vector<int64_t>{B, C, N};
   if (product) check_contiguous("product", *product, sizes, type);
-  const int64_t K = checked_rank(shape, da, dx, left, right, type);
+  STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
+  const int64_t K = left.size(0);
+  check_contiguous("da", da, {B, C}, type);
+  if (dx) check_contiguous("dx", *dx, {B, N}, type);
+  check_contiguous("left", left, {K, B, C}, type);
+  check_contiguous("right", right, {B, K, N}, type);
   dispatch(output.scalar_type(), [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
@@ -317,19 +309,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(std::vector<Tensor> sa
   return {norm, positive, projection, matrix};
 }
 
-void small_gradient_cpu(Tensor saliency, Tensor matrix, Tensor da, std::optional<Tensor> dx,
-                        Tensor left, Tensor right, Tensor output) {
-  const Shape shape = shape_of({output}), read = shape_of({saliency});
-  const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
-  STD_TORCH_CHECK(read.batch == B && read.channels == C && read.positions == N,
-                  "saliency: expected the output's batch, channels and positions");
-  check_small(saliency, N);
-  check_small(output, N);
-  check_contiguous("matrix", matrix, {B, N, N}, ScalarType::Float);
-  const int64_t K = checked_rank(shape, da, dx, left, right, ScalarType::Float);
-  small_gradient(shape, K, view_of<const float>(saliency), data<const float>(matrix),
-                 data<const float>(da), data_or_null<float>(dx), data<const float>(left),
-                 data<const float>(right), view_of<float>(output), kParallelFor);
+void small_gradient_cpu(std::vector<Tensor> saliencies, std::vector<Tensor> outputs,
+                        std::vector<int64_t> tasks, Tensor scale, Tensor anchors, Tensor factor,
+                        Tensor pull, Tensor contrast_grad, Tensor projection, Tensor matrix,
+                        Tensor rank, Tensor curl, Tensor tug, Tensor negatives,
+                        std::optional<Tensor> position_grad) {
+  const Shape shape = shape_of(saliencies);
+  const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
+  check_small(saliencies[0], N);
+  STD_TORCH_CHECK(T <= kSmallTasks, "saliencies: expected at most ", kSmallTasks, " tasks");
+  STD_TORCH_CHECK(outputs.size() == tasks.size(), "outputs: expected one for each of ",
+                  tasks.size(), " tasks, got ", outputs.size());
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    STD_TORCH_CHECK(tasks[i] >= 0 && tasks[i] < T,
+                    "tasks: expected numbers of saliencies, got ", tasks[i]);
+    shape_of({saliencies[tasks[i]], outputs[i]});
+  }
+  const auto check = [](const char* name, const Tensor& x, const std::vector<int64_t>& sizes) {
+    check_contiguous(name, x, sizes, ScalarType::Float);
+    return data<const float>(x);
+  };
+  const SmallGradient g{
+      check("scale", scale, {T, B}),
+      check("rank", rank, {T, B}),
+      check("curl", curl, {T, B}),
+      check("factor", factor, {B}),
+      check("tug", tug, {B}),
+      check("anchors", anchors, {T, B, C}),
+      check("pull", pull, {T, B, C}),
+      check("contrast_grad", contrast_grad, {T, B, C}),
+      check("projection", projection, {T, B, T, N}),
+      check("matrix", matrix, {T, B, N, N}),
+      check("negatives", negatives, {}),
+      position_grad ? check("position_grad", *position_grad, {T, B, N}) : nullptr};
+  std::vector<View<const float>> views;
+  std::vector<View<float>> views_of_outputs;
+  for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
+  for (const Tensor& s : outputs) views_of_outputs.push_back(view_of<float>(s));
+  small_gradient(shape, views.data(), g, tasks, views_of_outputs.data(), kParallelFor);
 }
 
 }  // namespace
@@ -349,8 +366,10 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
   m.def("sources() -> str");
   m.def("small_gram(Tensor[] saliencies, Tensor scale, Tensor anchors, bool with_grad) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
-  m.def("small_gradient(Tensor saliency, Tensor matrix, Tensor da, Tensor? dx, Tensor left, "
-        "Tensor right, Tensor(a!) output) -> ()");
+  m.def("small_gradient(Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor scale, "
+        "Tensor anchors, Tensor factor, Tensor pull, Tensor contrast_grad, Tensor projection, "
+        "Tensor matrix, Tensor rank, Tensor curl, Tensor tug, Tensor negatives, "
+        "Tensor? position_grad) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CompositeExplicitAutograd, m) {

@@ -81,11 +81,11 @@ REPMTL_CLONES void multiply_panel(const float* panel, int64_t count, int64_t col
   }
 }
 
-// out (kRows, kSmall) += a (kRows, count) b (count, kSmall)
+// out (kRows, columns and padding) += a (kRows, count) b (count, kSmall)
 REPMTL_CLONES void multiply_some_rows(const float* a, int64_t row, int64_t count, const float* b,
-                                      int64_t columns, float* out) {
+                                      int64_t columns, float* out, int64_t out_row) {
   const int64_t last = ceil_div(columns, kWidth) * kWidth;
-  multiply_rows(a, row, 1, b, count, out, kSmall, 0, last);
+  multiply_rows(a, row, 1, b, count, out, out_row, 0, last);
 }
 
 // Reads rows of one task and sample.
@@ -161,37 +161,82 @@ void small_gram(const Shape& shape, const View<const float>* views, const float*
   });
 }
 
-void small_gradient(const Shape& shape, int64_t rank, const View<const float>& view,
-                    const float* matrix, const float* da, const float* dx, const float* left,
-                    const float* right, const View<float>& output,
+namespace {
+
+// The rows of channels c to c + kRows of sample b, times factor, `row` apart; how many there are.
+int64_t copy_rows(const Reader& reader, int64_t channels, int64_t b, int64_t c, float factor,
+                  float* to, int64_t row) {
+  const int64_t some = std::min(kRows, channels - c);
+  for (int64_t r = 0; r < some; ++r) reader.copy(b, c + r, factor, to + r * row);
+  return some;
+}
+
+}  // namespace
+
+void small_gradient(const Shape& shape, const View<const float>* views, const SmallGradient& g,
+                    const std::vector<int64_t>& wanted, const View<float>* outputs,
                     const ParallelFor& parallel_for) {
-  const int64_t batch = shape.batch, C = shape.channels, N = shape.positions;
-  const int64_t count = N + rank;  // the outer products are further columns of S, rows of the matrix
-  const Reader reader{view, N};
+  const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
+  const int64_t columns = ceil_div(tasks, kWidth) * kWidth;
+  const int64_t count = N + tasks;  // the outer products are further columns of S, rows of the matrix
+  // All tasks of a sample one after the other: their saliencies are then in the second cache when
+  // they are read again.
   parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> factors(count * kSmall), rows(kRows * count), sums(kRows * kSmall);
+    std::vector<float> positive(ceil_div(C, kRows) * kRows * columns);
     for (int64_t b = begin; b < end; ++b) {
-      for (int64_t k = 0; k < count; ++k) {
-        const float* from = k < N ? matrix + (b * N + k) * N : right + (b * rank + k - N) * N;
-        std::copy_n(from, N, &factors[k * kSmall]);
-      }
-      for (int64_t c = 0; c < C; c += kRows) {
-        const int64_t some = std::min(kRows, C - c);
-        for (int64_t r = 0; r < some; ++r) {
-          reader.copy(b, c + r, 1, &rows[r * count]);
-          for (int64_t k = 0; k < rank; ++k) {
-            rows[r * count + N + k] = left[(k * batch + b) * C + c + r];
-          }
-          float* sum = &sums[r * kSmall];
-          for (int64_t n = 0; n < N; ++n) sum[n] = da[b * C + c + r] + (dx ? dx[b * N + n] : 0);
+      std::fill(positive.begin(), positive.end(), 0.0f);  // sum_t rank_t S^_t S^_t^T u, (C, T)
+      for (int64_t t = 0; t < tasks; ++t) {
+        const int64_t sample = t * batch + b;
+        std::fill_n(factors.begin(), N * kSmall, 0.0f);
+        for (int64_t v = 0; v < tasks; ++v) {
+          const float* from = g.projection + (sample * tasks + v) * N;
+          for (int64_t n = 0; n < N; ++n) factors[n * kSmall + v] = g.rank[sample] * from[n];
         }
-        multiply_some_rows(rows.data(), count, count, factors.data(), N, sums.data());
-        for (int64_t r = 0; r < some; ++r) {
-          const float* sum = &sums[r * kSmall];
-          if (output.positions_are_adjacent()) {
-            std::copy_n(sum, N, output.at(b, c + r, 0));
-          } else {
-            for (int64_t n = 0; n < N; ++n) *output.at(b, c + r, n) = sum[n];
+        const Reader reader{views[t], N};
+        for (int64_t c = 0; c < C; c += kRows) {
+          copy_rows(reader, C, b, c, g.scale[sample], rows.data(), N);
+          multiply_some_rows(rows.data(), N, N, factors.data(), tasks, &positive[c * columns],
+                             columns);
+        }
+      }
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        const int64_t t = wanted[i], sample = t * batch + b;
+        const float curl = g.curl[sample] * g.scale[sample];
+        const float rank = g.rank[sample] * g.scale[sample];
+        for (int64_t k = 0; k < count; ++k) {
+          const float* from = k < N ? g.matrix + (sample * N + k) * N
+                                    : g.projection + (sample * tasks + k - N) * N;
+          const float factor = k < N ? curl : rank;
+          for (int64_t n = 0; n < N; ++n) factors[k * kSmall + n] = factor * from[n];
+        }
+        const Reader reader{views[t], N};
+        for (int64_t c = 0; c < C; c += kRows) {
+          const int64_t some =
+              copy_rows(reader, C, b, c, g.scale[sample], rows.data(), count);
+          for (int64_t r = 0; r < some; ++r) {
+            for (int64_t v = 0; v < tasks; ++v) {
+              rows[r * count + N + v] = g.anchors[(v * batch + b) * C + c + r];
+            }
+            const int64_t place = sample * C + c + r;
+            const float through =
+                g.factor[b] * (positive[(c + r) * columns + t] - g.tug[b] * g.pull[place]);
+            const float da =
+                (*g.negatives * g.contrast_grad[place] + through) / static_cast<float>(N);
+            float* sum = &sums[r * kSmall];
+            for (int64_t n = 0; n < N; ++n) {
+              sum[n] = da + (g.position_grad ? g.position_grad[sample * N + n] : 0);
+            }
+          }
+          multiply_some_rows(rows.data(), count, count, factors.data(), N, sums.data(), kSmall);
+          const View<float>& output = outputs[i];
+          for (int64_t r = 0; r < some; ++r) {
+            const float* sum = &sums[r * kSmall];
+            if (output.positions_are_adjacent()) {
+              std::copy_n(sum, N, output.at(b, c + r, 0));
+            } else {
+              for (int64_t n = 0; n < N; ++n) *output.at(b, c + r, n) = sum[n];
+            }
           }
         }
       }

@@ -20,10 +20,23 @@ void small_gram(const Shape& shape, const View<const float>* views, const float*
                 const float* anchors, float* norm, float* positive, float* projection,
                 float* matrix, const ParallelFor& parallel_for);
 
-// One task's output (B, C, N) = S matrix + da 1^T + 1 dx^T + sum_k left_k right_k^T.
-// matrix (B, N, N), da (B, C), dx (B, N) or null, left (K, B, C), right (B, K, N).
-void small_gradient(const Shape& shape, int64_t rank, const View<const float>& view,
-                    const float* matrix, const float* da, const float* dx, const float* left,
-                    const float* right, const View<float>& output, const ParallelFor& parallel_for);
+// What the gradient needs of the forward pass, of the stage before and of CSAGradient.
+struct SmallGradient {
+  const float *scale, *rank, *curl;            // (T, B)
+  const float *factor, *tug;                   // (B)
+  const float *anchors, *pull, *contrast_grad;  // (T, B, C)
+  const float* projection;                     // (T, B, T, N)
+  const float* matrix;                         // (T, B, N, N)
+  const float* negatives;                      // ()
+  const float* position_grad;                  // (T, B, N) or null
+};
+
+// The most tasks of it.
+constexpr int64_t kSmallTasks = kSmall;
+
+// The whole stage `saliency_grad`: outputs[i] (B, C, N) is that of task wanted[i].
+void small_gradient(const Shape& shape, const View<const float>* views, const SmallGradient& g,
+                    const std::vector<int64_t>& wanted, const View<float>* outputs,
+                    const ParallelFor& parallel_for);
 
 }  // namespace repmtl

@@ -113,10 +113,10 @@ GOOD = torch.ones(2, 3, 4)
             lambda: ops.small_gram([torch.ones(2, 3, 65)], GOOD[:1, :2, 0], GOOD[:1, :2, :3], True),
             "at most 64 positions",
         ),
-        (
-            lambda: ops.small_gradient(GOOD, GOOD, GOOD[0], None, GOOD, GOOD, torch.ones(2, 3, 5)),
-            "saliency: expected the output's batch",
-        ),
+        (lambda: ops.small_gradient([GOOD], [GOOD[:1]], [0], *[GOOD] * 11, None), "of one shape"),
+        (lambda: ops.small_gradient([GOOD], [GOOD], [1], *[GOOD] * 11, None), "tasks: .*got 1"),
+        (lambda: ops.small_gradient([GOOD], [], [0], *[GOOD] * 11, None), "of 1 tasks, got 0"),
+        (lambda: ops.small_gradient([GOOD], [GOOD], [0], *[GOOD] * 11, None), "scale: "),
     ],
 )
 def test_operators_refuse_what_they_cannot_read(call, message):
@@ -207,7 +207,9 @@ def _arguments() -> dict[str, tuple]:
         "add_outer": (None, False, *products, torch.zeros(3, 20, 4, 4)),
         "small_gram": (saliencies, torch.ones(2, 3), u, True),
         "small_gradient": (
-            saliencies[0].flatten(2), torch.randn(3, 16, 16), *products, torch.zeros(3, 20, 4, 4),
+            saliencies, [torch.zeros(3, 20, 4, 4)], [1], torch.ones(2, 3), u, torch.ones(3), u, u,
+            torch.randn(2, 3, 2, 16), torch.randn(2, 3, 16, 16), torch.ones(2, 3),
+            torch.ones(2, 3), torch.ones(3), torch.tensor(1.0), torch.randn(2, 3, 16),
         ),
     }  # fmt: skip
 

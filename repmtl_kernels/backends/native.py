@@ -24,6 +24,8 @@ from repmtl_kernels.backends import (
     eager,
 )
 
+MOST_SMALL_TASKS = 64  # kSmallTasks of csrc
+
 
 def ops_of(x: Tensor) -> ModuleType:
     """The operators for a tensor's device."""
@@ -124,7 +126,7 @@ def gram(
     if _on_cuda(first):
         *found, projection, matrix = ops.gram(saliencies, scale, anchors, eps, with_grad)
         return Gram(*found, *((projection, matrix) if with_grad else (None, None)))
-    if not _is_small(first.shape[1], first.shape[2:].numel(), first.dtype):
+    if not _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
         return eager.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad)
     norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad)
     stored = (projection, matrix) if with_grad else (None, None)
@@ -138,8 +140,9 @@ def small_positions() -> range:
     return range(16, 65) if _native.load("cpu").small_products_are_fast() else range(0)
 
 
-def _is_small(channels: int, positions: int, dtype: torch.dtype) -> bool:
-    return positions in small_positions() and positions <= channels and dtype == torch.float32
+def _is_small(tasks: int, channels: int, positions: int, dtype: torch.dtype) -> bool:
+    few = positions in small_positions() and positions <= channels and tasks <= MOST_SMALL_TASKS
+    return few and dtype == torch.float32
 
 
 def saliency_grad(
@@ -148,10 +151,15 @@ def saliency_grad(
     csa: CSAGradient,
     position_grad: Tensor | None,
 ) -> None:
-    ops = ops_of(saliencies[0])
-    if _on_cuda(saliencies[0]):
+    first, ops = saliencies[0], ops_of(saliencies[0])
+    whole = None
+    if _on_cuda(first):
+        whole = ops.saliency_grad
+    elif _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
+        whole = ops.small_gradient
+    if whole is not None:
         wanted = [t for t, output in enumerate(outputs) if output is not None]
-        ops.saliency_grad(
+        whole(
             saliencies,
             [outputs[t] for t in wanted],
             wanted,
@@ -172,10 +180,6 @@ def saliency_grad(
     for term in eager.gradient_terms(saliencies, outputs, csa):
         dx = None if position_grad is None else position_grad[term.task].contiguous()
         rest = term.da.contiguous(), dx, term.left.contiguous(), term.right, term.output
-        channels, positions = term.a.shape[1], term.b.shape[2]
-        if _is_small(channels, positions, term.output.dtype):
-            ops.small_gradient(term.a, term.b, *rest)
-            continue
         rows, transposed = eager.rows_of(term.output)
         a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
         if rows is not None and rows.dtype == a.dtype:
