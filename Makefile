@@ -34,7 +34,7 @@ $(TORCH_STAMP):
 	@$(PIP) install $(TORCH)
 	@touch $@
 
-$(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
 	@echo "installing: repmtl-kernels, editable, with what '$*' needs"
 	@$(PIP) install -e ".[$*]"
 	@touch $@
@@ -70,6 +70,7 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
 	export TORCH_CUDA_ARCH_LIST=$$("$(PYTHON_GPU)" -c \
 		'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
+	if command -v nvcc >/dev/null; then export REPMTL_REQUIRE_NATIVE=1; fi; \
 	timeout -s INT -k 5 60 "$(PYTHON_GPU)" setup.py -q build_ext --inplace \
 		|| failed="$$failed build($$?)"; \
 	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \

@@ -36,6 +36,11 @@ FLAGS = [
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Those that this nvcc knows are built, and PTX of the last for later ones.
 ARCHITECTURES = ("8.0", "9.0", "10.0")
+# PyTorch's names in TORCH_CUDA_ARCH_LIST.
+GENERATIONS = {
+    "Volta": "7.0", "Turing": "7.5", "Ampere": "8.0 8.6", "Ada": "8.9", "Hopper": "9.0",
+    "Blackwell": "10.0 12.0",
+}  # fmt: skip
 
 
 def torch_folder() -> Path | None:
@@ -77,6 +82,16 @@ def why_not_cuda() -> str | None:
         return f"{SKIP_CUDA} is set"
     if nvcc() is None:
         return "there is no nvcc: install the CUDA toolkit, or name its folder in CUDA_HOME"
+    listed = subprocess.run([nvcc(), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", listed)
+    if release is None:
+        return f"{nvcc()} --version names no release"
+    found = re.search(r"^cuda\b.*= '(\d+)\.", (torch_folder() / "version.py").read_text(), re.M)
+    if found and int(release[1]) > int(found[1]):
+        # Its runtime may need a newer driver than that of PyTorch.
+        return f"nvcc is of CUDA {release[1]}, PyTorch of CUDA {found[1]}: install that nvcc"
+    if not gencode():
+        return "TORCH_CUDA_ARCH_LIST has no architecture of 8.0 or later, which the kernels need"
     return None
 
 
@@ -95,8 +110,13 @@ def nvcc() -> str | None:
 
 
 def gencode() -> list[str]:
-    """nvcc's options for TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX"."""
+    """nvcc's options for TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX".
+
+    What is older than bfloat16 in the matrix units is left out: container images ask for it.
+    """
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        for name, numbers in GENERATIONS.items():
+            asked = asked.replace(name, numbers)
         names = asked.replace(";", " ").split()
     else:
         listed = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout
@@ -111,8 +131,8 @@ def gencode() -> list[str]:
                 f"semicolons or spaces; got {name!r}"
             )
         major, minor, ptx = found.groups()
-        if int(major) < 8:  # the least with bfloat16 in the matrix units
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 or later; got {name!r}")
+        if int(major) < 8:
+            continue
         code = f"{major}{minor}"
         options.append(f"-gencode=arch=compute_{code},code=sm_{code}")
         if ptx:
@@ -169,7 +189,8 @@ def ninja_file(sources: list[str], target: Path) -> str:
     ]
     needed = ""
     if any(source.endswith(".cu") for source in sources):
-        host = ["-ccbin", *compiler()[:1]] if os.environ.get("CXX") else []
+        # The last word is the compiler, those before are its launchers.
+        host = ["-ccbin", compiler()[-1]] if os.environ.get("CXX") else []
         lines += [
             f"nvcc = {_shell(nvcc())}",
             f"nvcc_flags = {_shell(*NVCC_FLAGS, *gencode(), *host)}",

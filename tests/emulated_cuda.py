@@ -61,4 +61,6 @@ def install(library: str) -> None:
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # What PyTorch has on CUDA, and no more.
+    assert a.dtype == b.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
     return torch.bmm(a.to(dtype), b.to(dtype))

@@ -109,10 +109,14 @@ def test_architectures_are_those_asked_for(tree: Path):
     assert "REPMTL_SKIP_CUDA=1 (without CUDA only) or REPMTL_SKIP_NATIVE=1" in done.stderr
     for code in ("86,code=sm_86", "90a,code=sm_90a", "90a,code=compute_90a"):
         assert f"arch=compute_{code}" in done.stdout
-    for wrong, expected in (("Hopper", "architectures such as 8.0"), ("7.5", "8.0 or later")):
-        done = build(tree, "build_ext", **(ask | {"TORCH_CUDA_ARCH_LIST": wrong}))
-        assert done.returncode != 0
-        assert f"TORCH_CUDA_ARCH_LIST: expected {expected}" in done.stderr
+    done = build(tree, "build_ext", **(ask | {"TORCH_CUDA_ARCH_LIST": "7.0;Hopper"}))
+    assert "arch=compute_90,code=sm_90" in done.stdout and "compute_70" not in done.stdout
+    done = build(tree, "build_ext", **(ask | {"TORCH_CUDA_ARCH_LIST": "new"}))
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST: expected architectures such as 8.0" in done.stderr
+    done = build(tree, "build_ext", **(ask | {"TORCH_CUDA_ARCH_LIST": "Turing 7.0"}))
+    assert done.returncode == 0
+    assert "TORCH_CUDA_ARCH_LIST has no architecture of 8.0 or later" in done.stderr
 
 
 def test_wheel_without_it(tree: Path, tmp_path: Path):

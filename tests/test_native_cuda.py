@@ -194,6 +194,22 @@ def test_opcheck(name: str):
     torch.library.opcheck(getattr(ops, name).default, _arguments()[name], test_utils=tests)
 
 
+def test_float16_sums_of_float16_are_refused():
+    tensors = Case(2, 3, 40, (4, 5)).make(torch.float16)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_accumulation
+    matmul.allow_fp16_accumulation = True
+    try:
+        with pytest.raises(ValueError, match="allow_fp16_accumulation: expected False"):
+            csa_loss(tensors, backend="native")
+    finally:
+        matmul.allow_fp16_accumulation = before
+
+
+def test_the_device_can_run_the_kernels():
+    assert ops.why_not(GOOD) == ""
+
+
 def test_results_without_a_gradient():
     case = Case(2, 3, 40, (4, 5))
     saliencies = canonical_tasks([t.detach() for t in case.make(torch.float32)], False, 1)

@@ -20,8 +20,7 @@ REPMTL_KERNEL unit_anchors_kernel(
   A largest = 0;
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
-      const A x = row(a, t)[c];
-      largest = larger(largest, x < 0 ? -x : x);
+      largest = larger(largest, magnitude(row(a, t)[c]));
     }
   }
   const A scale = power_of_two(block_max(largest, shared));

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -74,6 +75,33 @@ struct alignas(kCount * sizeof(S)) Pack {
   S x[kCount];
 };
 
+// To memory aligned as the pack. Left to itself, the compiler stores 4 bytes at a time.
+template <typename S, int kCount>
+__device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* to) {
+  if constexpr (sizeof pack == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    __stwb(reinterpret_cast<uint4*>(to), bits);
+  } else {
+    *reinterpret_cast<Pack<S, kCount>*>(to) = pack;
+  }
+}
+
+// `kCount` adjacent accumulators, from an address that is a multiple of 16 bytes if kCount > 1.
+template <int kCount, typename A>
+__device__ __forceinline__ void load(const A* from, A (&to)[kCount]) {
+  constexpr int kStep = kCount < kWide<A> ? kCount : kWide<A>;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kStep) {
+    const auto pack = *reinterpret_cast<const Pack<A, kStep>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) to[i + j] = pack.x[j];
+  }
+}
+
+// Blocks that fill a large GPU: eight for each multiprocessor.
+constexpr int64_t kFill = 1056;
+
 // Tasks of one launch.
 constexpr int kTasks = 8;
 
@@ -138,10 +166,11 @@ void for_runs_of_tasks(const Shape& shape, const View* views, const F& f) {
   }
 }
 
-template <typename A>
-__device__ __forceinline__ A larger(A a, A b) {
-  return a > b ? a : b;
-}
+// NaN counts for nothing in these.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
+__device__ __forceinline__ double magnitude(double x) { return fabs(x); }
 
 template <typename A>
 __device__ __forceinline__ A warp_sum(A x) {

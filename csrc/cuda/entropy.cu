@@ -8,11 +8,6 @@ namespace {
 // Parts of a sum over all of x: every block adds them up again.
 constexpr int64_t kParts = 256;
 
-template <typename A>
-__device__ __forceinline__ A magnitude(A x) {
-  return x < 0 ? -x : x;
-}
-
 // The smallest normal number.
 __device__ __forceinline__ float tiny(float) { return 1.17549435e-38f; }
 __device__ __forceinline__ double tiny(double) { return 2.2250738585072014e-308; }
@@ -85,7 +80,7 @@ REPMTL_KERNEL sum_kernel(
 // A thread for each position of each sample: `length` of them, T values `length` apart.
 template <typename A>
 REPMTL_KERNEL over_tasks_kernel(
-    Input<A> input, Distribution<A> shape, int64_t tasks, int64_t length,
+    Input<A> input, Distribution<A> distribution, int64_t tasks, int64_t length,
     A* grad,  // (T, B, N) or null
     A* parts) {  // (blocks): sums of entropies
   __shared__ A shared[kWarps];
@@ -93,21 +88,21 @@ REPMTL_KERNEL over_tasks_kernel(
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   A h = 0;
   if (i < length) {
-    A largest = input.at(i, offset) / shape.temperature, sum = 0, log_p;
+    A largest = input.at(i, offset) / distribution.temperature, sum = 0, log_p;
     for (int64_t t = 1; t < tasks; ++t) {
-      largest = larger(input.at(t * length + i, offset) / shape.temperature, largest);
+      largest = larger(input.at(t * length + i, offset) / distribution.temperature, largest);
     }
     for (int64_t t = 0; t < tasks; ++t) {
-      sum += shape.term(input.at(t * length + i, offset), largest);
+      sum += distribution.term(input.at(t * length + i, offset), largest);
     }
-    shape.of_sum(largest, sum);
+    distribution.of_sum(largest, sum);
     for (int64_t t = 0; t < tasks; ++t) {
-      const A p = shape.share(input.at(t * length + i, offset), log_p);
+      const A p = distribution.share(input.at(t * length + i, offset), log_p);
       h -= p * log_p;
     }
     for (int64_t t = 0; grad && t < tasks; ++t) {
       grad[t * length + i] =
-          shape.slope(input.at(t * length + i, offset), h) / static_cast<A>(length);
+          distribution.slope(input.at(t * length + i, offset), h) / static_cast<A>(length);
     }
   }
   h = block_sum(h, shared);
@@ -117,27 +112,27 @@ REPMTL_KERNEL over_tasks_kernel(
 // A block for each task and sample: N adjacent values.
 template <typename A>
 REPMTL_KERNEL over_space_kernel(
-    Input<A> input, Distribution<A> shape, int64_t positions, A* grad, A* parts) {
+    Input<A> input, Distribution<A> distribution, int64_t positions, A* grad, A* parts) {
   __shared__ A shared[kWarps];
   const A offset = input.offset(shared);
   const int64_t before = blockIdx.x * positions;
-  A largest = input.at(before, offset) / shape.temperature, sum = 0, h = 0, log_p;
+  A largest = input.at(before, offset) / distribution.temperature, sum = 0, h = 0, log_p;
   for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
-    largest = larger(input.at(before + n, offset) / shape.temperature, largest);
+    largest = larger(input.at(before + n, offset) / distribution.temperature, largest);
   }
   largest = block_max(largest, shared);
   for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
-    sum += shape.term(input.at(before + n, offset), largest);
+    sum += distribution.term(input.at(before + n, offset), largest);
   }
-  shape.of_sum(largest, block_sum(sum, shared));
+  distribution.of_sum(largest, block_sum(sum, shared));
   for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
-    const A p = shape.share(input.at(before + n, offset), log_p);
+    const A p = distribution.share(input.at(before + n, offset), log_p);
     h -= p * log_p;
   }
   h = block_sum(h, shared);
   for (int64_t n = threadIdx.x; grad && n < positions; n += kThreads) {
     grad[before + n] =
-        shape.slope(input.at(before + n, offset), h) / static_cast<A>(gridDim.x);
+        distribution.slope(input.at(before + n, offset), h) / static_cast<A>(gridDim.x);
   }
   if (threadIdx.x == 0) parts[blockIdx.x] = h;
 }
@@ -174,14 +169,14 @@ void run(const Context& on, int64_t tasks, int64_t batch, int64_t positions, con
     launch(on, sum_kernel<A>, parts, x, size, true, sums);
     input.parts = sums;
   }
-  const Distribution<A> shape{static_cast<A>(options.temperature), static_cast<A>(options.eps),
+  const Distribution<A> distribution{static_cast<A>(options.temperature), static_cast<A>(options.eps),
                               options.softmax, 0, 0, 0};
   const int64_t blocks = options.over_tasks ? ceil_div(length, kThreads) : tasks * batch;
   A* entropies = scratch<A>(on, blocks);
   if (options.over_tasks) {
-    launch(on, over_tasks_kernel<A>, blocks, input, shape, tasks, length, grad, entropies);
+    launch(on, over_tasks_kernel<A>, blocks, input, distribution, tasks, length, grad, entropies);
   } else {
-    launch(on, over_space_kernel<A>, blocks, input, shape, positions, grad, entropies);
+    launch(on, over_space_kernel<A>, blocks, input, distribution, positions, grad, entropies);
   }
   const int64_t count = options.over_tasks ? length : tasks * batch;
   launch(on, mean_kernel<A>, 1, entropies, blocks, count, value);

@@ -71,7 +71,7 @@ struct Outputs {
 
 // Grid: (task and sample, chunk of channels); N <= 16 kTiles.
 template <typename S, int kTiles>
-REPMTL_KERNEL small_gradient_kernel(
+__global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) small_gradient_kernel(
     const __grid_constant__ Outputs views, Shape shape, unsigned chunks,
     const S* matrix,  // (T, B, N, N)
     acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms) {
@@ -88,7 +88,7 @@ REPMTL_KERNEL small_gradient_kernel(
   const int64_t sample = t * shape.batch + b;
   const A scale = terms.scale[sample];
   const S* saliency = static_cast<const S*>(from.data) + b * from.batch;
-  const bool channels_are_adjacent = from.channel == 1;
+  const bool channels_lead = from.channel == 1;  // neighbouring threads read neighbouring elements
   matrix += sample * N * N;
 
   Elements<A, kRowTiles, kTiles> g{};
@@ -96,8 +96,8 @@ REPMTL_KERNEL small_gradient_kernel(
   if constexpr (kIs16Bit<S>) units.clear();
   for (int64_t step = 0; step < N; step += kDepth) {
     for (int i = threadIdx.x; i < kDepth * kChannels; i += kThreads) {
-      const int c = channels_are_adjacent ? i % kChannels : i / kDepth;
-      const int n = channels_are_adjacent ? i / kChannels : i % kDepth;
+      const int c = channels_lead ? i % kChannels : i / kDepth;
+      const int n = channels_lead ? i / kChannels : i % kDepth;
       A x = 0;
       if (first + c < C && step + n < N) {
         x = widen(saliency[(first + c) * from.channel + position_offset(from, step + n)]) * scale;
@@ -123,67 +123,102 @@ REPMTL_KERNEL small_gradient_kernel(
   }
 
   const A curl = terms.curl[sample] / multiple, rank = terms.rank_of[sample];
-  S* output = static_cast<S*>(to.data) + b * to.batch;
+  const int64_t c0 = first + threadIdx.x / kSide, n0 = threadIdx.x % kSide;
+  Elements<A, kRowTiles, kTiles> outer{};
+  for (int64_t k = 0; k < terms.rank; ++k) {
+    A of_channels[kRowTiles], of_positions[kTiles];
 #pragma unroll
-  for (int i = 0; i < kRowTiles; ++i) {
-    const int64_t c = first + i * kSide + threadIdx.x / kSide;
-    if (c >= C) break;
+    for (int i = 0; i < kRowTiles; ++i) {
+      const int64_t c = min(c0 + i * kSide, C - 1);
+      of_channels[i] = terms.left[(k * shape.batch + b) * C + c];
+    }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
-      const int64_t n = j * kSide + threadIdx.x % kSide;
-      if (n >= N) break;
-      A outer = 0;
-      for (int64_t k = 0; k < terms.rank; ++k) {
-        outer += terms.left[(k * shape.batch + b) * C + c] *
-                 terms.right[(sample * terms.rank + k) * N + n];
-      }
-      A x = scale * (curl * g.x[i][j] + rank * outer) + terms.da[sample * C + c];
-      if (terms.dx) x += terms.dx[sample * N + n];
-      narrow(x, output[c * to.channel + position_offset(to, n)]);
+      const int64_t n = min(n0 + j * kSide, N - 1);
+      of_positions[j] = terms.right[(sample * terms.rank + k) * N + n];
+    }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) outer.x[i][j] += of_channels[i] * of_positions[j];
+    }
+  }
+  S* output = static_cast<S*>(to.data) + b * to.batch;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const int64_t n = n0 + j * kSide;
+    if (n >= N) break;
+    const A dx = terms.dx ? terms.dx[sample * N + n] : A(0);
+    S* column = output + position_offset(to, n);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      const int64_t c = c0 + i * kSide;
+      if (c >= C) break;
+      const A x = scale * (curl * g.x[i][j] + rank * outer.x[i][j]);
+      narrow(x + terms.da[sample * C + c] + dx, column[c * to.channel]);
     }
   }
 }
 
-// Grid: (sample, tile of rows and columns): rows and columns are those of the output's axes.
+constexpr int kRows = 4;  // of a thread of add_outer, which share what belongs to its columns
+
+// Rows and columns are those of the output's axes. Grid: (sample, tile of rows, tile of columns).
 template <typename S, int kVector>
 REPMTL_KERNEL add_outer_kernel(
-    const __grid_constant__ View to, const __grid_constant__ Axes axes,
-    Shape shape, int64_t task, unsigned blocks,
+    const __grid_constant__ View to, const __grid_constant__ Axes axes, Shape shape, int64_t task,
+    unsigned row_tiles, unsigned column_tiles,
     const acc_t<S>* product,  // (B, rows, columns)
     acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms) {
   using A = acc_t<S>;
-  const int64_t b = blockIdx.x / blocks;
-  const int64_t i = (blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x) * kVector;
-  if (i >= axes.rows * axes.columns) return;
-  const int64_t row = i / axes.columns, column = i % axes.columns;
+  const int64_t b = blockIdx.x / column_tiles / row_tiles;
+  const int64_t row_tile = blockIdx.x / column_tiles % row_tiles;
+  const int64_t column_tile = blockIdx.x % column_tiles;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first = (row_tile * kWarps + warp) * kRows;
+  const int64_t column = (column_tile * kWarp + lane) * kVector;
+  if (column >= axes.columns) return;
   const int64_t sample = task * shape.batch + b;
   const int64_t C = shape.channels, N = shape.positions;
-  const A* from = product + b * axes.rows * axes.columns + i;
-  A x[kVector] = {};
+  const auto row_of = [&](int i) { return min(first + i, axes.rows - 1); };
+
+  A x[kRows][kVector] = {};
   for (int64_t k = 0; k < terms.rank; ++k) {
     const A* left = terms.left + (k * shape.batch + b) * C;
     const A* right = terms.right + (sample * terms.rank + k) * N;
-    const A of_row = axes.rows_are_channels ? left[row] : right[row];
-    const A* of_column = (axes.rows_are_channels ? right : left) + column;
+    A of_columns[kVector];
+    load((axes.rows_are_channels ? right : left) + column, of_columns);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) x[j] += of_row * of_column[j];
+    for (int i = 0; i < kRows; ++i) {
+      const A of_row = axes.rows_are_channels ? left[row_of(i)] : right[row_of(i)];
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) x[i][j] += of_row * of_columns[j];
+    }
   }
   const A scale = terms.scale[sample], rank = terms.rank_of[sample];
   const A curl = terms.curl[sample] / multiple;
   const A* da = terms.da + sample * C;
   const A* dx = terms.dx ? terms.dx + sample * N : nullptr;
-  Pack<S, kVector> pack;
+  const A* along_rows = axes.rows_are_channels ? da : dx;
+  const A* along_columns = axes.rows_are_channels ? dx : da;
+  A rest[kVector] = {};
+  if (along_columns) load(along_columns + column, rest);
+  S* target = static_cast<S*>(to.data) + b * to.batch + column_offset(to, axes, column);
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) {
-    const int64_t c = axes.rows_are_channels ? row : column + j;
-    const int64_t n = axes.rows_are_channels ? column + j : row;
-    // In this order: scale^2 may overflow.
-    const A value = scale * (curl * (scale * from[j]) + rank * x[j]) + da[c];
-    narrow(dx ? value + dx[n] : value, pack.x[j]);
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t row = first + i;
+    if (row >= axes.rows) break;
+    A from[kVector];
+    load(product + (b * axes.rows + row) * axes.columns + column, from);
+    const A of_row = along_rows ? along_rows[row] : A(0);
+    Pack<S, kVector> pack;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      // In this order: scale^2 may overflow.
+      const A value = scale * (curl * (scale * from[j]) + rank * x[i][j]);
+      narrow(value + of_row + rest[j], pack.x[j]);
+    }
+    store(pack, target + row_offset(to, axes, row));
   }
-  S* target = static_cast<S*>(to.data) + b * to.batch + row_offset(to, axes, row) +
-              column_offset(to, axes, column);
-  *reinterpret_cast<Pack<S, kVector>*>(target) = pack;
 }
 
 }  // namespace
@@ -247,9 +282,11 @@ void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, c
     using A = acc_t<S>;
     const Axes axes = axes_of<S>(output, shape);
     const int64_t vector = axes.wide ? kWide<S> : 1;
-    const int64_t blocks = ceil_div(axes.rows * axes.columns / vector, kThreads);
+    const int64_t row_tiles = ceil_div(axes.rows, kWarps * kRows);
+    const int64_t column_tiles = ceil_div(axes.columns, kWarp * vector);
     launch(on, axes.wide ? add_outer_kernel<S, kWide<S>> : add_outer_kernel<S, 1>,
-           shape.batch * blocks, output, axes, shape, task, static_cast<unsigned>(blocks),
+           shape.batch * row_tiles * column_tiles, output, axes, shape, task,
+           static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
            static_cast<const A*>(product), static_cast<A>(multiple),
            terms_of<A>(coefficients, outer));
   });

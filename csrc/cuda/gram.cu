@@ -144,7 +144,7 @@ REPMTL_KERNEL scaled_copy_kernel(
   Pack<S, kVector> pack = *reinterpret_cast<const Pack<S, kVector>*>(from);
 #pragma unroll
   for (int j = 0; j < kVector; ++j) narrow(widen(pack.x[j]) * scale[b], pack.x[j]);
-  *reinterpret_cast<Pack<S, kVector>*>(to + b * axes.rows * axes.columns + i) = pack;
+  store(pack, to + b * axes.rows * axes.columns + i);
 }
 
 // Grid: (sample, tile of rows, tile of columns). See gram_block.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace repmtl::cuda {
 
@@ -40,6 +41,9 @@ struct Context {
 struct Coefficients {
   const void *scale, *rank, *curl;  // (T, B)
 };
+
+// Why the current device can't run the kernels, or an empty string.
+std::string why_not();
 
 // Stage `statistics`. positions (T, B, N), channels (T, B, C), scale (T, B); each may be null.
 void statistics(const Context& on, Type type, const Shape& shape, const View* views,

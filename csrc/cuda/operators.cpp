@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -124,10 +125,12 @@ void check_contiguous(const char* name, const Tensor& x, const Sizes& sizes, con
   bool right = on_one_device(x, like) && x.is_contiguous() && x.scalar_type() == type &&
                x.dim() == static_cast<int64_t>(sizes.size());
   for (size_t i = 0; right && i < sizes.size(); ++i) right = x.size(i) == sizes[i];
+  // Vectors are read 16 bytes at a time.
+  if (right && sizes.size() > 2) right = reinterpret_cast<std::uintptr_t>(data(x)) % 16 == 0;
   std::string shape;
   for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
   STD_TORCH_CHECK(right, name, ": expected a contiguous tensor of shape (", shape,
-                  "), of the device and precision of the others");
+                  ") that starts at a multiple of 16 bytes, of the device and precision of the others");
 }
 
 // Of what is divided by, or reduced.
@@ -154,7 +157,7 @@ Shape shape_of(const Tensors& saliencies) {
 }
 
 View view_of(const Tensor& x, bool written = false) {
-  View view{written ? output(x) : const_cast<void*>(data(x)), x.stride(0), x.stride(1), {1, 0, 0},
+  View view{written ? output(x) : const_cast<void*>(data(x)), x.stride(0), x.stride(1), {0, 0, 0},
             {1, 1}};
   Sizes sizes, strides;  // of the positions, without dimensions that collapse
   for (int64_t d = 2; d < x.dim(); ++d) {
@@ -605,9 +608,8 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, b
   const int64_t T = shape.tasks, B = shape.batch;
   if (present) check_contiguous("present", *present, {T, B}, first, ScalarType::Bool);
   const Call on(first);
-  Tensors found;  // one tensor each: operators may not return the same tensor twice
-  for (int i = 0; i < 2 + kSavedTensors; ++i) found.push_back(empty(first, {0}, first.scalar_type()));
-  Tensor* saved = found.data() + 2;
+  std::vector<std::optional<Tensor>> found(2 + kSavedTensors);
+  std::optional<Tensor>* saved = found.data() + 2;
   const Statistics means = run_statistics(on, saliencies, shape, tsr, csa);
   if (tsr) {
     Entropy entropy = run_entropy(
@@ -615,17 +617,24 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, b
     found[0] = entropy.value;
     if (with_grad) saved[kPositionGrad] = entropy.grad;
   }
-  if (!csa) return found;
+  // One tensor each: operators may not return the same tensor twice.
+  const auto results = [&] {
+    Tensors all;
+    for (const auto& x : found) all.push_back(x ? *x : empty(first, {0}, first.scalar_type()));
+    return all;
+  };
+  if (!csa) return results();
   const Anchors anchors = run_unit_anchors(on, means.channels, eps, with_grad);
   const Contrast contrast = run_contrast(on, anchors, csa_temperature, with_grad);
   const Gram gram = run_gram(on, saliencies, shape, means.scale, anchors.unit, eps, with_grad);
   const ScalarType sums = accumulation_type(first);
   const Tensor weight = empty(first, {T, B}, sums);
-  found[1] = empty(first, {}, sums);
+  const Tensor loss = empty(first, {}, sums);
+  found[1] = loss;
   const auto* bytes = present ? static_cast<const unsigned char*>(data(*present)) : nullptr;
   csa_value(on, type_of(first), T, B, data(contrast.logsumexp), data(gram.similarity), bytes,
-            csa_temperature, output(weight), output(found[1]));
-  if (!with_grad) return found;
+            csa_temperature, output(weight), output(loss));
+  if (!with_grad) return results();
   saved[kScale] = means.scale;
   saved[kAnchors] = anchors.unit;
   saved[kFactor] = anchors.factor;
@@ -637,7 +646,7 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, b
   saved[kSlope] = gram.slope;
   saved[kProjection] = gram.projection;
   saved[kMatrix] = gram.matrix;
-  return found;
+  return results();
 }
 
 void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad, Tensors saliencies,
@@ -663,6 +672,12 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad, Te
                data(saved[kSimilarity]), data(saved[kInverse]), data(saved[kSlope]),
                output(g.rank), output(g.curl), output(g.tug));
   run_saliency_grad(on, saliencies, outputs, tasks, shape, g);
+}
+
+// Why the device of a tensor can't run the kernels, or an empty string.
+std::string why_not_op(Tensor x) {
+  const Call on(x);
+  return why_not();
 }
 
 // What this was compiled from; setup.py defines it.
@@ -691,6 +706,7 @@ STABLE_TORCH_LIBRARY(repmtl_cuda, m) {
   m.def("losses_backward(Tensor grad_csa, Tensor? position_grad, Tensor[] saliencies, "
         "Tensor(a!)[] outputs, int[] tasks, Tensor[] saved) -> ()");
   m.def("sources() -> str");
+  m.def("why_not(Tensor x) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_cuda, CompositeExplicitAutograd, m) {
@@ -709,4 +725,5 @@ REPMTL_IMPLEMENT(REPMTL_DISPATCH_KEY) {
   m.impl("saliency_grad", TORCH_BOX(&repmtl::cuda::saliency_grad_op));
   m.impl("losses", TORCH_BOX(&repmtl::cuda::losses_op));
   m.impl("losses_backward", TORCH_BOX(&repmtl::cuda::losses_backward_op));
+  m.impl("why_not", TORCH_BOX(&repmtl::cuda::why_not_op));
 }

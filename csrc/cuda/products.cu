@@ -6,7 +6,6 @@ namespace {
 
 constexpr int kGroup = 4;  // vectors of one read
 constexpr int kRows = 4;   // rows of a warp that share a read of the vectors
-constexpr int64_t kBlocks = 1056;
 constexpr int64_t kMinRows = 64;  // of a chunk
 
 struct Plan {
@@ -146,11 +145,12 @@ REPMTL_KERNEL over_columns_kernel(
     }
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
+      A weights[kVector];
+      load(v[k] + column, weights);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
-        const A weight = v[k][column + j];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) sums[i][k] += weight * widen(x[i].x[j]);
+        for (int i = 0; i < kRows; ++i) sums[i][k] += weights[j] * widen(x[i].x[j]);
       }
     }
   }
@@ -187,7 +187,7 @@ void run(const Context& on, const Shape& shape, const View* views, bool over_cha
       return;
     }
     const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
-    const int64_t wanted = ceil_div(kBlocks, samples * tiles);
+    const int64_t wanted = ceil_div(kFill, samples * tiles);
     plan.chunk = std::max(kMinRows, ceil_div(axes.rows, wanted));
     const int64_t chunks = ceil_div(axes.rows, plan.chunk);
     plan.tiles = static_cast<unsigned>(tiles);

@@ -5,8 +5,6 @@ namespace {
 
 constexpr int kUnroll = 4;        // rows of a warp whose loads are under way together
 constexpr int64_t kMaxRows = 512;  // of a chunk: partial sums are then 1 % of the bytes
-// Eight blocks for each multiprocessor of a large GPU.
-constexpr int64_t kBlocks = 1056;
 
 struct Plan {
   Axes axes;
@@ -55,7 +53,7 @@ REPMTL_KERNEL statistics_kernel(
       for (int j = 0; j < kVector; ++j) {
         sums[j] += x[i][j];
         along += x[i][j];
-        top = larger(top, x[i][j] < 0 ? -x[i][j] : x[i][j]);
+        top = larger(top, magnitude(x[i][j]));
       }
       if (row_parts) {
         along = warp_sum(along);
@@ -131,7 +129,7 @@ void run(const Context& on, const Shape& shape, const View* views, acc_t<S>* pos
     const int64_t samples = count * shape.batch, before = first * shape.batch;
     Plan plan{axes, shape.batch, 0, 0, 0};
     const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
-    const int64_t wanted = ceil_div(kBlocks, samples * tiles);
+    const int64_t wanted = ceil_div(kFill, samples * tiles);
     plan.chunk = std::clamp<int64_t>(ceil_div(axes.rows, wanted), kWarps * kUnroll, kMaxRows);
     const int64_t chunks = ceil_div(axes.rows, plan.chunk);
     plan.tiles = static_cast<unsigned>(tiles);
@@ -156,6 +154,14 @@ void run(const Context& on, const Shape& shape, const View* views, acc_t<S>* pos
 bool channels_are_adjacent(const View& view, const Shape& shape) {
   const bool positions = view.has_single_stride() && view.stride[0] == 1 && shape.positions > 1;
   return view.channel == 1 && !positions;
+}
+
+std::string why_not() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel<float>);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // else a later call would report it
+  return cudaGetErrorString(error);
 }
 
 void statistics(const Context& on, Type type, const Shape& shape, const View* views,

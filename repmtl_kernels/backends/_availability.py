@@ -66,8 +66,13 @@ def native_status() -> str:
 def _native_refusal(device: torch.device) -> str | None:
     if device.type not in _native.LIBRARIES:
         return f"saliencies are on {device}, expected the CPU or a CUDA device"
-    status = _native.status(device.type)
-    return None if status == "ok" else status
+    if (status := _native.status(device.type)) != "ok":
+        return status
+    if device.type == "cuda":
+        reason = _native.load("cuda").why_not(torch.empty(0, device=device))
+        if reason:
+            return f"the CUDA kernels can't run on {device}: {reason}"
+    return None
 
 
 def _triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:

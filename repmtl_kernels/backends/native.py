@@ -1,7 +1,8 @@
 """The stages with the compiled operators of ``csrc``. Contract: ``__init__.py``.
 
-Large matrix products are PyTorch's; what is between them is one pass each. On CUDA the operators
-``losses`` and ``losses_backward`` are all stages in one call.
+Large matrix products are PyTorch's, those of float32 in the precision that PyTorch is set to; what
+is between them is one pass each. On CUDA the operators ``losses`` and ``losses_backward`` are all
+stages in one call.
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ MOST_SMALL_TASKS = 64  # kSmallTasks of csrc
 
 def ops_of(x: Tensor) -> ModuleType:
     """The operators for a tensor's device."""
+    if x.dtype == torch.float16 and _on_cuda(x):
+        _check_fp16_products()
     return _native.load(_native.library_of(x))
+
+
+def _check_fp16_products() -> None:
+    """PyTorch has no float16 products with float32 results where this is allowed."""
+    if torch.backends.cuda.matmul.allow_fp16_accumulation:
+        raise ValueError(
+            "torch.backends.cuda.matmul.allow_fp16_accumulation: expected False for float16 "
+            "saliencies with backend='native'; got True"
+        )
 
 
 def in_one_call(saliency: Tensor) -> ModuleType | None:

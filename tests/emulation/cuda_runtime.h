@@ -94,6 +94,13 @@ inline cudaError_t cudaGetLastError() {
       std::exchange(cuda_emulation::last_error, static_cast<int>(cudaSuccess)));
 }
 
+struct cudaFuncAttributes {};
+
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+  return cudaSuccess;
+}
+
 namespace cuda_emulation {
 
 inline cudaError_t remember(cudaError_t error) {
@@ -284,6 +291,10 @@ inline long long __double_as_longlong(double x) { return cuda_emulation::bits_as
 template <typename T>
 inline T __ldg(const T* p) {
   return *p;
+}
+template <typename T>
+inline void __stwb(T* p, T x) {
+  *p = x;
 }
 
 // CUDA's overloads, so that what is ambiguous there is ambiguous here.
