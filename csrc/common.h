@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "shape.h"
+
 // The loops of a function with this mark are compiled for several vector widths; the loader picks.
 #if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
     defined(__GNUC__) && __GNUC__ >= 12  // the first that knows these names
@@ -53,10 +55,6 @@ struct View {
 
 // Applies a macro to every type that saliencies have.
 #define REPMTL_FOR_SALIENCY_TYPES(macro) macro(double) macro(float) macro(bfloat16) macro(float16)
-
-struct Shape {
-  int64_t tasks, batch, channels, positions;
-};
 
 // Numbers to read that are worth a thread.
 constexpr int64_t kGrain = 16384;

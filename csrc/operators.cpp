@@ -1,9 +1,5 @@
 // The stages as operators of PyTorch, in its stable ABI: checks, views and allocation.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <string>
@@ -11,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "binding.h"
 #include "contrast.h"
 #include "entropy.h"
 #include "gradient.h"
@@ -19,9 +16,6 @@
 
 namespace repmtl {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 struct TorchParallelFor final : ParallelFor {
   void run(int64_t count, int64_t grain, void (*f)(int64_t, int64_t, void*),
@@ -55,11 +49,6 @@ void dispatch_accumulation(const Tensor& x, const F& f) {
   }
 }
 
-ScalarType accumulation_type(const Tensor& saliency) {
-  const ScalarType type = saliency.scalar_type();
-  return type == ScalarType::Double ? type : ScalarType::Float;
-}
-
 // Its memory, to write where A is not const: a lazy copy becomes a real one then.
 template <typename A>
 A* data(const Tensor& x) {
@@ -75,40 +64,6 @@ const A* data_or_null(const std::optional<Tensor>& x) {
   return x ? data<const A>(*x) : nullptr;
 }
 
-void check_contiguous(const char* name, const Tensor& x, const std::vector<int64_t>& sizes,
-                      ScalarType type) {
-  bool right = x.is_cpu() && x.is_contiguous() && x.scalar_type() == type &&
-               x.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; right && i < sizes.size(); ++i) right = x.size(i) == sizes[i];
-  std::string shape;
-  for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(right, name, ": expected a contiguous CPU tensor of shape (", shape,
-                  "), of the precision of the others");
-}
-
-// Of what is divided by, or reduced.
-void check_not_empty(const char* name, const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.size(d) > 0, name, ": expected no size of 0, got one in dimension ", d);
-  }
-}
-
-Shape shape_of(const std::vector<Tensor>& saliencies) {
-  STD_TORCH_CHECK(!saliencies.empty(), "saliencies: expected at least one task");
-  const Tensor& first = saliencies[0];
-  for (const Tensor& s : saliencies) {
-    bool right = s.is_cpu() && s.scalar_type() == first.scalar_type() && s.dim() == first.dim() &&
-                 s.dim() >= 3;
-    for (int64_t d = 0; right && d < s.dim(); ++d) right = s.size(d) == first.size(d);
-    STD_TORCH_CHECK(right, "saliencies: expected CPU tensors (B, C, *spatial) of one shape, at "
-                           "least one spatial dimension, and one dtype");
-  }
-  check_not_empty("saliencies", first);
-  int64_t positions = 1;
-  for (int64_t d = 2; d < first.dim(); ++d) positions *= first.size(d);
-  return {static_cast<int64_t>(saliencies.size()), first.size(0), first.size(1), positions};
-}
-
 void check_small(const Tensor& saliency, int64_t positions) {
   STD_TORCH_CHECK(saliency.scalar_type() == ScalarType::Float && positions <= kSmall,
                   "saliencies: expected float32 and at most ", kSmall, " positions");
@@ -118,22 +73,12 @@ void check_small(const Tensor& saliency, int64_t positions) {
 template <typename S>
 View<S> view_of(const Tensor& x) {
   View<S> view{data<S>(x), x.stride(0), x.stride(1), 1, {}};
-  std::vector<int64_t> sizes, strides;  // of the positions, without dimensions that collapse
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    if (x.size(d) == 1) continue;
-    if (!sizes.empty() && strides.back() == x.size(d) * x.stride(d)) {
-      sizes.back() *= x.size(d);
-      strides.back() = x.stride(d);
-    } else {
-      sizes.push_back(x.size(d));
-      strides.push_back(x.stride(d));
-    }
-  }
+  const auto [sizes, strides] = grid_of(x);
   if (sizes.size() == 1) view.position_stride = strides[0];
   if (sizes.size() < 2) return view;
   view.offsets.push_back(0);
   for (size_t d = 0; d < sizes.size(); ++d) {
-    std::vector<int64_t> finer;
+    Sizes finer;
     finer.reserve(view.offsets.size() * sizes[d]);
     for (int64_t offset : view.offsets) {
       for (int64_t i = 0; i < sizes[d]; ++i) finer.push_back(offset + i * strides[d]);
@@ -143,23 +88,16 @@ View<S> view_of(const Tensor& x) {
   return view;
 }
 
-Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-std::tuple<Tensor, Tensor, Tensor> statistics_cpu(std::vector<Tensor> saliencies,
+std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies,
                                                   bool with_positions, bool with_channels) {
   STD_TORCH_CHECK(with_positions || with_channels, "expected positions, channels or both");
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   const ScalarType type = accumulation_type(first);
-  using Sizes = std::vector<int64_t>;
-  const auto make = [&](bool asked, const Sizes& sizes) {
-    return empty(first, asked ? sizes : Sizes{0}, type);
-  };
-  Tensor positions = make(with_positions, {shape.tasks, shape.batch, shape.positions});
-  Tensor channels = make(with_channels, {shape.tasks, shape.batch, shape.channels});
-  Tensor scale = make(with_channels, {shape.tasks, shape.batch});
+  const int64_t T = shape.tasks, B = shape.batch;
+  Tensor positions = empty_if(with_positions, first, {T, B, shape.positions}, type);
+  Tensor channels = empty_if(with_channels, first, {T, B, shape.channels}, type);
+  Tensor scale = empty_if(with_channels, first, {T, B}, type);
   dispatch(first.scalar_type(), [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
@@ -176,11 +114,10 @@ std::tuple<Tensor, Tensor> entropy_cpu(Tensor x, bool over_tasks, bool softmax, 
                                        double eps, bool with_grad) {
   STD_TORCH_CHECK(x.dim() == 3, "x: expected (T, B, N), got ", x.dim(), " dimensions");
   const int64_t T = x.size(0), B = x.size(1), N = x.size(2);
-  check_contiguous("x", x, {T, B, N}, x.scalar_type());
+  check_contiguous("x", x, {T, B, N}, x, x.scalar_type());
   check_not_empty("x", x);
   Tensor value = empty(x, {}, x.scalar_type());
-  Tensor grad = empty(x, with_grad ? std::vector<int64_t>{T, B, N} : std::vector<int64_t>{0},
-                      x.scalar_type());
+  Tensor grad = empty_if(with_grad, x, {T, B, N}, x.scalar_type());
   dispatch_accumulation(x, [&](auto example) {
     using A = decltype(example);
     const EntropyOptions options{over_tasks, softmax, temperature, eps};
@@ -195,10 +132,10 @@ std::tuple<Tensor, Tensor, Tensor> unit_anchors_cpu(Tensor a, double eps, bool w
   STD_TORCH_CHECK(a.dim() == 3, "a: expected (T, B, C), got ", a.dim(), " dimensions");
   const int64_t T = a.size(0), B = a.size(1), C = a.size(2);
   const ScalarType type = a.scalar_type();
-  check_contiguous("a", a, {T, B, C}, type);
+  check_contiguous("a", a, {T, B, C}, a, type);
   check_not_empty("a", a);
   Tensor u = empty(a, {T, B, C}, type), factor = empty(a, {B}, type);
-  Tensor pull = empty(a, with_grad ? std::vector<int64_t>{T, B, C} : std::vector<int64_t>{0}, type);
+  Tensor pull = empty_if(with_grad, a, {T, B, C}, type);
   dispatch_accumulation(a, [&](auto example) {
     using A = decltype(example);
     unit_anchors<A>(T, B, C, data<const A>(a), eps, data<A>(u), data<A>(factor),
@@ -214,8 +151,8 @@ struct Block {
 Block block_of(const Tensor& dots, int64_t first) {
   STD_TORCH_CHECK(dots.dim() == 4, "dots: expected (T, M, T, B), got ", dots.dim(), " dimensions");
   const Block block{dots.size(0), dots.size(1), dots.size(3)};
-  const std::vector<int64_t> sizes{block.tasks, block.samples, block.tasks, block.batch};
-  check_contiguous("dots", dots, sizes, dots.scalar_type());
+  const Sizes sizes{block.tasks, block.samples, block.tasks, block.batch};
+  check_contiguous("dots", dots, sizes, dots, dots.scalar_type());
   check_not_empty("dots", dots);
   STD_TORCH_CHECK(first >= 0 && first + block.samples <= block.batch,
                   "first: expected samples within the batch");
@@ -236,7 +173,7 @@ Tensor log_sum_exp_cpu(Tensor dots, int64_t first, double temperature) {
 
 void weigh_dots_cpu(Tensor dots, Tensor logsumexp, int64_t first, double temperature) {
   const Block block = block_of(dots, first);
-  check_contiguous("logsumexp", logsumexp, {block.batch}, dots.scalar_type());
+  check_contiguous("logsumexp", logsumexp, {block.batch}, dots, dots.scalar_type());
   dispatch_accumulation(dots, [&](auto example) {
     using A = decltype(example);
     weigh_dots<A>(block.tasks, block.batch, first, block.samples, data<A>(dots),
@@ -248,10 +185,10 @@ void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor pull) 
   STD_TORCH_CHECK(du.dim() == 3, "du: expected (T, B, C), got ", du.dim(), " dimensions");
   const int64_t T = du.size(0), B = du.size(1), C = du.size(2);
   const ScalarType type = du.scalar_type();
-  check_contiguous("du", du, {T, B, C}, type);
-  check_contiguous("u", u, {T, B, C}, type);
-  check_contiguous("factor", factor, {B}, type);
-  check_contiguous("pull", pull, {T, B, C}, type);
+  check_contiguous("du", du, {T, B, C}, du, type);
+  check_contiguous("u", u, {T, B, C}, du, type);
+  check_contiguous("factor", factor, {B}, du, type);
+  check_contiguous("pull", pull, {T, B, C}, du, type);
   dispatch_accumulation(du, [&](auto example) {
     using A = decltype(example);
     through_normalisation<A>(T, B, C, data<const A>(u), data<const A>(factor),
@@ -264,15 +201,15 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
   const Shape shape = shape_of({output});
   const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
   const ScalarType type = accumulation_type(output);
-  const std::vector<int64_t> sizes = transposed ? std::vector<int64_t>{B, N, C}
-                                                : std::vector<int64_t>{B, C, N};
-  if (product) check_contiguous("product", *product, sizes, type);
+  const Sizes sizes = transposed ? Sizes{B, N, C}
+                                                : Sizes{B, C, N};
+  if (product) check_contiguous("product", *product, sizes, output, type);
   STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
   const int64_t K = left.size(0);
-  check_contiguous("da", da, {B, C}, type);
-  if (dx) check_contiguous("dx", *dx, {B, N}, type);
-  check_contiguous("left", left, {K, B, C}, type);
-  check_contiguous("right", right, {B, K, N}, type);
+  check_contiguous("da", da, {B, C}, output, type);
+  if (dx) check_contiguous("dx", *dx, {B, N}, output, type);
+  check_contiguous("left", left, {K, B, C}, output, type);
+  check_contiguous("right", right, {B, K, N}, output, type);
   dispatch(output.scalar_type(), [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
@@ -286,20 +223,19 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
 std::string sources() { return REPMTL_SOURCES; }
 
 // norm (T, B), positive (T, B), projection (T, B, T, N) and matrix (T, B, N, N), empty without grad
-std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(std::vector<Tensor> saliencies,
+std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies,
                                                           Tensor scale, Tensor anchors,
                                                           bool with_grad) {
   const Shape shape = shape_of(saliencies);
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
   const Tensor& first = saliencies[0];
   check_small(first, N);
-  check_contiguous("scale", scale, {T, B}, ScalarType::Float);
-  check_contiguous("anchors", anchors, {T, B, C}, ScalarType::Float);
-  using Sizes = std::vector<int64_t>;
+  check_contiguous("scale", scale, {T, B}, first, ScalarType::Float);
+  check_contiguous("anchors", anchors, {T, B, C}, first, ScalarType::Float);
   Tensor norm = empty(first, {T, B}, ScalarType::Float);
   Tensor positive = empty(first, {T, B}, ScalarType::Float);
-  Tensor projection = empty(first, with_grad ? Sizes{T, B, T, N} : Sizes{0}, ScalarType::Float);
-  Tensor matrix = empty(first, with_grad ? Sizes{T, B, N, N} : Sizes{0}, ScalarType::Float);
+  Tensor projection = empty_if(with_grad, first, {T, B, T, N}, ScalarType::Float);
+  Tensor matrix = empty_if(with_grad, first, {T, B, N, N}, ScalarType::Float);
   std::vector<View<const float>> views;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
   small_gram(shape, views.data(), data<const float>(scale), data<const float>(anchors),
@@ -309,8 +245,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(std::vector<Tensor> sa
   return {norm, positive, projection, matrix};
 }
 
-void small_gradient_cpu(std::vector<Tensor> saliencies, std::vector<Tensor> outputs,
-                        std::vector<int64_t> tasks, Tensor scale, Tensor anchors, Tensor factor,
+void small_gradient_cpu(Tensors saliencies, Tensors outputs,
+                        Sizes tasks, Tensor scale, Tensor anchors, Tensor factor,
                         Tensor pull, Tensor contrast_grad, Tensor projection, Tensor matrix,
                         Tensor rank, Tensor curl, Tensor tug, Tensor negatives,
                         std::optional<Tensor> position_grad) {
@@ -318,15 +254,9 @@ void small_gradient_cpu(std::vector<Tensor> saliencies, std::vector<Tensor> outp
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
   check_small(saliencies[0], N);
   STD_TORCH_CHECK(T <= kSmallTasks, "saliencies: expected at most ", kSmallTasks, " tasks");
-  STD_TORCH_CHECK(outputs.size() == tasks.size(), "outputs: expected one for each of ",
-                  tasks.size(), " tasks, got ", outputs.size());
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    STD_TORCH_CHECK(tasks[i] >= 0 && tasks[i] < T,
-                    "tasks: expected numbers of saliencies, got ", tasks[i]);
-    shape_of({saliencies[tasks[i]], outputs[i]});
-  }
-  const auto check = [](const char* name, const Tensor& x, const std::vector<int64_t>& sizes) {
-    check_contiguous(name, x, sizes, ScalarType::Float);
+  check_outputs(saliencies, outputs, tasks);
+  const auto check = [&](const char* name, const Tensor& x, const Sizes& sizes) {
+    check_contiguous(name, x, sizes, saliencies[0], ScalarType::Float);
     return data<const float>(x);
   };
   const SmallGradient g{

@@ -91,9 +91,9 @@ GOOD = torch.ones(2, 3, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.statistics([GOOD, GOOD.double()], True, True), "one dtype"),
+        (lambda: ops.statistics([GOOD, GOOD.double()], True, True), "one dtype and device"),
         (lambda: ops.statistics([GOOD, GOOD[:1]], True, True), "of one shape"),
-        (lambda: ops.statistics([GOOD[0]], True, True), "at least one spatial dimension"),
+        (lambda: ops.statistics([GOOD[0]], True, True), "one to three spatial dimensions"),
         (lambda: ops.statistics([GOOD.long()], True, True), "floating-point saliencies"),
         (lambda: ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), r"x: .*\(T, B, N\)"),
         (lambda: ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
@@ -101,7 +101,7 @@ GOOD = torch.ones(2, 3, 4)
         (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5), "dots: "),
         (
             lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
-            r"factor: .*contiguous CPU tensor of shape \(3\)",
+            r"factor: .*contiguous tensor of shape \(3\)",
         ),
         (
             lambda: ops.add_outer(

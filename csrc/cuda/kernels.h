@@ -5,13 +5,11 @@
 #include <cstdint>
 #include <string>
 
+#include "../shape.h"
+
 namespace repmtl::cuda {
 
 enum class Type { kDouble, kFloat, kBFloat16, kHalf };
-
-struct Shape {
-  int64_t tasks, batch, channels, positions;
-};
 
 // One task's saliencies or their gradient (B, C, N): position n is at place (n / (size[0] size[1]),
 // n / size[1] % size[0], n % size[1]) of a grid with strides. All strides count elements.

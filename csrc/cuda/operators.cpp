@@ -3,10 +3,6 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -17,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../binding.h"
 #include "kernels.h"
 
 // The tests register the kernels for the CPU, where headers of theirs emulate CUDA.
@@ -35,11 +32,6 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 
 namespace repmtl::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
-using Tensors = std::vector<Tensor>;
 
 // Rows of a block of the Gram matrix: what is right of its diagonal is computed for nothing, and
 // smaller products run slower.
@@ -106,70 +98,23 @@ Type type_of(const Tensor& x) {
   }
 }
 
-ScalarType accumulation_type(const Tensor& saliency) {
-  const ScalarType type = saliency.scalar_type();
-  return type == ScalarType::Double ? type : ScalarType::Float;
-}
-
 const void* data(const Tensor& x) { return x.const_data_ptr(); }
 void* output(const Tensor& x) { return x.mutable_data_ptr(); }
 // An output that was not asked for is an empty tensor.
 void* output_or_null(const Tensor& x) { return x.numel() == 0 ? nullptr : output(x); }
 
-bool on_one_device(const Tensor& x, const Tensor& y) {
-  return x.is_cuda() == y.is_cuda() && x.get_device_index() == y.get_device_index();
-}
-
-void check_contiguous(const char* name, const Tensor& x, const Sizes& sizes, const Tensor& like,
-                      ScalarType type) {
-  bool right = on_one_device(x, like) && x.is_contiguous() && x.scalar_type() == type &&
-               x.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; right && i < sizes.size(); ++i) right = x.size(i) == sizes[i];
-  // Vectors are read 16 bytes at a time.
-  if (right && sizes.size() > 2) right = reinterpret_cast<std::uintptr_t>(data(x)) % 16 == 0;
-  std::string shape;
-  for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-  STD_TORCH_CHECK(right, name, ": expected a contiguous tensor of shape (", shape,
-                  ") that starts at a multiple of 16 bytes, of the device and precision of the others");
-}
-
-// Of what is divided by, or reduced.
-void check_not_empty(const char* name, const Tensor& x) {
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(x.size(d) > 0, name, ": expected no size of 0, got one in dimension ", d);
-  }
-}
-
-Shape shape_of(const Tensors& saliencies) {
-  STD_TORCH_CHECK(!saliencies.empty(), "saliencies: expected at least one task");
-  const Tensor& first = saliencies[0];
-  for (const Tensor& s : saliencies) {
-    bool right = on_one_device(s, first) && s.scalar_type() == first.scalar_type() &&
-                 s.dim() == first.dim() && s.dim() >= 3 && s.dim() <= 5;
-    for (int64_t d = 0; right && d < s.dim(); ++d) right = s.size(d) == first.size(d);
-    STD_TORCH_CHECK(right, "saliencies: expected tensors (B, C, *spatial) of one shape, with one to "
-                           "three spatial dimensions, one dtype and device");
-  }
-  check_not_empty("saliencies", first);
-  int64_t positions = 1;
-  for (int64_t d = 2; d < first.dim(); ++d) positions *= first.size(d);
-  return {static_cast<int64_t>(saliencies.size()), first.size(0), first.size(1), positions};
+// Vectors are read 16 bytes at a time.
+void check_vectors(const char* name, const Tensor& x, const Sizes& sizes, const Tensor& like,
+                   ScalarType type) {
+  check_contiguous(name, x, sizes, like, type);
+  STD_TORCH_CHECK(reinterpret_cast<std::uintptr_t>(data(x)) % 16 == 0, name,
+                  ": expected a tensor that starts at a multiple of 16 bytes");
 }
 
 View view_of(const Tensor& x, bool written = false) {
   View view{written ? output(x) : const_cast<void*>(data(x)), x.stride(0), x.stride(1), {0, 0, 0},
             {1, 1}};
-  Sizes sizes, strides;  // of the positions, without dimensions that collapse
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    if (x.size(d) == 1) continue;
-    if (!sizes.empty() && strides.back() == x.size(d) * x.stride(d)) {
-      sizes.back() *= x.size(d);
-      strides.back() = x.stride(d);
-    } else {
-      sizes.push_back(x.size(d));
-      strides.push_back(x.stride(d));
-    }
-  }
+  const auto [sizes, strides] = grid_of(x);
   if (sizes.size() == 1) view.stride[0] = strides[0];
   if (sizes.size() < 2) return view;
   // Right-aligned: of two dimensions the first is the middle one.
@@ -183,14 +128,6 @@ std::vector<View> views_of(const Tensors& saliencies) {
   std::vector<View> views;
   for (const Tensor& s : saliencies) views.push_back(view_of(s));
   return views;
-}
-
-Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return torch::stable::new_empty(like, sizes, type);
-}
-
-Tensor empty_if(bool wanted, const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return empty(like, wanted ? sizes : Sizes{0}, type);
 }
 
 // An operator of PyTorch that gives one tensor.
@@ -482,7 +419,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_op(Tensors saliencies, T
   const Tensor& first = saliencies[0];
   const int64_t T = shape.tasks, B = shape.batch;
   check_contiguous("scale", scale, {T, B}, first, accumulation_type(first));
-  check_contiguous("anchors", anchors, {T, B, shape.channels}, first, accumulation_type(first));
+  check_vectors("anchors", anchors, {T, B, shape.channels}, first, accumulation_type(first));
   const Call on(first);
   Gram found = run_gram(on, saliencies, shape, scale, anchors, eps, with_grad);
   return {found.similarity, found.inverse, found.slope, found.projection, found.matrix};
@@ -496,7 +433,7 @@ struct GradientOf {
 };
 
 void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tensors& outputs,
-                       const std::vector<int64_t>& tasks, const Shape& shape,
+                       const Sizes& tasks, const Shape& shape,
                        const GradientOf& g) {
   const Tensor& first = saliencies[0];
   const Type type = type_of(first);
@@ -547,38 +484,27 @@ void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tenso
   }
 }
 
-void check_outputs(const Tensors& saliencies, const Tensors& outputs,
-                   const std::vector<int64_t>& tasks) {
-  STD_TORCH_CHECK(outputs.size() == tasks.size(), "outputs: expected one for each of ",
-                  tasks.size(), " tasks, got ", outputs.size());
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    STD_TORCH_CHECK(tasks[i] >= 0 && tasks[i] < static_cast<int64_t>(saliencies.size()),
-                    "tasks: expected numbers of saliencies, got ", tasks[i]);
-    shape_of({saliencies[tasks[i]], outputs[i]});
-  }
-}
-
 void check_gradient(const Tensor& first, const Shape& shape, const GradientOf& g) {
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
   const int64_t R = std::min(C, N);
   const ScalarType sums = accumulation_type(first);
   check_contiguous("scale", g.scale, {T, B}, first, sums);
-  check_contiguous("anchors", g.anchors, {T, B, C}, first, sums);
+  check_vectors("anchors", g.anchors, {T, B, C}, first, sums);
   check_contiguous("factor", g.factor, {B}, first, sums);
   check_contiguous("pull", g.pull, {T, B, C}, first, sums);
   check_contiguous("contrast_grad", g.contrast_grad, {T, B, C}, first, sums);
-  check_contiguous("projection", g.projection, {T, B, T, R}, first, sums);
+  check_vectors("projection", g.projection, {T, B, T, R}, first, sums);
   check_contiguous("matrix", g.matrix, {T, B, R, R}, first, first.scalar_type());
   check_contiguous("rank", g.rank, {T, B}, first, sums);
   check_contiguous("curl", g.curl, {T, B}, first, sums);
   check_contiguous("tug", g.tug, {B}, first, sums);
   check_contiguous("negatives", g.negatives, {}, first, sums);
   if (g.position_grad) {
-    check_contiguous("position_grad", *g.position_grad, {T, B, N}, first, sums);
+    check_vectors("position_grad", *g.position_grad, {T, B, N}, first, sums);
   }
 }
 
-void saliency_grad_op(Tensors saliencies, Tensors outputs, std::vector<int64_t> tasks,
+void saliency_grad_op(Tensors saliencies, Tensors outputs, Sizes tasks,
                       Tensor scale, Tensor anchors, Tensor factor, Tensor pull,
                       Tensor contrast_grad, Tensor projection, Tensor matrix, Tensor rank,
                       Tensor curl, Tensor tug, Tensor negatives,
@@ -650,7 +576,7 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, b
 }
 
 void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad, Tensors saliencies,
-                        Tensors outputs, std::vector<int64_t> tasks, Tensors saved) {
+                        Tensors outputs, Sizes tasks, Tensors saved) {
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   check_outputs(saliencies, outputs, tasks);
