@@ -14,6 +14,7 @@ from repmtl_kernels._saliency import DTYPES
 
 OVER = ("tasks", "space")
 NORMALIZERS = ("abs", "softmax")
+MEMORY = ("auto", "save", "recompute")
 
 
 def is_dtensor(value: object) -> bool:
@@ -151,11 +152,17 @@ def check_tsr_options(
 
 
 def check_csa_options(
-    *, temperature: float, eps: float, group: Group | None, prefix: str = ""
+    *,
+    temperature: float,
+    eps: float,
+    group: Group | None,
+    memory: str = "auto",
+    prefix: str = "",
 ) -> None:
     check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
     check_number("eps", eps, minimum=0)
     check_group(group)
+    check_choice("memory", memory, MEMORY)
 
 
 ONE_SAMPLE = (
@@ -201,10 +208,11 @@ def csa_arguments(
     present: Tensor | None,
     channel_dim: int,
     group: str,
+    memory: str = "auto",
     prefix: str = "",
 ) -> tuple[tuple[Tensor, ...], bool]:
     """Checked operands of CSA and whether they are one stacked tensor. ``group`` is a name."""
-    check_csa_options(temperature=temperature, eps=eps, group=None, prefix=prefix)
+    check_csa_options(temperature=temperature, eps=eps, group=None, memory=memory, prefix=prefix)
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
     check_csa_batch(operands, stacked, present, group)
     return operands, stacked

@@ -8,6 +8,7 @@ backward.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -38,10 +39,14 @@ class Config(NamedTuple):
     eps: float
     with_grad: bool
     group: str  # name of the process group whose samples are negatives; empty: this process alone
+    recompute: bool  # the Gram matrices in the backward, instead of saving them
 
 
 class Saved(NamedTuple):
-    """What the backward needs, contiguous; empty where the loss was not asked for."""
+    """What the backward needs, contiguous; empty where the loss was not asked for.
+
+    With ``Config.recompute`` projection and matrix are empty too.
+    """
 
     position_grad: Tensor  # (T, B, N): d tsr / d x
     scale: Tensor
@@ -56,6 +61,10 @@ class Saved(NamedTuple):
     projection: Tensor
     matrix: Tensor
 
+
+# Elements of the Gram matrices that a backward with ``recompute`` has at a time, unless those of one
+# sample are more: enough work to fill a GPU.
+RECOMPUTE_BLOCK = 1 << 23
 
 NO_SECOND_DERIVATIVE = (
     "repmtl_kernels: a second derivative of tsr_loss, csa_loss or rep_mtl_loss was asked for; the "
@@ -86,17 +95,21 @@ def forward(
     stages = backends.load(config.backend)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
-        operators = _in_one_call(stages, saliencies)
+        operators = _in_one_call(stages, config, saliencies)
         if operators is not None and not config.group:  # between the stages of a group ranks talk
             return tuple(_run_in_one_call(operators, config, saliencies, present))
         tsr, csa, saved = _run_stages(stages, config, operands, saliencies, present)
     return tsr, csa, *(value.contiguous() for value in saved)
 
 
-def _in_one_call(stages: ModuleType, saliencies: Sequence[Tensor]) -> ModuleType | None:
+def _in_one_call(
+    stages: ModuleType, config: Config, saliencies: Sequence[Tensor]
+) -> ModuleType | None:
     """The operators that do all stages at once, where the backend has them."""
     find = getattr(stages, "in_one_call", None)
-    return None if find is None else find(saliencies[0])
+    if find is None or config.recompute:  # they save what the forward has
+        return None
+    return find(saliencies[0])
 
 
 def _run_in_one_call(
@@ -143,7 +156,7 @@ def _run_stages(
             statistics.scale,
             anchors.unit,
             eps=config.eps,
-            with_grad=config.with_grad,
+            with_grad=config.with_grad and not config.recompute,
         )
         everyone = None
         if peers is not None:
@@ -168,9 +181,9 @@ def _run_stages(
                 similarity=gram.similarity,
                 inverse=gram.inverse,
                 slope=gram.slope,
-                projection=gram.projection,
-                matrix=gram.matrix,
             )
+            if not config.recompute:
+                saved = saved._replace(projection=gram.projection, matrix=gram.matrix)
     if peers is not None:
         tsr, csa, saved = _shared(tsr, csa, saved, peers)
     return tsr, csa, saved
@@ -251,10 +264,13 @@ def backward(
     grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
     outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
-        if (operators := _in_one_call(stages, tasks)) is not None:
+        if (operators := _in_one_call(stages, config, tasks)) is not None:
             _run_backward_in_one_call(operators, grad_csa, position_grad, tasks, outputs, saved)
+            return [g for g in grads if g is not None]
+        csa = _csa_gradient(grad_csa, saved)
+        if config.recompute:
+            _recompute(stages, config, tasks, outputs, csa, position_grad)
         else:
-            csa = _csa_gradient(grad_csa, saved)
             stages.saliency_grad(tasks, outputs, csa, position_grad)
     return [g for g in grads if g is not None]
 
@@ -271,6 +287,60 @@ def _run_backward_in_one_call(
     some = [outputs[t] for t in numbers]
     operators.losses_backward(
         grad_csa.resolve_neg(), position_grad, tasks, some, numbers, list(saved)
+    )
+
+
+def _recompute(
+    stages: ModuleType,
+    config: Config,
+    tasks: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+) -> None:
+    """``saliency_grad`` of a few samples at a time, their Gram matrices made again before it.
+
+    Samples, not tasks: both stages treat them one by one, while the gradient of an anchor is a sum
+    over the tasks.
+    """
+    step = samples_at_a_time(tasks[0].shape, len(tasks))
+    for first in range(0, len(tasks[0]), step):
+        some = slice(first, first + step)
+        part = _of_samples(csa, some)
+        saliencies = [s[some] for s in tasks]
+        gram = stages.gram(
+            saliencies, part.scale, part.anchors.unit, eps=config.eps, with_grad=True
+        )
+        made = part.gram._replace(projection=gram.projection, matrix=gram.matrix)
+        stages.saliency_grad(
+            saliencies,
+            [None if output is None else output[some] for output in outputs],
+            part._replace(gram=made),
+            None if position_grad is None else position_grad[:, some].contiguous(),
+        )
+
+
+def samples_at_a_time(shape: Sequence[int], tasks: int) -> int:
+    """Whose Gram matrices the backward makes together; ``shape``: (B, C, *spatial)."""
+    side = min(shape[1], math.prod(shape[2:]))
+    return max(1, RECOMPUTE_BLOCK // (tasks * side * side))
+
+
+def _of_samples(csa: CSAGradient, some: slice) -> CSAGradient:
+    """What the gradient of some samples needs, contiguous as the stages take it."""
+
+    def cut(value: Tensor) -> Tensor:  # (T, B, ...)
+        return value[:, some].contiguous()
+
+    return CSAGradient(
+        scale=cut(csa.scale),
+        anchors=Anchors(cut(csa.anchors.unit), csa.anchors.factor[some], cut(csa.anchors.pull)),
+        contrast_grad=cut(csa.contrast_grad),
+        gram=Gram(*(cut(value) for value in csa.gram[:3]), None, None),
+        rank=cut(csa.rank),
+        curl=cut(csa.curl),
+        tug=csa.tug[some],
+        negatives=csa.negatives,
     )
 
 

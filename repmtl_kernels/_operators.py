@@ -17,7 +17,7 @@ from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks
 _CONFIG = (
     "str backend, bool tsr, bool csa, bool stacked, int channel_dim, str over, str normalizer, "
     "float tsr_temperature, float tsr_floor, float csa_temperature, float eps, bool with_grad, "
-    "str group"
+    "str group, bool recompute"
 )
 
 
@@ -45,11 +45,17 @@ def losses_backward(grad_tsr, grad_csa, operands, saved, wanted, *config):
 def _(operands, present, *config):
     config = Config(*config)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
-    return empty_results(saliencies, tsr=config.tsr, csa=config.csa, with_grad=config.with_grad)
+    return empty_results(
+        saliencies,
+        tsr=config.tsr,
+        csa=config.csa,
+        with_grad=config.with_grad,
+        recompute=config.recompute,
+    )
 
 
 def empty_results(
-    saliencies: Sequence[Tensor], *, tsr: bool, csa: bool, with_grad: bool
+    saliencies: Sequence[Tensor], *, tsr: bool, csa: bool, with_grad: bool, recompute: bool = False
 ) -> list[Tensor]:
     """``tsr, csa, *saved`` of these saliencies, without their values."""
     tasks, batch, channels = len(saliencies), *saliencies[0].shape[:2]
@@ -67,8 +73,9 @@ def empty_results(
             shapes |= dict.fromkeys(("anchors", "pull", "contrast_grad"), anchor)
             shapes |= dict.fromkeys(("scale", "weight", "similarity", "inverse", "slope"), pair)
             shapes["factor"] = (batch,)
-            shapes["projection"] = (tasks, batch, tasks, side)
-            shapes["matrix"] = (tasks, batch, side, side)
+            if not recompute:
+                shapes["projection"] = (tasks, batch, tasks, side)
+                shapes["matrix"] = (tasks, batch, side, side)
     first = saliencies[0]
     statistics = accumulation_dtype(first.dtype)
     return [

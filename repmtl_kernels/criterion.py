@@ -117,6 +117,7 @@ class RepMTL(_Loss):
         csa_temperature: of :func:`csa_loss`.
         group: of :func:`csa_loss`: all ranks give negatives. The weight of the regulariser with
             ``strength`` is then the same on all of them, from the mean over their observations.
+        memory: of :func:`csa_loss`: ``"auto"``, ``"save"`` or ``"recompute"``.
         eps, channel_dim, backend: of both losses.
         log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies. A loss of
             exactly 0 then gives infinite or NaN totals and gradients, a negative one NaN: keep the
@@ -172,6 +173,7 @@ class RepMTL(_Loss):
         every: int = 1,
         channel_dim: int = 1,
         group: Group | None = None,
+        memory: str = "auto",
         backend: str = "auto",
     ) -> None:
         if lambda_tsr is None and lambda_csa is None and strength is None:
@@ -195,6 +197,7 @@ class RepMTL(_Loss):
             every=every,
             channel_dim=channel_dim,
             group=group,
+            memory=memory,
             backend=backend,
         )
         self._check_options()
@@ -313,7 +316,11 @@ class RepMTL(_Loss):
             prefix="tsr_",
         )
         check_csa_options(
-            temperature=self.csa_temperature, eps=self.eps, group=self.group, prefix="csa_"
+            temperature=self.csa_temperature,
+            eps=self.eps,
+            group=self.group,
+            memory=self.memory,
+            prefix="csa_",
         )
         if not isinstance(self.log_losses, bool):
             raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
@@ -439,7 +446,7 @@ class RepMTL(_Loss):
         shared = {"eps": self.eps, "channel_dim": self.channel_dim, "backend": self.backend}
         of_tsr = {"over": self.over, "normalizer": self.normalizer}
         tsr_options = {"temperature": self.tsr_temperature, "floor": self.tsr_floor}
-        of_csa = {"present": present, "group": self.group}
+        of_csa = {"present": present, "group": self.group, "memory": self.memory}
         if lambda_csa == 0:
             tsr = tsr_loss(saliencies, **tsr_options, **of_tsr, **shared)
             return lambda_tsr * tsr, tsr, None

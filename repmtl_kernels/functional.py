@@ -111,6 +111,7 @@ def tsr_loss(
         eps=float(eps),
         with_grad=_grad_wanted(operands),
         group="",
+        recompute=False,
     )
     return evaluate(config, operands, None)[0]
 
@@ -123,6 +124,7 @@ def csa_loss(
     present: Tensor | None = None,
     channel_dim: int = 1,
     group: Group | None = None,
+    memory: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
     """Cross-task saliency alignment (CSA) of Rep-MTL, arXiv 2507.21049, eq. 7 to 9.
@@ -147,6 +149,11 @@ def csa_loss(
             is what ``DistributedDataParallel`` takes of gradients, is then value and gradient of
             the whole batch's loss. The forward pass gathers ``T C + 1`` numbers a sample, the
             backward pass sends nothing. See docs/distributed.md.
+        memory: of the Gram matrices, ``R^2`` numbers for each task and sample, ``R = min(C, N)``,
+            in the saliencies' dtype, until the backward: ``"save"`` keeps them, ``"recompute"``
+            makes them again there, a few samples at a time, for at most a third more
+            multiply-adds. ``"auto"`` is ``"save"``: they are never larger than the saliencies,
+            which the backward needs anyway. Same value, same gradient. See docs/memory.md.
         backend: as for :func:`tsr_loss`.
 
     Returns:
@@ -155,7 +162,7 @@ def csa_loss(
 
     Raises:
         ValueError, TypeError: an argument is not as described, or with ``group`` that of another
-            rank is not, or not the same.
+            rank is not, or not the same; ``"recompute"`` with ``"reference"``.
     """
     group_name = name_of(group)
     with telling(group_name):
@@ -166,10 +173,12 @@ def csa_loss(
             present=present,
             channel_dim=channel_dim,
             group=group_name,
+            memory=memory,
         )
         name = backends.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
+            _check_memory_of_reference(memory)
     if name == "reference":
         return reference.csa_loss(
             saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim
@@ -188,6 +197,7 @@ def csa_loss(
         eps=float(eps),
         with_grad=_grad_wanted(operands),
         group=group_name,
+        recompute=memory == "recompute",
     )
     return evaluate(config, operands, present)[1]
 
@@ -206,6 +216,7 @@ def rep_mtl_loss(
     present: Tensor | None = None,
     channel_dim: int = 1,
     group: Group | None = None,
+    memory: str = "auto",
     backend: str = "auto",
 ) -> RepMTLLosses:
     """Both losses of Rep-MTL in one fused pass: the regulariser of arXiv 2507.21049, eq. 10.
@@ -222,6 +233,7 @@ def rep_mtl_loss(
         group: of :func:`csa_loss`. TSR is weighted in the same way, by the rank's share of the
             samples; the mean in ``tsr_floor`` is that of this rank's saliencies.
         eps: guard of both losses; 0 is exact.
+        memory: of :func:`csa_loss`. TSR keeps ``T B N`` numbers either way.
         channel_dim, backend: as for :func:`tsr_loss`.
 
     Returns:
@@ -249,11 +261,13 @@ def rep_mtl_loss(
             present=present,
             channel_dim=channel_dim,
             group=group_name,
+            memory=memory,
             prefix="csa_",
         )
         name = backends.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
+            _check_memory_of_reference(memory)
     if name == "reference":
         tsr = reference.tsr_loss(
             saliencies,
@@ -286,9 +300,18 @@ def rep_mtl_loss(
             eps=float(eps),
             with_grad=_grad_wanted(operands),
             group=group_name,
+            recompute=memory == "recompute",
         )
         tsr, csa = evaluate(config, operands, present)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)
+
+
+def _check_memory_of_reference(memory: str) -> None:
+    if memory == "recompute":
+        raise ValueError(
+            "memory: the reference keeps what autograd keeps of the equations; expected 'auto' or "
+            "'save', or a backend other than 'reference', got 'recompute'"
+        )
 
 
 def _grad_wanted(operands: Sequence[Tensor]) -> bool:

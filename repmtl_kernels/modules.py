@@ -76,14 +76,16 @@ class CSALoss(_Loss):
         eps: float = 0.0,
         channel_dim: int = 1,
         group: Group | None = None,
+        memory: str = "auto",
         backend: str = "auto",
     ) -> None:
-        check_csa_options(temperature=temperature, eps=eps, group=group)
+        check_csa_options(temperature=temperature, eps=eps, group=group, memory=memory)
         super().__init__(
             temperature=temperature,
             eps=eps,
             channel_dim=channel_dim,
             group=group,
+            memory=memory,
             backend=backend,
         )
 
@@ -109,6 +111,7 @@ class RepMTLLoss(_Loss):
         eps: float = 0.0,
         channel_dim: int = 1,
         group: Group | None = None,
+        memory: str = "auto",
         backend: str = "auto",
     ) -> None:
         check_number("lambda_tsr", lambda_tsr, minimum=0)
@@ -121,7 +124,9 @@ class RepMTLLoss(_Loss):
             eps=eps,
             prefix="tsr_",
         )
-        check_csa_options(temperature=csa_temperature, eps=eps, group=group, prefix="csa_")
+        check_csa_options(
+            temperature=csa_temperature, eps=eps, group=group, memory=memory, prefix="csa_"
+        )
         super().__init__(
             lambda_tsr=lambda_tsr,
             lambda_csa=lambda_csa,
@@ -133,6 +138,7 @@ class RepMTLLoss(_Loss):
             eps=eps,
             channel_dim=channel_dim,
             group=group,
+            memory=memory,
             backend=backend,
         )
 
