@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compiled_step, kernels, plots, report, results, second_order, steps
+from benchmarks import compiled_step, kept, kernels, plots, report, results, second_order, steps
 from benchmarks.machine import describe, slug
 from benchmarks.progress import say, table
 from benchmarks.quality import config
@@ -39,9 +39,10 @@ def arguments() -> argparse.Namespace:
         "benchmarks/results/<machine>, with the tables of README.md",
     )  # fmt: skip
     parser.add_argument(
-        "--only", choices=("kernels", "steps", "quality", "compiled", "second_order"),
-        help="measure only this; compiled, torch.compile of a small network's step, and "
-        "second_order, one step with and without it, are measured on request alone",
+        "--only", choices=("kernels", "steps", "quality", "compiled", "second_order", "kept"),
+        help="measure only this; compiled, torch.compile of a small network's step, second_order, "
+        "one step with and without it, and kept, what CSA keeps for its backward, are measured on "
+        "request alone",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, metavar="N",
@@ -98,6 +99,10 @@ def main() -> None:
         say("\nSECOND ORDER: a step with and without second_order(), in turns")
         rows, notes = second_order.measure(device, quick=options.quick, deadline=began + budget)
         results.save(folder, "second_order", head, rows, notes=unclean + notes)
+    if options.only == "kept":
+        say("\nKEPT: csa_loss that saves its Gram matrices and that makes them again, in turns")
+        rows, notes = kept.measure(device, quick=options.quick, deadline=began + budget)
+        results.save(folder, "kept", head, rows, notes=unclean + notes)
     if options.only == "compiled":
         say("\nCOMPILED: a small network's training step, compiled in several ways")
         rows, notes = compiled_step.measure(device, quick=options.quick, deadline=began + budget)

@@ -4,8 +4,9 @@ A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, wi
 ``losses`` (default backend against the reference), ``kernels`` (every function and contestant),
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
-``quality_STUDY`` (``Delta_p`` of a study) and ``static`` (what the compiler made of the kernels).
-MACHINE ``simulated`` is for ``ranks``, the cost of negatives of all ranks, from formulas alone.
+``kept`` (Gram matrices saved or made again), ``quality_STUDY`` (``Delta_p`` of a study) and
+``static`` (what the compiler made of the kernels). MACHINE ``simulated`` is for what comes from
+formulas alone: ``ranks``, the cost of negatives of all ranks, and ``kept``.
 Where a document has no such markers nothing is written.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import distributed, plots
+from benchmarks import distributed, kept, plots
 from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
@@ -26,7 +27,7 @@ from benchmarks.results import RESULTS, load
 README = ROOT / "README.md"
 DOCUMENTS = (
     README, ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tuning.md",
-    ROOT / "docs" / "quality.md", ROOT / "docs" / "distributed.md",
+    ROOT / "docs" / "quality.md", ROOT / "docs" / "distributed.md", ROOT / "docs" / "memory.md",
 )  # fmt: skip
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
@@ -304,6 +305,26 @@ def quality_table(found: dict) -> str:
     return _with_caption(quality_tables.by_base(found["rows"]), found, units)
 
 
+def kept_table(found: dict) -> str:
+    """Bytes until the backward, peak and time of both choices, a line for each backend."""
+    header = ["shape", "T, B, C, N", "backend", "kept: saved, made again"]
+    header += ["peak: saved, made again", "time, made again"]
+    lines = []
+    for row in found["rows"]:
+        pairs = [
+            f"{row[f'save_{what}']:.4g} MB, {row[f'recompute_{what}']:.4g} MB"
+            for what in ("mb", "peak_mb")
+        ]
+        lines.append([row["shape"], _size(row), row["backend"], *pairs, f"{row['ratio']:.2f}x"])
+    units = (
+        "csa_loss in float32. Kept: between forward and backward, without the saliencies. Peak: "
+        "over forward and backward, the gradients included, the saliencies not. Time of forward "
+        "and backward, as a multiple of that with saved matrices: the median over neighbouring "
+        "pairs of calls."
+    )
+    return _with_caption(markdown(header, lines), found, units)
+
+
 def static_table(found: dict) -> str:
     """One line per kernel and mode: the worst of all shapes."""
     header = ["kernel", "mode", "registers", "spills", "shared memory", "loads", "matrix units"]
@@ -339,11 +360,13 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "phases": ("steps", phases_table),
     "second_order": ("second_order", second_order_table),
     "accuracy": ("quality_bench", accuracy_table),
+    "kept": ("kept", kept_table),
     "static": ("static", static_table),
 }
 
 SIMULATED: dict[tuple[str, str], Callable[[], str]] = {
     ("ranks", "simulated"): distributed.table,
+    ("kept", "simulated"): kept.table,
 }
 
 

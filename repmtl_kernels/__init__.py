@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import repmtl_kernels._operators  # noqa: F401  (registers the operators)
 from repmtl_kernels import reference
+from repmtl_kernels._buffers import checkpoint_contexts
 from repmtl_kernels._preflight import SecondDerivativeError
 from repmtl_kernels._second_order import convert_second_order, second_order
 from repmtl_kernels.backends import available_backends, backend_report
@@ -25,6 +26,7 @@ __all__ = [
     "TSRLoss",
     "available_backends",
     "backend_report",
+    "checkpoint_contexts",
     "convert_second_order",
     "csa_loss",
     "reference",

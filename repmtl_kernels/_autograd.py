@@ -62,8 +62,8 @@ class Saved(NamedTuple):
     matrix: Tensor
 
 
-# Elements of the Gram matrices that a backward with ``recompute`` has at a time, unless those of one
-# sample are more: enough work to fill a GPU.
+# Elements of the Gram matrices that a backward with ``recompute`` has at a time, unless those of
+# one sample are more: enough work to fill a GPU.
 RECOMPUTE_BLOCK = 1 << 23
 
 NO_SECOND_DERIVATIVE = (

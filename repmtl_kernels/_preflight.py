@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from repmtl_kernels._arguments import is_dtensor
+from repmtl_kernels._buffers import BufferCopies
 
 Head = Callable[[Tensor], Any]
 Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict
@@ -522,34 +523,17 @@ def _left_as_found(modules: Iterable[nn.Module], z: Tensor) -> Iterator[None]:
     inside = {inner for module in modules for inner in module.modules()}
     tensors = [z, *(p for m in inside for p in m._parameters.values() if p is not None)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-    kept = {module: dict(module._buffers) for module in inside}
     modes = {module: module.training for module in inside}
-    copies: dict[Tensor, Tensor] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for kind in {d.type for d in devices}:
             stack.enter_context(
                 torch.random.fork_rng([d for d in devices if d.type == kind], device_type=kind)
             )
-        for module, buffers in kept.items():
-            stack.callback(_restore, module, buffers, modes[module])
-        with torch.inference_mode(False):  # else heads could not write to the copies
-            for module, buffers in kept.items():
-                for name, buffer in buffers.items():
-                    if buffer is not None:
-                        if buffer not in copies:
-                            copies[buffer] = buffer.detach().clone()
-                        module._buffers[name] = copies[buffer]
+        for module, training in modes.items():
+            stack.callback(setattr, module, "training", training)
+        stack.enter_context(BufferCopies(inside))
         yield
-
-
-def _restore(module: nn.Module, buffers: dict[str, Tensor | None], training: bool) -> None:
-    # One by one: the buffers of a scripted module can be set, but not removed or added.
-    for name in module._buffers.keys() - buffers.keys():
-        del module._buffers[name]
-    for name, buffer in buffers.items():
-        module._buffers[name] = buffer
-    module.training = training
 
 
 # --- arguments and results ---

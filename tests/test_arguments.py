@@ -99,6 +99,8 @@ def test_channel_dim(function, channel_dim, error, message):
         (rep_mtl_loss, "over", "", ValueError),
         (rep_mtl_loss, "tsr_temperature", 0, ValueError),
         (rep_mtl_loss, "csa_temperature", 0, ValueError),
+        (csa_loss, "memory", "much", ValueError),
+        (rep_mtl_loss, "memory", None, ValueError),
         (tsr_loss, "backend", "cuda", ValueError),
     ],
 )
@@ -139,6 +141,8 @@ def test_batch_of_one_is_fine_for_tsr():
         (TSRLoss, "temperature", 0),
         (CSALoss, "temperature", -1),
         (CSALoss, "group", "everyone"),
+        (CSALoss, "memory", "much"),
+        (RepMTLLoss, "memory", None),
         (RepMTLLoss, "lambda_tsr", -1),
         (RepMTLLoss, "csa_temperature", 0),
         (TSRLoss, "backend", "cuda"),

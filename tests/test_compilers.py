@@ -135,7 +135,9 @@ def test_second_derivative_by_function_transforms_is_refused():
 
 
 def _config(backend: str, **changes) -> Config:
-    config = Config(backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True, "")
+    config = Config(
+        backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True, "", False
+    )
     return config._replace(**changes)
 
 
@@ -146,6 +148,7 @@ CONFIGS = {
     "csa": {"tsr": False},
     "stacked": {"stacked": True},
     "without gradient": {"with_grad": False},
+    "recompute": {"recompute": True},
 }
 
 

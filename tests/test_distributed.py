@@ -30,6 +30,7 @@ from repmtl_kernels import (
     RepMTL,
     RepMTLLoss,
     SecondDerivativeError,
+    _autograd,
     _distributed,
     backends,
     csa_loss,
@@ -154,6 +155,24 @@ def check_stacked_tokens_and_no_gradient(rank: int) -> None:
     found = csa_loss(mine, channel_dim=-1, group="world")
     assert not found.requires_grad
     torch.testing.assert_close(average(found), csa_loss(whole, channel_dim=-1), rtol=1e-12, atol=0)
+
+
+def check_gram_matrices_made_again(rank: int) -> None:
+    """On one rank or all, a sample at a time; its backward sends nothing either."""
+    for several in (False, True):
+
+        def loss(saliencies, samples, several=several):
+            if samples == slice(None):
+                return csa_loss(saliencies)
+            memory = "recompute" if several or rank == 0 else "save"
+            return csa_loss(saliencies, group="world", memory=memory)
+
+        with mock.patch.object(_autograd, "RECOMPUTE_BLOCK", 1):
+            assert_as_whole(rank, (1, 4), loss)
+            value = loss(leaves([s[own(rank, (3, 3))] for s in whole_batch(6)]), None)
+            with Sent() as sent:
+                value.backward()
+            assert sent.calls.total() == 0
 
 
 class Sent(TorchDispatchMode):

@@ -31,6 +31,7 @@ PUBLIC = {
     "task_saliencies",
     "second_order",
     "convert_second_order",
+    "checkpoint_contexts",
     "reference",
     "available_backends",
     "backend_report",
@@ -52,6 +53,7 @@ DEFAULTS = {
         "present": None,
         "channel_dim": 1,
         "group": None,
+        "memory": "auto",
         "backend": "auto",
     },
     "rep_mtl_loss": {
@@ -65,6 +67,7 @@ DEFAULTS = {
         "eps": 0.0,
         "channel_dim": 1,
         "group": None,
+        "memory": "auto",
         "backend": "auto",
     },
 }
