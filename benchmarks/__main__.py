@@ -102,7 +102,8 @@ def main() -> None:
     if options.only == "kept":
         say("\nKEPT: csa_loss that saves its Gram matrices and that makes them again, in turns")
         rows, notes = kept.measure(device, quick=options.quick, deadline=began + budget)
-        results.save(folder, "kept", head, rows, notes=unclean + notes)
+        more = {"checkpointed": kept.checkpointed(device), "notes": unclean + notes}
+        results.save(folder, "kept", head, rows, **more)
     if options.only == "compiled":
         say("\nCOMPILED: a small network's training step, compiled in several ways")
         rows, notes = compiled_step.measure(device, quick=options.quick, deadline=began + budget)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.distributed import amount
 from benchmarks.kernels import PRECISIONS, Call, Case, labels, make_inputs, rounded
@@ -19,12 +20,15 @@ from benchmarks.memory import peak_extra_bytes
 from benchmarks.progress import markdown, say, track
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import block_ms
-from repmtl_kernels import csa_loss
+from repmtl_kernels import RepMTL, checkpoint_contexts, csa_loss
 from repmtl_kernels._autograd import samples_at_a_time
 from repmtl_kernels.backends._availability import refusal
 
 SAVE, RECOMPUTE = "save", "recompute"
-ROUNDS, QUICK_ROUNDS = 7, 3
+ROUNDS, QUICK_ROUNDS = 5, 3
+# Of the small network that is checkpointed: its heads, and convolutions of a head.
+HEADS, LAYERS = 3, 4
+CHECKPOINTED = ("nothing", "encoder", "heads", "both")
 
 
 def side(s: Shape) -> int:
@@ -122,6 +126,49 @@ def measure(device: torch.device, *, quick: bool, deadline: float) -> tuple[list
                 f"time {row['ratio']:.3g}x"
             )
     return rows, notes
+
+
+def checkpointed(device: torch.device) -> list[dict]:
+    """Peak of a step of a small network, by what of it is under ``torch.utils.checkpoint``."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(_convolutions(3, 16), _convolutions(16, 16)).to(device)
+    heads = nn.ModuleList(
+        nn.Sequential(_convolutions(16, 16), nn.Conv2d(16, 2, 1)) for _ in range(HEADS)
+    ).to(device)
+    images = torch.randn(4, 3, 48, 48, device=device)
+    step = partial(_step, encoder, heads, images)
+    rows = []
+    for what in CHECKPOINTED:
+        row = {"checkpointed": what}
+        for method, regularized in (("equal_weighting", False), ("rep_mtl", True)):
+            call = partial(step, what, regularized)
+            call()
+            row[f"{method}_peak_mb"] = peak_extra_bytes(call, device) / 1e6
+        rows.append(rounded(row))
+        say(", ".join(f"{key}: {value}" for key, value in rows[-1].items()))
+    return rows
+
+
+def _convolutions(channels: int, width: int) -> nn.Sequential:
+    layers = []
+    for given in (channels, *[width] * (LAYERS - 1)):
+        layers += [nn.Conv2d(given, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def _step(
+    encoder: nn.Module, heads: nn.ModuleList, images: Tensor, what: str, regularized: bool
+) -> None:
+    def run(module: nn.Module, x: Tensor, on: bool) -> Tensor:
+        if not on:
+            return module(x)
+        return checkpoint(module, x, use_reentrant=False, context_fn=checkpoint_contexts(module))
+
+    z = run(encoder, images, what in ("encoder", "both"))
+    outputs = [run(head, z, what in ("heads", "both")) for head in heads]
+    losses = [y.square().mean() for y in outputs]
+    total = RepMTL(0.5, 0.5).train(regularized)(losses, z)
+    torch.autograd.grad(total, [*encoder.parameters(), *heads.parameters()])
 
 
 def _row(

@@ -4,7 +4,8 @@ A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, wi
 ``losses`` (default backend against the reference), ``kernels`` (every function and contestant),
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
-``kept`` (Gram matrices saved or made again), ``quality_STUDY`` (``Delta_p`` of a study) and
+``kept`` (Gram matrices saved or made again), ``checkpoint`` (peak of a step under activation
+checkpointing), ``quality_STUDY`` (``Delta_p`` of a study) and
 ``static`` (what the compiler made of the kernels). MACHINE ``simulated`` is for what comes from
 formulas alone: ``ranks``, the cost of negatives of all ranks, and ``kept``.
 Where a document has no such markers nothing is written.
@@ -325,6 +326,23 @@ def kept_table(found: dict) -> str:
     return _with_caption(markdown(header, lines), found, units)
 
 
+def checkpoint_table(found: dict) -> str:
+    """Peak of a small network's step, by what of it is checkpointed."""
+    header = ["checkpointed", "equal weighting", "Rep-MTL"]
+    lines = [
+        [
+            row["checkpointed"],
+            *(f"{row[f'{method}_peak_mb']:.4g} MB" for method in ("equal_weighting", "rep_mtl")),
+        ]
+        for row in found["checkpointed"]
+    ]
+    units = (
+        f"Peak of a step of a small network: encoder of {2 * kept.LAYERS} convolutions with batch "
+        f"norm, {kept.HEADS} heads of {kept.LAYERS}, all of one width and map size."
+    )
+    return _with_caption(markdown(header, lines), found | {"notes": []}, units)
+
+
 def static_table(found: dict) -> str:
     """One line per kernel and mode: the worst of all shapes."""
     header = ["kernel", "mode", "registers", "spills", "shared memory", "loads", "matrix units"]
@@ -361,6 +379,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "second_order": ("second_order", second_order_table),
     "accuracy": ("quality_bench", accuracy_table),
     "kept": ("kept", kept_table),
+    "checkpoint": ("kept", checkpoint_table),
     "static": ("static", static_table),
 }
 
