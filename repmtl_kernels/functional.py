@@ -178,7 +178,7 @@ def csa_loss(
         name = backends.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
-            _check_memory_of_reference(memory)
+            reference.check_nothing_is_recomputed(memory)
     if name == "reference":
         return reference.csa_loss(
             saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim
@@ -267,7 +267,7 @@ def rep_mtl_loss(
         name = backends.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
-            _check_memory_of_reference(memory)
+            reference.check_nothing_is_recomputed(memory)
     if name == "reference":
         tsr = reference.tsr_loss(
             saliencies,
@@ -304,14 +304,6 @@ def rep_mtl_loss(
         )
         tsr, csa = evaluate(config, operands, present)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)
-
-
-def _check_memory_of_reference(memory: str) -> None:
-    if memory == "recompute":
-        raise ValueError(
-            "memory: the reference keeps what autograd keeps of the equations; expected 'auto' or "
-            "'save', or a backend other than 'reference', got 'recompute'"
-        )
 
 
 def _grad_wanted(operands: Sequence[Tensor]) -> bool:

@@ -73,10 +73,12 @@ def csa_loss(
     present: Tensor | None = None,
     channel_dim: int = 1,
     group: Group | None = None,
+    memory: str = "auto",
 ) -> Tensor:
     """Cross-task saliency alignment, eq. 7 to 9, as :func:`repmtl_kernels.csa_loss`.
 
-    The samples are those of one process: a ``group`` of several raises ``ValueError``.
+    The samples are those of one process: a ``group`` of several raises ``ValueError``, and so does
+    ``memory="recompute"``, since autograd keeps what it needs.
     """
     check_group_of_one(name_of(group))
     operands, stacked = csa_arguments(
@@ -86,7 +88,9 @@ def csa_loss(
         present=present,
         channel_dim=channel_dim,
         group="",
+        memory=memory,
     )
+    check_nothing_is_recomputed(memory)
     tasks = canonical_tasks(operands, stacked, channel_dim)
     with without_autocast(operands[0].device):
         return _contrastive(tasks, temperature, eps, present)
@@ -97,6 +101,14 @@ def check_group_of_one(name: str) -> None:
         raise ValueError(
             "group: the reference contrasts the samples of one process; expected None, or a "
             "backend other than 'reference', got a group of several"
+        )
+
+
+def check_nothing_is_recomputed(memory: str) -> None:
+    if memory == "recompute":
+        raise ValueError(
+            "memory: the reference keeps what autograd keeps of the equations; expected 'auto' or "
+            "'save', or a backend other than 'reference', got 'recompute'"
         )
 
 
