@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BACKEND_DTYPES, BACKENDS, DEVICE, Case, Loss, judge, value_and_grads
+from cases import BACKEND_DTYPES, BACKENDS, DEVICE, LOSSES, Case, Loss, judge, value_and_grads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,7 +67,7 @@ def test_recomputing_changes_no_bit(
         assert all(torch.equal(f, g) for f, g in zip(found, grads, strict=True))
 
 
-LITERAL = Loss("csa_loss", partial(csa_loss, memory="recompute"), reference.csa_loss)
+LITERAL = Loss("total", partial(_total, memory="recompute"), LOSSES[2].literal)
 
 
 @pytest.mark.usefixtures("one_sample_at_a_time")
