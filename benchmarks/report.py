@@ -5,9 +5,10 @@ A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, wi
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
 ``kept`` (Gram matrices saved or made again), ``checkpoint`` (peak of a step under activation
-checkpointing), ``quality_STUDY`` (``Delta_p`` of a study) and
-``static`` (what the compiler made of the kernels). MACHINE ``simulated`` is for what comes from
-formulas alone: ``ranks``, the cost of negatives of all ranks, and ``kept``.
+checkpointing), ``quality_STUDY`` (``Delta_p`` of a study), ``static`` (what the compiler made of the
+kernels) and ``compatibility`` (what works on which backend, as the tests found: ``pytest --cells
+FOLDER``). MACHINE ``simulated`` is for what comes from formulas alone: ``ranks``, the cost of
+negatives of all ranks, and ``kept``.
 Where a document has no such markers nothing is written.
 """
 
@@ -24,11 +25,13 @@ from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
+from repmtl_kernels.backends import KNOWN
 
 README = ROOT / "README.md"
 DOCUMENTS = (
     README, ROOT / "benchmarks" / "README.md", ROOT / "docs" / "tuning.md",
     ROOT / "docs" / "quality.md", ROOT / "docs" / "distributed.md", ROOT / "docs" / "memory.md",
+    ROOT / "docs" / "compatibility.md",
 )  # fmt: skip
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
@@ -371,6 +374,30 @@ def static_table(found: dict) -> str:
     )
 
 
+def compatibility_table(found: dict) -> str:
+    """A line for each feature, a column for each backend; what no test ran is "not run"."""
+    lines = []
+    for feature, rows in _groups(found, "feature"):
+        by_backend = {row["backend"]: row for row in rows}
+        lines.append([feature, *(_works(by_backend.get(name)) for name in KNOWN)])
+    tests = {test for row in found["rows"] for test in row["tests"]}
+    units = (
+        f"What {len(tests)} tests found. yes: all of a cell's tests passed; no: refused with that "
+        "error, as tested; not run: the backend is not on this machine, or the test needs a GPU."
+    )
+    if "gpu" not in found["machine"]:
+        units += " Triton's kernels ran under its interpreter."
+    return _with_caption(markdown(["", *KNOWN], lines), found, units)
+
+
+def _works(row: dict | None) -> str:
+    if row is None or row["outcome"] == "skipped":
+        return "not run"
+    if row["outcome"] == "passed":
+        return "yes"
+    return f"{'no' if row['outcome'] == 'refused' else 'failed'}: `{row['why']}`"
+
+
 TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "losses": ("kernels", losses_table),
     "kernels": ("kernels", kernels_table),
@@ -381,6 +408,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "kept": ("kept", kept_table),
     "checkpoint": ("kept", checkpoint_table),
     "static": ("static", static_table),
+    "compatibility": ("compatibility", compatibility_table),
 }
 
 SIMULATED: dict[tuple[str, str], Callable[[], str]] = {

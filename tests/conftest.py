@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,39 @@ if not CUDA:
         _patch_triton_language_once()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cells",
+        metavar="FOLDER",
+        help="write what the tests marked `cell` found to FOLDER/compatibility.json",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--cells") and not hasattr(config, "workerinput"):  # of pytest-xdist
+        import cells
+
+        config.pluginmanager.register(cells.Cells(Path(config.getoption("--cells"))))
+
+
+@pytest.fixture
+def refused(record_property):
+    """``with refused(error, match=...)``: pytest.raises, and the test's cell is a "no"."""
+
+    @contextlib.contextmanager
+    def expect(error, match):
+        with pytest.raises(error, match=match) as found:
+            yield
+        record_property("refused", found.type.__name__)
+
+    return expect
+
+
 def pytest_collection_modifyitems(items):
+    for number, item in enumerate(items):
+        if marker := item.get_closest_marker("cell"):
+            backend = marker.kwargs.get("backend") or item.callspec.params["backend"]
+            item.user_properties.append(("cell", [number, *marker.args, backend]))
     if CUDA:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
