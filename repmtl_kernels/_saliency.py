@@ -23,6 +23,15 @@ def float16_gram_factor(depth: int) -> float:
     return 2.0 ** -max(0, math.ceil(math.log2(depth)) - 13)
 
 
+def is_float16(value: Tensor) -> bool:
+    """Whether gradients of this dtype, or those that autocast casts to it here, are float16."""
+    if value.dtype == torch.float16:
+        return True
+    kind = value.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return enabled and torch.get_autocast_dtype(kind) == torch.float16
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Saliencies are computed with in their own precision or better, autocast or not."""
     available = torch.amp.is_autocast_available(device.type)

@@ -10,7 +10,11 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class RepMTLStep:
-    """What the last call of :class:`RepMTL` computed: detached scalars, still on their device."""
+    """What the last call of :class:`RepMTL` computed: detached scalars, still on their device.
+
+    ``total``, ``tsr``, ``csa``, ``regularizer``: float32, float64 where a loss or (of the last
+    three) the representation is.
+    """
 
     losses: dict[Hashable, Tensor | None]
     """The task losses as they were given (no weight, no logarithm), by key or index; None for a
@@ -25,6 +29,11 @@ class RepMTLStep:
     """What was added to the task losses, all weights included; None where nothing was."""
     applied: bool = False
     """Whether this step had the regulariser."""
+    underflow: dict[Hashable, Tensor] | None = None
+    """Of each present task, by key or index, the share of its saliency's elements that are zero or
+    below 2^-14, where float16 loses bits; float32. Zeros that are zero in any precision (behind a
+    ReLU, say) count as well. None where saliencies are neither float16 nor taken under float16
+    autocast, and where the regulariser was not applied. See ``RepMTL(scaler=)``."""
     ratio: Tensor | None = None
     """The norm of the regulariser's gradient at the representation over that of the (weighted)
     tasks', as applied; float32. The first backward pass of the total fills it in; None before, and

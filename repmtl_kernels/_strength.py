@@ -80,6 +80,13 @@ def unexpanded(x: Tensor) -> Tensor:
     return x
 
 
+def share_below_float16(x: Tensor) -> Tensor:
+    """The share of elements that are zero or below the normal numbers of float16, float32."""
+    return (unexpanded(x.detach()).abs() < torch.finfo(torch.float16).tiny).mean(
+        dtype=torch.float32
+    )
+
+
 def is_transformed(x: Tensor) -> bool:
     """Whether ``x`` lives inside ``torch.func``, ``vmap``, batched gradients or a compiler."""
     functorch = torch._C._functorch
@@ -127,9 +134,11 @@ class BackwardPass:
         saliencies: Sequence[Tensor],
         weights: Sequence[float],
         report: Callable[[Tensor], None],
+        scale: Tensor | None = None,
     ) -> None:
         """Calls ``report``, once, with the norm of the regulariser's gradient over that of the
-        tasks', each over all representations: float32, on its device."""
+        tasks', each over all representations: float32, on its device. The saliencies are those of
+        the losses times ``scale``."""
         parts: dict[int, Tensor] = {}
         for z, saliency, weight in zip(representations, saliencies, weights, strict=True):
             if id(z) in parts:
@@ -137,6 +146,9 @@ class BackwardPass:
             else:
                 dtype = accumulation_dtype(saliency.dtype)
                 parts[id(z)] = saliency.to(dtype, copy=True).mul_(weight)
+        if scale is not None:
+            for part in parts.values():
+                part.div_(scale)
         self._parts, self._report = list(parts.values()), report
         self._tasks = norm(self._parts)
         self._missing = len(parts)

@@ -185,11 +185,15 @@ def _stacked_in(loss: Tensor) -> torch.autograd.graph.Node | None:
 
 
 def take_saliencies(
-    named: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
+    named: dict[Hashable, Tensor],
+    representations: list[tuple[str, Tensor]],
+    scale: Tensor | None = None,
 ) -> list[Tensor]:
+    """Of the losses times ``scale``, a scalar that is 1 where it is None."""
     saliencies = []
     for (task, loss), (name, z) in zip(named.items(), representations, strict=True):
-        (saliency,) = torch.autograd.grad(loss, z, create_graph=True, allow_unused=True)
+        seed = None if scale is None else scale.to(loss.dtype)
+        (saliency,) = torch.autograd.grad(loss, z, seed, create_graph=True, allow_unused=True)
         if saliency is None:
             raise ValueError(
                 f"losses[{task!r}]: does not depend on {name}. Pass the very tensor that the head "

@@ -20,8 +20,14 @@ from repmtl_kernels._arguments import (
 )
 from repmtl_kernels._clip import Clip
 from repmtl_kernels._distributed import Group
+from repmtl_kernels._saliency import accumulation_dtype, is_float16
 from repmtl_kernels._step import RepMTLStep
-from repmtl_kernels._strength import BackwardPass, RunningMean, is_transformed
+from repmtl_kernels._strength import (
+    BackwardPass,
+    RunningMean,
+    is_transformed,
+    share_below_float16,
+)
 from repmtl_kernels._task_losses import (
     Representation,
     TaskLosses,
@@ -132,6 +138,12 @@ class RepMTL(_Loss):
             backward pass holds a second copy of that gradient for a moment.
         task_weights: ``w_t``, finite and at least 0: a sequence, or a dict with the keys of the
             losses; None: all 1. The saliencies are those of ``L_t`` (or ``log L_t``) unweighted.
+        scaler: None, or the ``torch.amp.GradScaler`` that scales the total, for float16. The
+            saliencies are then those of the losses times its scale, so that they do not underflow.
+            TSR and CSA do not depend on it, and the total is not scaled; with ``"softmax"`` or
+            ``eps`` the scale is divided out in float32. Where scaled saliencies overflow the total
+            is NaN, and the scaler skips that step as any other with infinite gradients. Without it
+            watch ``last.underflow``.
         every: apply the regulariser on every ``every``-th call in training mode, the first
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
             R1): with ``strength`` the mean over all calls is ``rho``.
@@ -170,6 +182,7 @@ class RepMTL(_Loss):
         log_offset: float = 0.0,
         clip: float | None = None,
         task_weights: Weights | None = None,
+        scaler: torch.amp.GradScaler | None = None,
         every: int = 1,
         channel_dim: int = 1,
         group: Group | None = None,
@@ -194,6 +207,7 @@ class RepMTL(_Loss):
             log_offset=log_offset,
             clip=clip,
             task_weights=checked_weights(task_weights),
+            scaler=scaler,
             every=every,
             channel_dim=channel_dim,
             group=group,
@@ -214,7 +228,8 @@ class RepMTL(_Loss):
         representation: Representation,
         present: Tensor | None = None,
     ) -> Tensor:
-        """The total loss, a scalar.
+        """The total loss, a scalar: float32, also of losses in 16 bits; float64 where a loss is, or
+        where the regulariser is added to it and the representation is.
 
         Args:
             losses: list, tuple or dict of T scalar losses, as for :func:`task_saliencies`. None in
@@ -255,11 +270,15 @@ class RepMTL(_Loss):
                 present = self._checked_mask(representations, present, losses, group)
                 if weight:
                     self._explain(tasks, representations)
-                    saliencies = take_saliencies(objectives, representations)
+                    scale = self._scale(zs[0].device)
+                    saliencies = take_saliencies(objectives, representations, scale)
             if weight:
+                if is_float16(saliencies[0]):
+                    pairs = zip(tasks, saliencies, strict=True)
+                    step.underflow = {t: share_below_float16(s) for t, s in pairs}
                 lambdas = [weight * value for value in lambdas]
                 total = self._regularized(
-                    total, saliencies, zs, weights, present, lambdas, strength, step
+                    total, saliencies, zs, weights, present, lambdas, strength, scale, step
                 )
         if self.training:
             self._calls += 1
@@ -332,6 +351,10 @@ class RepMTL(_Loss):
             )
         if self.clip is not None:
             check_number("clip", self.clip, minimum=0, exclusive=True)
+        if not (self.scaler is None or isinstance(self.scaler, torch.amp.GradScaler)):
+            raise TypeError(
+                f"scaler: expected a torch.amp.GradScaler or None, got {type(self.scaler).__name__}"
+            )
         _check_int("start", self.start, minimum=0)
         _check_int("ramp", self.ramp, minimum=0)
         _check_int("every", self.every, minimum=1)
@@ -362,6 +385,8 @@ class RepMTL(_Loss):
         return per_task("task_weights", checked_weights(self.task_weights), losses)
 
     def _objective(self, loss: Tensor) -> Tensor:
+        if loss.is_floating_point():  # a sum or a logarithm in 16 bits would lose what there is
+            loss = loss.to(accumulation_dtype(loss.dtype))
         if not self.log_losses:
             return loss
         return (loss + self.log_offset if self.log_offset else loss).log()
@@ -382,12 +407,24 @@ class RepMTL(_Loss):
         return self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
 
     def _check_observable(self, total: Tensor) -> None:
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export loses gradients that are taken inside the graph, and saliencies are "
+                "such; expected RepMTL in eval() mode there. In training, export a module with "
+                "RepMTLLoss that is given the saliencies"
+            )
         if (self.strength is not None or self.clip is not None) and is_transformed(total):
             raise ValueError(
                 "strength and clip observe the backward pass of the total, which torch.func and "
                 "torch.compile hide; expected both to be None there. Compile the encoder alone, "
                 "or use lambdas"
             )
+
+    def _scale(self, device: torch.device) -> Tensor | None:
+        """What the saliencies are multiplied with; stays on the device."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
 
     def _strength(self, device: torch.device, group: str) -> float | Tensor:
         """What the lambdas are multiplied with; the same on all ranks of a group."""
@@ -414,6 +451,7 @@ class RepMTL(_Loss):
         present: Tensor | None,
         lambdas: list[float],
         strength: float | Tensor,
+        scale: Tensor | None,
         step: RepMTLStep,
     ) -> Tensor:
         """``total`` plus the regulariser, and what of it goes into ``step``."""
@@ -423,6 +461,8 @@ class RepMTL(_Loss):
         inputs = saliencies
         if self.clip is not None:
             inputs = Clip(self.clip, self._size, factor, backward)(saliencies)
+        if scale is not None and (self.normalizer != "abs" or self.eps):
+            inputs = [s.to(accumulation_dtype(s.dtype)) / scale for s in inputs]
         regularizer, tsr, csa = self._losses(inputs, present, *lambdas)
         if self.strength is not None:
             regularizer = strength * regularizer
@@ -432,7 +472,7 @@ class RepMTL(_Loss):
         if not is_transformed(total):
             backward.follow(total)
             report = partial(_report, step, factor, ratios)
-            backward.measure(total, representations, saliencies, weights, report)
+            backward.measure(total, representations, saliencies, weights, report, scale)
         return total
 
     def _losses(

@@ -270,3 +270,5 @@ def test_what_the_criterion_refuses(network, batch):
         rep_mtl_backward(losses, None, RepMTL())
     with pytest.raises(ValueError, match="features: expected another representation"):
         rep_mtl_backward(losses, dict.fromkeys(TASKS, z), RepMTL())
+    with pytest.raises(ValueError, match="criterion: expected one without a scaler"):
+        rep_mtl_backward(losses, z, RepMTL(scaler=torch.amp.GradScaler("cpu")))

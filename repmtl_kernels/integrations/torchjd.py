@@ -41,8 +41,9 @@ def rep_mtl_backward(
 
     Run the heads alone under ``criterion.second_order()``, and convert them alone: a batch norm at
     the end of the encoder would be fused with a ReLU that begins a head, and TorchJD then finds
-    parameters of the encoder in the head. Don't scale losses (``GradScaler``): the rows would be
-    scaled, and the regulariser, which is invariant to the scale of the losses, would not.
+    parameters of the encoder in the head. Don't scale losses (``GradScaler``, and so no
+    ``criterion.scaler``): the rows would be scaled, and the regulariser, which is invariant to the
+    scale of the losses, would not.
 
     Args:
         losses: list or dict of T scalar losses, as for :class:`RepMTL`. A task whose loss is None
@@ -56,6 +57,11 @@ def rep_mtl_backward(
         ValueError, TypeError: as :class:`RepMTL` and ``mtl_backward``; or two tasks of multi-input
             learning have the same representation.
     """
+    if criterion.scaler is not None and criterion.scaler.is_enabled():
+        raise ValueError(
+            "criterion: expected one without a scaler, since the saliencies serve as the "
+            "aggregator's rows; got scaler=, which scales them"
+        )
     saliencies: list[Tensor] = []
     hooks = [z.register_hook(saliencies.append) for z in _with_graph(features)]
     try:
