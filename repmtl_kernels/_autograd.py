@@ -74,6 +74,17 @@ NO_SECOND_DERIVATIVE = (
     "detach them, or make the call under torch.no_grad()."
 )
 
+NO_FORWARD_MODE = (
+    "repmtl_kernels: a forward-mode derivative (torch.func.jvp, jacfwd, hessian) of tsr_loss, "
+    "csa_loss or rep_mtl_loss was asked for; the {backend!r} backend has reverse mode only. Use "
+    "torch.func.grad, vjp or jacrev, or backend='reference'."
+)
+NO_BATCHED_GRADIENTS = (
+    "repmtl_kernels: torch.autograd.grad(is_grads_batched=True) sends several gradients at a time "
+    "to tsr_loss, csa_loss or rep_mtl_loss; the {backend!r} backend takes one. Use torch.func.vmap "
+    "over torch.func.vjp, or backend='reference'."
+)
+
 
 def evaluate(
     config: Config, operands: Sequence[Tensor], present: Tensor | None
@@ -371,6 +382,24 @@ def expanded_grads(
     ]
 
 
+def _one_by_one(
+    function: type[torch.autograd.Function], size: int, in_dims: tuple, inputs: tuple
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The batching rule of ``vmap``. CSA contrasts the samples of one call, so what is mapped over
+    can't be folded into the batch."""
+    runs = [
+        function.apply(
+            *(
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(values) for values in zip(*runs, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
 class Losses(torch.autograd.Function):
     """``(config, present, *operands) -> (tsr, csa, *saved)``; the losses are differentiable."""
 
@@ -379,6 +408,14 @@ class Losses(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return tuple(torch.ops.repmtl.losses(operands, present, *config))
         return forward(config, operands, present)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(Losses, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE.format(backend=ctx.config.backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -395,6 +432,9 @@ class Losses(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[2:])
         if grad_tsr is None and grad_csa is None:
             return None, None, *(None for _ in wanted)
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        if any(g is not None and batched(g) for g in (grad_tsr, grad_csa)):
+            raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
         saved = ctx.saved_tensors
         found = Gradient.apply(ctx.config, wanted, ctx.operands, grad_tsr, grad_csa, *saved)
         found = iter(found)
@@ -414,6 +454,14 @@ class Gradient(torch.autograd.Function):
                 )
             )
         return tuple(backward(config, wanted, grad_tsr, grad_csa, operands, saved))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(Gradient, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE.format(backend=ctx.backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

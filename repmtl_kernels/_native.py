@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from repmtl_kernels._sources import digest
 
@@ -37,9 +38,14 @@ def status(library: str) -> str:
         return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     csrc = path.parents[1] / "csrc"
     # In a checkout the sources may have changed since.
-    if csrc.is_dir() and operators(library).sources() != digest(csrc):
+    if csrc.is_dir() and _sources_of(library) != digest(csrc):
         return f"{path.name} is older than {csrc.name}: install the package again"
     return "ok"
+
+
+def _sources_of(library: str) -> str:
+    with _disable_current_modes():  # torch.export would record the call
+        return operators(library).sources()
 
 
 def operators(library: str) -> ModuleType:

@@ -5,13 +5,14 @@ Eager calls go to the ``autograd.Function`` directly, which costs less per call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from repmtl_kernels import _autograd
-from repmtl_kernels._autograd import Config, Saved
+from repmtl_kernels._autograd import Config, Losses, Saved
 from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks
 
 _CONFIG = (
@@ -59,7 +60,7 @@ def empty_results(
 ) -> list[Tensor]:
     """``tsr, csa, *saved`` of these saliencies, without their values."""
     tasks, batch, channels = len(saliencies), *saliencies[0].shape[:2]
-    positions = saliencies[0].shape[2:].numel()
+    positions = math.prod(saliencies[0].shape[2:])  # Size.numel() makes a dynamic size constant
     side = torch.sym_min(channels, positions)
     shapes = {}
     if tsr:
@@ -85,6 +86,22 @@ def empty_results(
         )
         for name in ("tsr", "csa", *Saved._fields)
     ]
+
+
+def _keep(ctx, inputs, output) -> None:
+    operands, present, *config = inputs
+    Losses.setup_context(ctx, (Config(*config), present, *operands), output)
+
+
+def _differentiate(ctx, grads):
+    """For graphs that keep the operator whole, as ``torch.export`` makes them."""
+    wanted, ctx.needs_input_grad = ctx.needs_input_grad, (False, False, *ctx.needs_input_grad[0])
+    _, _, *found = Losses.backward(ctx, *grads)
+    ctx.needs_input_grad = wanted
+    return found, *(None for _ in wanted[1:])
+
+
+losses.register_autograd(_differentiate, setup_context=_keep)
 
 
 @losses_backward.register_fake

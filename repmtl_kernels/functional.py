@@ -310,4 +310,5 @@ def _grad_wanted(operands: Sequence[Tensor]) -> bool:
     # A function transform inside a compiler hides requires_grad.
     if torch.compiler.is_compiling():
         return True
-    return torch.is_grad_enabled() and any(s.requires_grad for s in operands)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # so does vmap inside func.grad
+    return torch.is_grad_enabled() and any(s.requires_grad or wrapped(s) for s in operands)

@@ -121,7 +121,7 @@ def _contrastive(
     anchor = _normalized(a @ a.mT, eps)  # (B, C, C), eq. 8
     positive = (anchor * affinity).sum((2, 3))  # (T, B)
     negative = anchor.flatten(1) @ anchor.flatten(1).T  # (B, B)
-    own = torch.eye(len(negative), dtype=torch.bool, device=negative.device)
+    own = torch.eye(negative.shape[0], dtype=torch.bool, device=negative.device)
     negative = (negative / temperature).masked_fill(own, float("-inf")).logsumexp(1)
     if present is None:
         positive = positive.mean(0)

@@ -1,14 +1,19 @@
 """torch.compile, function transforms and the registered operators."""
 
+import contextlib
+import io
 import shutil
 
 import pytest
 import torch
 from cases import BACKENDS as ALL_BACKENDS
 from cases import DEVICE, LOSSES, Case, Loss, supports
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.func import grad, jacrev, jvp, vmap
 
-from repmtl_kernels import RepMTL, rep_mtl_loss, tsr_loss
+from repmtl_kernels import RepMTL, RepMTLLoss, _native, rep_mtl_loss, tsr_loss
 from repmtl_kernels._autograd import Config, Saved
+from repmtl_kernels.backends._availability import refusal
 
 CASE = Case(2, 3, 12, (3, 3))
 
@@ -24,10 +29,17 @@ def fresh_compiler():
 
 # A compiler sees one operator whatever the backend: for it, native is eager once more.
 BACKENDS = [name for name in ALL_BACKENDS if name != "native"]
+# For the table of docs/compatibility.md, once on each.
+EVERY_BACKEND = ["reference", *ALL_BACKENDS]
+BOTH = next(loss for loss in LOSSES if loss.name == "rep_mtl_loss")
+BACKENDS_AND_LOSSES = [(b, loss) for b in BACKENDS for loss in LOSSES]
+BACKENDS_AND_LOSSES += [(b, BOTH) for b in EVERY_BACKEND if b not in BACKENDS]
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.cell("`torch.compile(fullgraph=True)`")
+@pytest.mark.parametrize(
+    ("backend", "loss"), BACKENDS_AND_LOSSES, ids=lambda x: getattr(x, "name", x)
+)
 def test_compile_full_graph(backend: str, loss: Loss):
     def function(*s):
         return loss.public([x * 2 for x in s], backend=backend) * 3
@@ -50,18 +62,32 @@ def test_compile_with_inductor():
         torch.testing.assert_close(found, expected)
 
 
-def test_compile_with_dynamic_shapes():
-    compiled = torch.compile(
-        lambda *s: rep_mtl_loss(list(s)).total, fullgraph=True, backend="aot_eager", dynamic=True
-    )
-    for shape in ((3, 12, 3, 3), (4, 12, 2, 5), (5, 7, 4, 4)):
+@pytest.mark.cell("the same, any batch and image size, forward and backward in three compilations")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_compile_with_dynamic_shapes(backend: str):
+    """One compilation of constant sizes, one for the batch and one for the image; then no more."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(*s):
+        return rep_mtl_loss(list(s), backend=backend).total
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    sizes = [(3, 3, 3), (2, 3, 3), (2, 2, 4), (3, 2, 5), (4, 3, 2), (2, 5, 4)]  # N < C and N > C
+    counts = []
+    for batch, *image in sizes:
+        shape = (batch, 7, *image)
         tensors = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-        expected = rep_mtl_loss(tensors).total
-        torch.testing.assert_close(compiled(*tensors), expected)
+        found, expected = compiled(*tensors), loss(*tensors)
+        torch.testing.assert_close(found, expected)
+        grads, expected_grads = (torch.autograd.grad(x, tensors) for x in (found, expected))
+        torch.testing.assert_close(grads, expected_grads)
+        counts.append(counter.frame_count)
+    assert counts == [1, 2, 3, 3, 3, 3]
 
 
+@pytest.mark.cell("`torch.func.grad`")
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_func_grad(backend: str, loss: Loss):
     tensors = CASE.make(torch.float32)
     expected = torch.autograd.grad(loss.public(tensors, backend=backend), tensors)
@@ -70,7 +96,8 @@ def test_func_grad(backend: str, loss: Loss):
         torch.testing.assert_close(f, e)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.cell("`torch.compile` of two nested `torch.func.grad`: the second-order step")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_func_grad_inside_compile(backend: str):
     """The whole second-order step: saliencies by func.grad, the loss on them, its gradient."""
     torch.manual_seed(0)
@@ -124,14 +151,221 @@ def test_criterion_that_is_compiled():
     torch.testing.assert_close(validation(losses, z), sum(losses))
 
 
-def test_second_derivative_by_function_transforms_is_refused():
+def refused_but_by_the_reference(refused, backend: str, error, match: str):
+    return contextlib.nullcontext() if backend == "reference" else refused(error, match)
+
+
+@pytest.mark.cell("second derivative with respect to the saliencies")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_second_derivative_by_function_transforms_is_refused(backend: str, refused):
     tensors = CASE.make(torch.float32)
 
     def inner(s):
-        return torch.func.grad(lambda s: tsr_loss([s, tensors[1]]))(s).sum()
+        return grad(lambda s: tsr_loss([s, tensors[1]], backend=backend))(s).sum()
 
-    with pytest.raises(RuntimeError, match="repmtl_kernels.reference"):
-        torch.func.grad(inner)(tensors[0])
+    with refused_but_by_the_reference(refused, backend, RuntimeError, "repmtl_kernels.reference"):
+        assert grad(inner)(tensors[0]).abs().max() > 0
+
+
+@pytest.mark.cell("`torch.func.jvp`")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_forward_mode_is_refused(backend: str, refused):
+    (s,) = Case(2, 3, 12, (3, 3), "stacked").make(torch.float32)
+    s = s.detach()
+
+    def loss(s):
+        return rep_mtl_loss(s, backend=backend).total
+
+    with refused_but_by_the_reference(refused, backend, NotImplementedError, "reverse mode only"):
+        _, tangent = jvp(loss, (s,), (s.sign(),))
+        expected = (grad(loss)(s) * s.sign()).sum()
+        torch.testing.assert_close(tangent, expected, check_dtype=False)
+
+
+@pytest.mark.cell("`torch.autograd.grad(is_grads_batched=True)`")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_batched_gradients_are_refused(backend: str, refused):
+    tensors = CASE.make(torch.float32)
+    total = rep_mtl_loss(tensors, backend=backend).total
+    single = torch.autograd.grad(total, tensors, retain_graph=True)
+    seeds = torch.tensor([1.0, -2.0], device=DEVICE)
+    with refused_but_by_the_reference(refused, backend, RuntimeError, "is_grads_batched"):
+        found = torch.autograd.grad(total, tensors, seeds, is_grads_batched=True)
+        for f, s in zip(found, single, strict=True):
+            torch.testing.assert_close(f, torch.stack([s, -2 * s]))
+
+
+# --- vmap ---
+
+SEEDS = 2
+
+
+def per_seed(backend: str, **options):
+    def loss(a, b):
+        return rep_mtl_loss([a, b], backend=backend, **options).total
+
+    return loss
+
+
+def saliencies_of_seeds() -> tuple[torch.Tensor, torch.Tensor]:
+    """Mapped over another dimension in each."""
+    a, b = (torch.randn(SEEDS, 3, 6, 2, 2, device=DEVICE) for _ in range(2))
+    return a, b.movedim(0, 2)
+
+
+@pytest.mark.cell("`torch.vmap` over seeds")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_vmap_is_the_loop(backend: str):
+    a, b = saliencies_of_seeds()
+    loss = per_seed(backend)
+    loop = torch.stack([loss(a[i], b[:, :, i]) for i in range(SEEDS)])
+    torch.testing.assert_close(vmap(loss, (0, 2))(a, b), loop)
+    shared = torch.stack([loss(a[i], a[0]) for i in range(SEEDS)])
+    torch.testing.assert_close(vmap(loss, (0, None))(a, a[0]), shared)
+
+
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_vmap_over_masks(backend: str):
+    a, b = saliencies_of_seeds()[0][:2]
+    masks = torch.rand(SEEDS, 2, 3, device=DEVICE) < 0.6
+
+    def loss(mask):
+        return rep_mtl_loss([a, b], backend=backend, present=mask).csa
+
+    torch.testing.assert_close(vmap(loss)(masks), torch.stack([loss(mask) for mask in masks]))
+
+
+@pytest.mark.cell("`torch.vmap` of `torch.func.grad`, and the other way round")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_vmap_and_grad(backend: str):
+    a, b = saliencies_of_seeds()
+    derivative = grad(per_seed(backend), argnums=(0, 1))
+    each = [derivative(a[i], b[:, :, i]) for i in range(SEEDS)]
+    loop = [torch.stack(g) for g in zip(*each, strict=True)]
+    torch.testing.assert_close(list(vmap(derivative, (0, 2))(a, b)), loop)
+
+    def whole(a, b):
+        return vmap(per_seed(backend), (0, 2))(a, b).sum()
+
+    found = grad(whole, argnums=(0, 1))(a, b)
+    torch.testing.assert_close([found[0], found[1].movedim(2, 0)], loop)
+    a.requires_grad_()
+    (plain,) = torch.autograd.grad(whole(a, b), a)
+    torch.testing.assert_close(plain, loop[0])
+
+
+@pytest.mark.cell("`torch.func.jacrev`")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_jacobian(backend: str):
+    (s,) = Case(2, 3, 12, (3, 3), "stacked").make(torch.float32)
+
+    def parts(s):
+        return torch.stack(rep_mtl_loss(s, backend=backend)[1:])
+
+    expected = [torch.autograd.grad(part, s, retain_graph=True)[0] for part in parts(s)]
+    torch.testing.assert_close(jacrev(parts)(s.detach()), torch.stack(expected))
+
+
+@pytest.mark.cell("`torch.compile` of `torch.vmap` of `torch.func.grad`")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_vmap_inside_compile(backend: str):
+    mapped = vmap(grad(per_seed(backend)), (0, 2))
+    a, b = saliencies_of_seeds()
+    compiled = torch.compile(mapped, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, b), mapped(a, b))
+
+
+def test_the_second_order_step_over_seeds():
+    """An ensemble of heads in one call: saliencies, the losses on them, and their gradient."""
+    heads = torch.randn(SEEDS, 2, 6, 12, device=DEVICE)
+    z = torch.randn(4, 12, 5, device=DEVICE)
+
+    def regularizer(heads):
+        def saliency(w):
+            return grad(lambda z: torch.einsum("oc,bcn->bon", w, z).tanh().sum())(z)
+
+        return rep_mtl_loss([saliency(w) for w in heads], backend="eager").total
+
+    found = vmap(grad(regularizer))(heads)
+    loop = torch.stack([grad(regularizer)(h) for h in heads])
+    torch.testing.assert_close(found, loop)
+
+
+# --- torch.export ---
+
+
+class Objective(torch.nn.Module):
+    """Parameters before the loss, so that what is exported can be trained."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.loss = RepMTLLoss(lambda_tsr=0.7, lambda_csa=1.3, backend=backend)
+        self.weight = torch.nn.Parameter(torch.randn(6, 6, device=DEVICE))
+
+    def forward(self, a, b, present=None):
+        mixed = torch.einsum("oc,bchw->bohw", self.weight, a).tanh()
+        return self.loss([mixed, b], present).total
+
+
+@pytest.mark.cell("`torch.export` of a module with `RepMTLLoss`: any size, saved, trained")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_export(backend: str):
+    refusal.cache_clear()  # what is asked while PyTorch records must not be recorded
+    _native.status.cache_clear()
+    module = Objective(backend)
+    sizes = [(3, 4, 5), (5, 2, 3)]
+    a, b = (torch.randn(3, 6, 4, 5, device=DEVICE) for _ in range(2))
+    dims = dict(zip((0, 2, 3), map(torch.export.Dim, ("B", "H", "W")), strict=True))
+    exported = torch.export.export(module, (a, b), dynamic_shapes={"a": dims, "b": dims})
+    file = io.BytesIO()
+    torch.export.save(exported.run_decompositions(), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for batch, *image in sizes:
+        a, b = (torch.randn(batch, 6, *image, device=DEVICE) for _ in range(2))
+        found, expected = loaded(a, b), module(a, b)
+        torch.testing.assert_close(found, expected)
+        found_grad = torch.autograd.grad(found, loaded.weight)
+        torch.testing.assert_close(found_grad, torch.autograd.grad(expected, module.weight))
+    if backend != "reference":
+        targets = [str(node.target) for node in exported.graph.nodes]
+        assert [t for t in targets if t.startswith("repmtl")] == ["repmtl.losses.default"]
+
+
+def test_export_with_a_mask():
+    module = Objective("eager")
+    a, b = (torch.randn(3, 6, 4, 4, device=DEVICE) for _ in range(2))
+    mask = torch.tensor([[True, False, True], [True, True, True]], device=DEVICE)
+    exported = torch.export.export(module, (a, b, mask)).module()
+    other = ~mask
+    assert not torch.equal(module(a, b, mask), module(a, b, other))
+    torch.testing.assert_close(exported(a, b, other), module(a, b, other))
+
+
+class Step(torch.nn.Module):
+    """With the saliencies inside."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.heads = torch.nn.ModuleList(torch.nn.Conv1d(6, 2, 1, device=DEVICE) for _ in range(2))
+        self.criterion = RepMTL(0.1, 0.1, backend=backend)
+
+    def forward(self, z):
+        return self.criterion([head(z).square().mean() for head in self.heads], z)
+
+
+@pytest.mark.cell("`torch.export` of `RepMTL` in training")
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_export_of_saliencies_is_refused(backend: str, refused):
+    step = Step(backend)
+    z = torch.randn(3, 6, 4, device=DEVICE, requires_grad=True)
+    with refused(ValueError, r"torch.export loses gradients .* eval\(\) mode .* RepMTLLoss"):
+        torch.export.export(step, (z,))
+    step.eval()
+    torch.testing.assert_close(torch.export.export(step, (z,)).module()(z), step(z))
+
+
+# --- the operators ---
 
 
 def _config(backend: str, **changes) -> Config:

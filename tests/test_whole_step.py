@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DEVICE, relative_error
+from cases import BACKENDS, DEVICE, relative_error
 from torch import nn
 from torch.func import functional_call, grad_and_value
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -105,6 +105,13 @@ def eager_step(model: nn.ModuleDict, losses, x, targets, criterion: RepMTL):
 @pytest.mark.parametrize("make", [convolutions, transformer])
 def test_whole_step(make, dtype: torch.dtype, monkeypatch):
     compare_whole_step("aot_eager", make, dtype, monkeypatch)
+
+
+@pytest.mark.cell("`torch.compile` of a whole training step, as in [training.md](training.md)")
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_whole_step_on_every_backend(backend: str, monkeypatch):
+    monkeypatch.setenv("REPMTL_BACKEND", backend)
+    compare_whole_step("aot_eager", few_kernels, torch.float32, monkeypatch)
 
 
 @needs_compiler
