@@ -12,8 +12,8 @@ from torch import Tensor
 class RepMTLStep:
     """What the last call of :class:`RepMTL` computed: detached scalars, still on their device.
 
-    ``total``, ``tsr``, ``csa``, ``regularizer``: float32, float64 where a loss or (of the last
-    three) the representation is.
+    ``tsr``, ``csa`` and ``regularizer`` are float32, or float64 where the representation is;
+    ``total`` is float32, or float64 where a loss or ``regularizer`` is.
     """
 
     losses: dict[Hashable, Tensor | None]
