@@ -5,10 +5,10 @@ A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, wi
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
 ``kept`` (Gram matrices saved or made again), ``checkpoint`` (peak of a step under activation
-checkpointing), ``quality_STUDY`` (``Delta_p`` of a study), ``static`` (what the compiler made of the
-kernels) and ``compatibility`` (what works on which backend, as the tests found: ``pytest --cells
-FOLDER``). MACHINE ``simulated`` is for what comes from formulas alone: ``ranks``, the cost of
-negatives of all ranks, and ``kept``.
+checkpointing), ``quality_STUDY`` (``Delta_p`` of a study), ``static`` (what the compiler made of
+the kernels) and ``compatibility`` (what works on which backend, as the tests found: ``pytest
+--cells FOLDER``). MACHINE ``simulated`` is for what comes from formulas alone: ``ranks``, the cost
+of negatives of all ranks, and ``kept``.
 Where a document has no such markers nothing is written.
 """
 
