@@ -103,12 +103,11 @@ void* output(const Tensor& x) { return x.mutable_data_ptr(); }
 // An output that was not asked for is an empty tensor.
 void* output_or_null(const Tensor& x) { return x.numel() == 0 ? nullptr : output(x); }
 
-// Vectors are read 16 bytes at a time.
-void check_vectors(const char* name, const Tensor& x, const Sizes& sizes, const Tensor& like,
-                   ScalarType type) {
+// Vectors are read 16 bytes at a time: what does not start at a multiple of that is copied.
+Tensor vectors(const char* name, const Tensor& x, const Sizes& sizes, const Tensor& like,
+               ScalarType type) {
   check_contiguous(name, x, sizes, like, type);
-  STD_TORCH_CHECK(reinterpret_cast<std::uintptr_t>(data(x)) % 16 == 0, name,
-                  ": expected a tensor that starts at a multiple of 16 bytes");
+  return reinterpret_cast<std::uintptr_t>(data(x)) % 16 == 0 ? x : torch::stable::clone(x);
 }
 
 View view_of(const Tensor& x, bool written = false) {
@@ -419,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_op(Tensors saliencies, T
   const Tensor& first = saliencies[0];
   const int64_t T = shape.tasks, B = shape.batch;
   check_contiguous("scale", scale, {T, B}, first, accumulation_type(first));
-  check_vectors("anchors", anchors, {T, B, shape.channels}, first, accumulation_type(first));
+  anchors = vectors("anchors", anchors, {T, B, shape.channels}, first, accumulation_type(first));
   const Call on(first);
   Gram found = run_gram(on, saliencies, shape, scale, anchors, eps, with_grad);
   return {found.similarity, found.inverse, found.slope, found.projection, found.matrix};
@@ -484,23 +483,23 @@ void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tenso
   }
 }
 
-void check_gradient(const Tensor& first, const Shape& shape, const GradientOf& g) {
+void check_gradient(const Tensor& first, const Shape& shape, GradientOf& g) {
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
   const int64_t R = std::min(C, N);
   const ScalarType sums = accumulation_type(first);
   check_contiguous("scale", g.scale, {T, B}, first, sums);
-  check_vectors("anchors", g.anchors, {T, B, C}, first, sums);
+  g.anchors = vectors("anchors", g.anchors, {T, B, C}, first, sums);
   check_contiguous("factor", g.factor, {B}, first, sums);
   check_contiguous("pull", g.pull, {T, B, C}, first, sums);
   check_contiguous("contrast_grad", g.contrast_grad, {T, B, C}, first, sums);
-  check_vectors("projection", g.projection, {T, B, T, R}, first, sums);
+  g.projection = vectors("projection", g.projection, {T, B, T, R}, first, sums);
   check_contiguous("matrix", g.matrix, {T, B, R, R}, first, first.scalar_type());
   check_contiguous("rank", g.rank, {T, B}, first, sums);
   check_contiguous("curl", g.curl, {T, B}, first, sums);
   check_contiguous("tug", g.tug, {B}, first, sums);
   check_contiguous("negatives", g.negatives, {}, first, sums);
   if (g.position_grad) {
-    check_vectors("position_grad", *g.position_grad, {T, B, N}, first, sums);
+    g.position_grad = vectors("position_grad", *g.position_grad, {T, B, N}, first, sums);
   }
 }
 
@@ -511,7 +510,7 @@ void saliency_grad_op(Tensors saliencies, Tensors outputs, Sizes tasks,
                       std::optional<Tensor> position_grad) {
   const Shape shape = shape_of(saliencies);
   check_outputs(saliencies, outputs, tasks);
-  const GradientOf g{scale, anchors, factor, pull, contrast_grad, projection,   matrix,
+  GradientOf g{scale, anchors, factor, pull, contrast_grad, projection,   matrix,
                      rank,  curl,    tug,    negatives, position_grad};
   check_gradient(saliencies[0], shape, g);
   if (tasks.empty()) return;
@@ -585,7 +584,7 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad, Te
   if (tasks.empty()) return;
   const int64_t T = shape.tasks, B = shape.batch;
   const ScalarType sums = accumulation_type(first);
-  const GradientOf g{saved[kScale], saved[kAnchors], saved[kFactor], saved[kPull],
+  GradientOf g{saved[kScale], saved[kAnchors], saved[kFactor], saved[kPull],
                saved[kContrastGrad], saved[kProjection], saved[kMatrix],
                empty(first, {T, B}, sums), empty(first, {T, B}, sums), empty(first, {B}, sums),
                grad_csa, position_grad};
