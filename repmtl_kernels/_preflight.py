@@ -88,6 +88,15 @@ _KNOWN = (
     ),
     (("RegisterPostBackwardFunction",), _SHARDED, _KEEP_WHOLE),
 )
+_STATIC = (
+    "DistributedDataParallel(static_graph=True) reduces gradients after the first backward pass "
+    "through it, and that is the saliency's, which has none yet: the replicas would drift apart "
+    "without a word"
+)
+_NOT_STATIC = (
+    "Leave static_graph out, call the criterion inside the wrapped module, or take one step "
+    "without the regulariser first (start=1)"
+)
 # once_differentiable wraps a function; all its wrappers share one code object.
 _ONCE = once_differentiable(print).__code__
 
@@ -101,11 +110,18 @@ def _known_fault(node: Node) -> Fault | None:
     for prefixes, what, remedy in _KNOWN:
         if operation.startswith(prefixes):
             return Fault(f"{what} (operation {operation})", remedy, node)
+    if operation.startswith("_DDPSink") and _is_first_pass(node.ddp_weakref()):
+        return Fault(_STATIC, _NOT_STATIC, node)
     if isinstance(node, BackwardCFunction):
         backward = node._forward_cls.backward
         if getattr(backward, "__code__", None) is _ONCE:
             return _custom_fault(node, "is marked with once_differentiable")
     return None
+
+
+def _is_first_pass(wrapper: nn.Module) -> bool:
+    """Whether DDP takes the next backward pass for the one that it learns its static graph from."""
+    return wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
 
 
 def _custom_fault(node: Node, why: str) -> Fault:
@@ -187,7 +203,7 @@ def explain(
         end = get_gradient_edge(z)
         known = visited.setdefault((end.node, end.output_nr), {})
         found = _leads([loss.grad_fn], end, known)
-        fault = _sharded_fault(z, found)
+        fault = _sharded_fault(z, _made_after(z, found))
         if fault is not None:
             raise SecondDerivativeError(
                 f"losses[{task!r}]: {fault.what}, and it is between {name} and this loss, or gave "
@@ -209,6 +225,16 @@ def explain(
                 )
 
 
+def _made_after(z: Tensor, nodes: Mapping[Node, bool]) -> list[Node]:
+    """Of nodes below a loss those that its head made, and the leaves that these are given: not what
+    an encoder made beside ``z``, e.g. for a skip connection."""
+    first = -1 if z.grad_fn is None else z.grad_fn._sequence_nr()
+    made = [n for n, leads in nodes.items() if leads or n._sequence_nr() > first]
+    leaves = (parent for node in made for parent, _ in node.next_functions)
+    own = [node for node in made if not hasattr(node, "variable")]
+    return own + [leaf for leaf in leaves if hasattr(leaf, "variable")]
+
+
 def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
     """Of parameters between a loss and ``z``, and of hooks on ``z``, which every saliency fires."""
     sharded: set[int] = set()
@@ -217,7 +243,7 @@ def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
         if getattr(function, "__module__", "") == "torch.distributed.fsdp._runtime_utils":
             return Fault(_SHARDED_1, _KEEP_WHOLE)
         state = getattr(hook, "__self__", None)
-        if hasattr(state, "_fsdp_param_groups"):
+        if hasattr(state, "_state_ctx"):
             sharded |= {id(p) for p in _unsharded(state)}
     for node in nodes:
         leaf = getattr(node, "variable", None)
@@ -233,10 +259,17 @@ def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
 def _unsharded(state: Any) -> Iterator[Tensor]:
     """The parameters that computations see, of all modules that go with this ``FSDPState``."""
     for other in state._state_ctx.all_states:
-        for group in other._fsdp_param_groups:
+        for group in _parameter_groups(other):
             for parameter in group.fsdp_params:
                 if hasattr(parameter, "_unsharded_param"):
                     yield parameter._unsharded_param
+
+
+def _parameter_groups(state: Any) -> Iterable[Any]:
+    """A list in newer versions of PyTorch, one or none before."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [g for g in [state._fsdp_param_group] if g is not None]
 
 
 # --- the preflight ---
@@ -283,6 +316,8 @@ def _check_head(name: str, head: Head, z: Tensor) -> None:
             fault = Fault(_SHARDED_1, _KEEP_WHOLE)
         elif "FSDPModule" in kinds or any(map(is_dtensor, module._parameters.values())):
             fault = Fault(_SHARDED, _KEEP_WHOLE)
+        elif "DistributedDataParallel" in kinds and _is_first_pass(module):
+            fault = Fault(_STATIC, f"{_NOT_STATIC}; to check the heads alone, pass what it wraps")
         else:
             continue
         where = f"{name}, module {inner!r}" if inner else name

@@ -638,6 +638,67 @@ def test_memory_of_the_contrast_of_32768_samples(backend: str) -> None:
     assert 0 < peak - gradient < 64e6, f"{peak / 1e6:.0f} MB"
 
 
+def check_replicated_heads(rank: int) -> None:
+    """Heads in DDP of their own: a static graph is learned from the first backward pass."""
+    expected = trained_alone(start=1)
+    x, targets = next(batches(half(rank)))
+    for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+        network = Network()
+        network.encoder = DistributedDataParallel(network.encoder)
+        network.heads = nn.ModuleDict(
+            {t: DistributedDataParallel(h, **options) for t, h in network.heads.items()}
+        )
+        if "static_graph" in options:
+            message = r"'depth'\]: .*static_graph=True.* Leave static_graph out"
+            with pytest.raises(SecondDerivativeError, match=message):
+                step(network, RepMTL(**LAMBDAS), x, targets, False)
+            with pytest.raises(
+                SecondDerivativeError, match=r"heads\['depth'\].*pass what it wraps"
+            ):
+                RepMTL.check(dict(network.heads), torch.randn(2, 10, 6, 6, dtype=torch.float64))
+        train(network, RepMTL(**LAMBDAS, start=1, group="world"), half(rank))
+        assert_same_parameters(network.parameters(), expected)
+
+
+class Skipping(nn.Module):
+    """Its result has what was before ``z`` too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        skipped = self.first(x).tanh()
+        return self.second(skipped).tanh(), skipped
+
+
+def check_sharded_encoder_with_skip_connections(rank: int) -> None:
+    fully_shard = sharding()
+    x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def trained(samples, *, sharded=(), view=False, **options) -> nn.ModuleList:
+        torch.manual_seed(5)
+        network = nn.ModuleList([Skipping(), nn.Linear(12, 1), nn.Linear(12, 1)]).double()
+        for i in sharded:
+            fully_shard(network[i])
+        z, skipped = network[0](x[samples])
+        z = z.view_as(z) if view else z
+        both = torch.cat([z, skipped], 1)
+        losses = [head(both).tanh().square().mean() for head in network[1:]]
+        RepMTL(**LAMBDAS, **options)(losses, z).backward()
+        return network
+
+    whole = trained(slice(None))
+    for view in (False, True):
+        found = trained(half(rank), sharded=[0], view=view, group="world")
+        for ours, theirs in zip(found.parameters(), whole.parameters(), strict=True):
+            grad = ours.grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else average(grad)
+            torch.testing.assert_close(grad, theirs.grad, rtol=0, atol=1e-12)
+    with pytest.raises(SecondDerivativeError, match="fully_shard"):
+        trained(half(rank), sharded=[0, 1])
+
+
 def test_cost_formulas_by_hand() -> None:
     setting = cost.Setting(tasks=2, batch=3, channels=5, positions=7)
     assert cost.given(setting) == 7 * 8 + 4 * 3 * 11
