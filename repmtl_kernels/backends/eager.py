@@ -116,14 +116,19 @@ def contrast(
         r.diagonal(first + b).fill_(float("-inf"))
         return dots, r
 
-    lse = torch.cat([torch.logsumexp(similarity(b)[1], 1) for b in blocks])
+    found = []
+    for b in blocks:
+        dots, r = similarity(b)
+        found.append(torch.logsumexp(r, 1))
+    lse = torch.cat(found)
     if not with_grad:
         return Contrast(lse, None)
 
     all_lse = lse if everyone is None else everyone.gather(lse)
     du = torch.empty_like(rows)
     for b in blocks:
-        dots, r = similarity(b)
+        if len(blocks) > 1:  # else those of above are still there
+            dots, r = similarity(b)
         # r_bk is a negative of sample b and of sample k
         weight = torch.exp(r - lse[b : b + step, None]) + torch.exp(r - all_lse)
         dots *= (weight * (2 / (temperature * total)))[:, None, :, None]
