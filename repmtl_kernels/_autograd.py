@@ -178,6 +178,7 @@ def _run_stages(
             with_grad=config.with_grad,
             everyone=everyone,
         )
+            arrive = None  # holds what was received, of unequal batches a second copy
         weight = _positive_weight(gram.similarity, present, config.csa_temperature)
         positive = (weight * gram.similarity).sum()
         csa = contrast.logsumexp.mean() + positive
