@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ class _Loss(nn.Module):
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
+
+    def __deepcopy__(self, memo: dict) -> _Loss:
+        if (group := getattr(self, "group", None)) is not None:
+            memo[id(group)] = group  # one for the whole process, and a ProcessGroup has no copy
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def options(self) -> dict:
         return {name: getattr(self, name) for name in self._options}

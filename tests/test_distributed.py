@@ -284,8 +284,12 @@ def check_groups(rank: int) -> None:
         csa_loss(good, group=mesh)
     assert csa_loss(good, group=mesh["a"]) == csa_loss(good)
     assert csa_loss(good, group=mesh["b"]) != csa_loss(good)
-    copied = copy.deepcopy(CSALoss(group="world"))
-    assert copied(good) == csa_loss(good, group="world")
+    for group in ("world", dist.group.WORLD, mesh["b"]):
+        module = nn.ModuleDict({"loss": CSALoss(group=group), "heads": nn.Linear(2, 2)})
+        copied = copy.deepcopy(module)
+        assert copied["loss"].group is group
+        assert copied["heads"].weight is not module["heads"].weight
+        assert copied["loss"](good) == csa_loss(good, group="world")
 
     spread = [distribute_tensor(s, mesh["b"], [Shard(0)]) for s in whole_batch(4)]
     for loss in (csa_loss, tsr_loss, rep_mtl_loss):
