@@ -8,6 +8,7 @@ import copy
 import os
 import signal
 import time
+import weakref
 from collections import Counter
 from datetime import timedelta
 from functools import partial
@@ -235,6 +236,30 @@ def check_anchors_travel_during_the_gram_stage(rank: int) -> None:
     ):
         csa_loss(leaves(whole_batch(3)), group="world", backend="eager")
     assert seen[:4] == ["waits", "asynchronous", "gram", "arrived"]
+
+
+def check_what_was_received_is_freed(rank: int) -> None:
+    """Of unequal batches: padded, it is as large as the anchors that are kept."""
+    stages = backends.load("eager")
+    gather, contrast, received, alive = _distributed._all_gather, stages.contrast, [], []
+
+    def spy_gather(found, *args, **options):
+        received.append(weakref.ref(found))
+        return gather(found, *args, **options)
+
+    def spy_contrast(*args, **options):
+        until = time.monotonic() + 5  # gloo's thread lets go of it a little later
+        while any(found() is not None for found in received) and time.monotonic() < until:
+            time.sleep(0.01)
+        alive.extend(found() is not None for found in received)
+        return contrast(*args, **options)
+
+    with (
+        mock.patch.object(_distributed, "_all_gather", spy_gather),
+        mock.patch.object(stages, "contrast", spy_contrast),
+    ):
+        csa_loss([s[rank:] for s in whole_batch(4)], group="world", backend="eager")
+    assert alive == [False, False]
 
 
 def check_what_is_wrong_is_told_to_every_rank(rank: int) -> None:
