@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._distributed import Group, check_group
-from repmtl_kernels._saliency import DTYPES
+from repmtl_kernels._saliency import DTYPES, NORMALIZERS, OVER
 
-OVER = ("tasks", "space")
-NORMALIZERS = ("abs", "softmax")
 MEMORY = ("auto", "save", "recompute")
 
 

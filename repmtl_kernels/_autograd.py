@@ -17,9 +17,15 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import _distributed, backends
-from repmtl_kernels._arguments import ONE_SAMPLE
 from repmtl_kernels._distributed import Facts, Peers
-from repmtl_kernels._saliency import canonical_tasks, positions_to_saliency, without_autocast
+from repmtl_kernels._saliency import (
+    DTYPES,
+    NORMALIZERS,
+    OVER,
+    canonical_tasks,
+    positions_to_saliency,
+    without_autocast,
+)
 from repmtl_kernels.backends import Anchors, CSAGradient, Entropy, Everyone, Gram
 
 
@@ -172,13 +178,13 @@ def _run_stages(
         everyone = None
         if peers is not None:
             everyone = Everyone(arrive().transpose(0, 1), peers.first, peers.gather)
+            arrive = None  # holds what was received, of unequal batches a second copy
         contrast = stages.contrast(
             anchors,
             temperature=config.csa_temperature,
             with_grad=config.with_grad,
             everyone=everyone,
         )
-            arrive = None  # holds what was received, of unequal batches a second copy
         weight = _positive_weight(gram.similarity, present, config.csa_temperature)
         positive = (weight * gram.similarity).sum()
         csa = contrast.logsumexp.mean() + positive
@@ -207,15 +213,17 @@ def _meet(config: Config, saliencies: Sequence[Tensor]) -> Peers:
         batch=batch,
         tasks=len(saliencies),
         channels=channels,
-        dtype=saliencies[0].dtype,
+        dtype=DTYPES.index(saliencies[0].dtype),
         with_grad=config.with_grad,
         temperature=config.csa_temperature,
         eps=config.eps,
+        tsr=config.tsr,
+        over=OVER.index(config.over),
+        normalizer=NORMALIZERS.index(config.normalizer),
+        tsr_temperature=config.tsr_temperature,
+        tsr_floor=config.tsr_floor,
     )
-    peers = _distributed.meet(config.group, facts)
-    if sum(peers.sizes) == 1:
-        raise ValueError(ONE_SAMPLE)
-    return peers
+    return _distributed.meet(config.group, facts, saliencies)
 
 
 def _shared(tsr: Tensor, csa: Tensor, saved: Saved, peers: Peers) -> tuple[Tensor, Tensor, Saved]:

@@ -6,7 +6,7 @@ backward pass has none, and so nothing in it waits for another rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repmtl_kernels._saliency import DTYPES
+from repmtl_kernels._saliency import DTYPES, NORMALIZERS, OVER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,7 +26,10 @@ _EXPECTED = (
     "group: expected None (negatives of this process), 'world', a torch.distributed.ProcessGroup "
     "or a DeviceMesh of one dimension"
 )
-_NO_MEMBER = "group: this process is not one of its members; call this on its members only"
+_NO_MEMBER = (
+    "group: expected one that this process is a member of; got one without it. Call this on its "
+    "members only"
+)
 
 
 def check_group(group: Group | None) -> None:
@@ -44,7 +47,8 @@ def check_group(group: Group | None) -> None:
             if group.ndim != 1:
                 raise ValueError(
                     f"{_EXPECTED}; got a DeviceMesh of {group.ndim} dimensions. Take the one that "
-                    "the batch is spread over, e.g. mesh['dp']"
+                    "the batch is spread over, e.g. mesh['dp'], or where that is several a mesh "
+                    "of all ranks that share the batch"
                 )
             return
         if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -84,72 +88,152 @@ def _found(name: str) -> ProcessGroup:
 
 
 class Facts(NamedTuple):
-    """What each rank tells first. All but the batch has to be the same on all of them."""
+    """What each rank tells before its anchors. All but the batch has to be the same on all."""
 
     batch: int
     tasks: int
     channels: int
-    dtype: torch.dtype
+    dtype: int  # its place in DTYPES
     with_grad: bool
     temperature: float
     eps: float
+    tsr: bool
+    over: int  # these four: of TSR
+    normalizer: int
+    tsr_temperature: float
+    tsr_floor: float
 
 
-# In place of a batch: the arguments of that rank were refused.
-_REFUSED = -1
+class Options(NamedTuple):
+    """What each rank's criterion tells before it takes part in anything. None is told as -1."""
+
+    calls: int
+    lambda_tsr: float
+    lambda_csa: float
+    strength: float
+    start: int
+    ramp: int
+    every: int
+    over: int
+    normalizer: int
+    tsr_temperature: float
+    tsr_floor: float
+    csa_temperature: float
+    eps: float
+    log_losses: bool
+    log_offset: float
+    clip: float
+
+
+# What a rank tells, as the first number of it.
+_REFUSED, _FACTS, _OPTIONS = 0, 1, 2
+# Numbers that a rank tells at a time, always as many: an error fits in place of anything.
+WIDTH = 1 + max(len(Facts._fields), len(Options._fields))
 _SAME = {
     "tasks": "the same number of tasks T",
     "channels": "the same number of channels C",
     "dtype": "saliencies of the same dtype",
     "with_grad": "saliencies that require a gradient, or none",
-    "temperature": "the same temperature",
-    "eps": "the same eps",
+    "tsr": "the same loss, csa_loss or rep_mtl_loss,",
+    "calls": "the same number of training calls before this one",
 }
+_REMEDY = {"calls": ". Load the checkpoint on every rank, not on one, and skip a batch on all"}
 
 
-def _exchange(group: ProcessGroup, facts: Sequence[float]) -> list[list[float]]:
+def _exchange(group: ProcessGroup, told: Sequence[float], near: object) -> list[list[float]]:
     """Of every rank. On the CPU where the group has a backend for it, else the host has to wait
     until the device has come to it."""
-    devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
-    device = "cpu" if "cpu" in devices else devices[0]
-    sent = torch.tensor([facts], dtype=torch.float64, device=device)
-    found = sent.new_empty(dist.get_world_size(group), len(facts))
-    _all_gather(found, sent, group)
-    return found.tolist()
+    row = [*map(float, told), *[0.0] * (WIDTH - len(told))]
+    with torch._C._DisableFuncTorch():
+        sent = torch.tensor([row], dtype=torch.float64, device=_device(group, near))
+        found = sent.new_empty(dist.get_world_size(group), WIDTH)
+        _all_gather(found, sent, group)
+        return found.tolist()
 
 
-def telling(name: str) -> AbstractContextManager:
-    """An error in it is told to the other ranks of the group, which would wait for this one."""
-    return _telling(name) if name else nullcontext()
+def _device(group: ProcessGroup, near: object) -> torch.device:
+    """One that the group has a backend for; of several GPUs that of the tensors in ``near``, since
+    the current one may be another rank's."""
+    types = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
+    if "cpu" in types:
+        return torch.device("cpu")
+    if (bound := getattr(group, "bound_device_id", None)) is not None:
+        return bound
+    return next(_devices(near, types[0]), torch.device(types[0]))
+
+
+def _devices(value: object, kind: str) -> Iterator[torch.device]:
+    if isinstance(value, Tensor):
+        if value.device.type == kind:
+            yield value.device
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _devices(item, kind)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _devices(item, kind)
+
+
+def telling(name: str, near: object) -> AbstractContextManager:
+    """An error in it is told to the other ranks of the group, which would wait for this one.
+
+    ``near``: the arguments, on whose device that is."""
+    return _telling(name, near) if name else nullcontext()
 
 
 @contextmanager
-def _telling(name: str) -> Iterator[None]:
+def _telling(name: str, near: object) -> Iterator[None]:
     try:
         yield
     except Exception:
-        _exchange(_found(name), [_REFUSED] + [0] * (len(Facts._fields) - 1))
+        _exchange(_found(name), [_REFUSED], near)
         raise
 
 
-def meet(name: str, facts: Facts) -> Peers:
+def agree(name: str, options: Options, near: object) -> None:
+    """That all ranks have these options. Raises on every rank or on none."""
+    _same(_found(name), _OPTIONS, options, near)
+
+
+def meet(name: str, facts: Facts, near: object) -> Peers:
     """The first exchange of a forward pass. Raises on every rank or on none."""
     group = _found(name)
-    everyone = _exchange(group, facts._replace(dtype=DTYPES.index(facts.dtype)))
-    refusals = [rank for rank, row in enumerate(everyone) if row[0] == _REFUSED]
+    sizes = tuple(f.batch for f in _same(group, _FACTS, facts, near))
+    return Peers(group, dist.get_rank(group), sizes)
+
+
+def _same(group: ProcessGroup, kind: int, told: Facts | Options, near: object) -> list:
+    rows = _exchange(group, [kind, *told], near)
+    refusals = [rank for rank, row in enumerate(rows) if row[0] == _REFUSED]
     if refusals:
         raise ValueError(
             f"group: ranks {refusals} of it have raised an error; theirs says what was wrong"
         )
-    for field, expected in _SAME.items():
-        values = [row[Facts._fields.index(field)] for row in everyone]
-        if any(value != values[0] for value in values):
-            told = (str(DTYPES[int(v)]) if field == "dtype" else f"{v:g}" for v in values)
+    if any(row[0] != kind for row in rows):
+        raise ValueError(
+            "group: expected the same calls in the same order on every rank; got a criterion's on "
+            f"ranks {[r for r, row in enumerate(rows) if row[0] == _OPTIONS]}, one of the losses' "
+            f"on ranks {[r for r, row in enumerate(rows) if row[0] == _FACTS]}"
+        )
+    everyone = [type(told)(*row[1 : 1 + len(told)]) for row in rows]
+    for field in type(told)._fields:
+        values = [getattr(other, field) for other in everyone]
+        if field != "batch" and any(value != values[0] for value in values):
+            shown = ", ".join(_shown(field, value) for value in values)
             raise ValueError(
-                f"group: expected {expected} on every rank; got {', '.join(told)} by rank"
+                f"group: expected {_SAME.get(field, f'the same {field}')} on every rank; got "
+                f"{shown} by rank{_REMEDY.get(field, '')}"
             )
-    sizes = tuple(int(row[0]) for row in everyone)
-    return Peers(group, dist.get_rank(group), sizes)
+    return [other._replace(batch=int(other.batch)) for other in everyone] if kind == _FACTS else []
+
+
+def _shown(field: str, value: float) -> str:
+    choices = {"dtype": DTYPES, "over": OVER, "normalizer": NORMALIZERS}
+    if field in choices:
+        return str(choices[field][int(value)])
+    if value < 0:
+        return "None"
+    return f"{value:.0f}" if value.is_integer() else f"{value:g}"
 
 
 class Peers(NamedTuple):

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Choices of TSR.
+OVER = ("tasks", "space")
+NORMALIZERS = ("abs", "softmax")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -55,7 +55,7 @@ def named_losses(
     if absent and all(loss is None for loss in named.values()):
         raise ValueError(
             f"losses: expected the loss of at least one task, got None for all of {list(named)}. "
-            "Skip a batch without any label"
+            "Skip a batch without any label; with a group, skip it on every rank"
         )
     for task, loss in named.items():
         if absent and loss is None:

@@ -19,8 +19,8 @@ from repmtl_kernels._arguments import (
     check_tsr_options,
 )
 from repmtl_kernels._clip import Clip
-from repmtl_kernels._distributed import Group
-from repmtl_kernels._saliency import accumulation_dtype, is_float16
+from repmtl_kernels._distributed import Group, Options
+from repmtl_kernels._saliency import NORMALIZERS, OVER, accumulation_dtype, is_float16
 from repmtl_kernels._step import RepMTLStep
 from repmtl_kernels._strength import (
     BackwardPass,
@@ -220,6 +220,7 @@ class RepMTL(_Loss):
         self._ratio = RunningMean()  # of the regulariser's gradient, at lambdas that sum to 1
         self._size = RunningMean()  # that clip compares with
         self._explained = False
+        self._agreed = False  # with the other ranks, since there is something new to agree on
         self.last = None
 
     def forward(
@@ -249,37 +250,43 @@ class RepMTL(_Loss):
             SecondDerivativeError: on the first call with the regulariser, where a head has an
                 operation that is known to have no second derivative; see :meth:`check`.
         """
-        named = named_losses(losses, representation, absent=True)
-        self._check_options()
-        tasks = {t: loss for t, loss in named.items() if loss is not None}
-        objectives = {t: self._objective(loss) for t, loss in tasks.items()}
-        weights = present_of(self._weights(losses), losses)
-        total = weighted_sum(objectives, weights)
-        step = RepMTLStep(losses={t: _detached(loss) for t, loss in named.items()}, total=total)
+        group = _distributed.name_of(self.group) if self.training else ""
+        arguments = losses, representation
+        with _distributed.telling(group, arguments):
+            self._check_options()
         lambdas = self._lambdas()
-        if self.training and any(lambdas):
-            representations = named_representations(representation, losses)
-            zs = [z for _, z in representations]
-            if weight := self._weight():
-                self._check_observable(total)
-            group = _distributed.name_of(self.group)
-            # The same sequence of collectives on every rank, whatever is wrong on one of them.
-            strength = self._strength(zs[0].device, group) if weight else 1.0
-            with _distributed.telling(group if weight and lambdas[1] else ""):
+        weight = self._weight() if self.training and any(lambdas) else 0
+        talks = group if self._talks(lambdas, weight) else ""
+        # The same collectives in the same order on every rank, whatever is wrong on one of them.
+        with _distributed.telling(talks, arguments):
+            named = named_losses(losses, representation, absent=True)
+            tasks = {t: loss for t, loss in named.items() if loss is not None}
+            objectives = {t: self._objective(loss) for t, loss in tasks.items()}
+            weights = present_of(self._weights(losses), losses)
+            total = weighted_sum(objectives, weights)
+            step = RepMTLStep(losses={t: _detached(loss) for t, loss in named.items()}, total=total)
+            if self.training and any(lambdas):
+                representations = named_representations(representation, losses)
+                zs = [z for _, z in representations]
+                if weight:
+                    self._check_observable(total)
                 check_graph(tasks, representations)
                 present = self._checked_mask(representations, present, losses, group)
                 if weight:
                     self._explain(tasks, representations)
                     scale = self._scale(zs[0].device)
                     saliencies = take_saliencies(objectives, representations, scale)
-            if weight:
-                if is_float16(saliencies[0]):
-                    pairs = zip(tasks, saliencies, strict=True)
-                    step.underflow = {t: share_below_float16(s) for t, s in pairs}
-                lambdas = [weight * value for value in lambdas]
-                total = self._regularized(
-                    total, saliencies, zs, weights, present, lambdas, strength, scale, step
-                )
+        if talks:
+            self._agree(talks, arguments)
+        if weight:
+            strength = self._strength(zs[0].device, group)
+            if is_float16(saliencies[0]):
+                pairs = zip(tasks, saliencies, strict=True)
+                step.underflow = {t: share_below_float16(s) for t, s in pairs}
+            lambdas = [weight * value for value in lambdas]
+            total = self._regularized(
+                total, saliencies, zs, weights, present, lambdas, strength, scale, step
+            )
         if self.training:
             self._calls += 1
         # A copy: `total /= accumulation_steps` is the caller's right.
@@ -316,6 +323,7 @@ class RepMTL(_Loss):
     def set_extra_state(self, state: Tensor) -> None:
         calls, *means = state.flatten().tolist()
         self._calls = int(calls)
+        self._agreed = False
         if means:  # the first version kept the count alone
             self._ratio.load(means[:2])
             self._size.load(means[2:])
@@ -405,6 +413,26 @@ class RepMTL(_Loss):
         if since < 0 or since % self.every:
             return 0
         return self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
+
+    def _talks(self, lambdas: tuple[float, float], weight: float) -> bool:
+        """Whether this training call has something to tell the ranks of a group.
+
+        The first one has even where it is without the regulariser: ranks that don't count alike, or
+        have other options, would not meet later.
+        """
+        return not self._agreed or bool(weight and (lambdas[1] or self.strength))
+
+    def _agree(self, group: str, near: object) -> None:
+        if torch.compiler.is_compiling():  # values are not known there
+            return
+        options = self.options() | {
+            "calls": self._calls,
+            "over": OVER.index(self.over),
+            "normalizer": NORMALIZERS.index(self.normalizer),
+        }
+        told = [-1 if options[f] is None else options[f] for f in Options._fields]
+        _distributed.agree(group, Options(*told), near)
+        self._agreed = True
 
     def _check_observable(self, total: Tensor) -> None:
         if torch.compiler.is_exporting():

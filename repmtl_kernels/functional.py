@@ -165,7 +165,7 @@ def csa_loss(
             rank is not, or not the same; ``"recompute"`` with ``"reference"``.
     """
     group_name = name_of(group)
-    with telling(group_name):
+    with telling(group_name, saliencies):
         operands, stacked = csa_arguments(
             saliencies,
             temperature=temperature,
@@ -243,7 +243,7 @@ def rep_mtl_loss(
         ValueError, TypeError: an argument is not as described.
     """
     group_name = name_of(group)
-    with telling(group_name):
+    with telling(group_name, saliencies):
         check_number("lambda_tsr", lambda_tsr, minimum=0)
         check_number("lambda_csa", lambda_csa, minimum=0)
         check_tsr_options(
