@@ -249,9 +249,12 @@ elif reason := why_not_cuda():
 for name, reason in left_out.items():
     if reason:
         print(f"repmtl_kernels: built without {reason}", file=sys.stderr)
+    # That of an earlier build would still be used.
+    library = Path(*name.split(".")).with_suffix(".so")
+    for left in ROOT.glob(f"build/lib*/{library}"):
+        left.unlink()
     if {"editable_wheel", "develop", "--inplace"} & set(sys.argv):
-        # That of an earlier build would still be used.
-        Path(ROOT, *name.split(".")).with_suffix(".so").unlink(missing_ok=True)
+        (ROOT / library).unlink(missing_ok=True)
 extensions = [extension for extension in extensions if extension.name not in left_out]
 
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

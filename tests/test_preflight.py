@@ -507,15 +507,30 @@ class CheckpointedNorm(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False)
 
 
-def test_checkpointing_under_second_order():
-    head = CheckpointedNorm().to(DEVICE)
-    check(head, tokens())
-    with second_order(), pytest.raises(SecondDerivativeError) as raised:
-        check([head], tokens())
+class Unsteady(CheckpointedNorm):
+    """Runs otherwise each time."""
+
+    runs = 0
+
+    def body(self, x):
+        self.runs += 1
+        return super().body(x) if self.runs % 2 else self.convolution(x)
+
+
+def test_checkpointing_that_does_not_repeat():
+    with pytest.raises(SecondDerivativeError) as raised:
+        check([Unsteady().to(DEVICE)], tokens())
     message = str(raised.value)
     assert message.startswith("heads[0]") and "Write that backward" not in message
     assert "checkpointing" in message and "inside the checkpointed function" in message
-    # Both remedies that it names.
+
+
+def test_checkpointing_under_second_order():
+    head = CheckpointedNorm().to(DEVICE)
+    check(head, tokens())
+    with second_order(), pytest.warns(UserWarning, match="enter the context inside the function"):
+        check([head], tokens())
+    # Both ways that it names.
     check([convert_second_order(CheckpointedNorm().to(DEVICE))], tokens())
     head.body = second_order()(head.body)
     with second_order():

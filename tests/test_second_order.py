@@ -983,3 +983,34 @@ def test_benchmark(monkeypatch, capsys):
     own = 1e3 / fast["steps_per_s"] - fast["phases"]["regularizer"]
     assert fast["ratio_to_floor"] == pytest.approx(own / floor, rel=1e-3)
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+@pytest.mark.parametrize("backward_within", [False, True])
+@pytest.mark.parametrize(
+    "layers",
+    [(nn.Conv2d, nn.BatchNorm2d), (nn.Conv2d, nn.BatchNorm2d, nn.ReLU), (nn.Conv2d,)],
+    ids=lambda layers: "-".join(layer.__name__ for layer in layers),
+)
+def test_context_around_a_checkpoint_leaves_it_alone(layers, backward_within):
+    """Its function runs again in the backward, perhaps without the context."""
+    arguments = {nn.Conv2d: (6, 4, 3), nn.BatchNorm2d: (4,), nn.ReLU: ()}
+
+    def gradients(around):
+        torch.manual_seed(0)
+        encoder = nn.Conv2d(3, 6, 3).double()
+        heads = [nn.Sequential(*(f(*arguments[f]) for f in layers)).double() for _ in range(2)]
+        criterion, x = RepMTL(0.1, 0.2), torch.randn(3, 3, 9, 9).double()
+        weight = torch.rand(4, 5, 5).double()
+        with second_order() if around else nullcontext():
+            z = encoder(x)
+            outputs = [checkpoint(head, z, use_reentrant=False) for head in heads]
+            total = criterion([(y.sin() * weight).mean() for y in outputs], z)
+            if backward_within:
+                total.backward()
+        if not backward_within:
+            total.backward()
+        return [p.grad for module in (encoder, *heads) for p in module.parameters()]
+
+    with pytest.warns(UserWarning, match="enter the context inside the function"):
+        found = gradients(around=True)
+    torch.testing.assert_close(found, gradients(around=False), rtol=1e-10, atol=1e-14)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 
@@ -22,11 +23,51 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 class SecondOrder(TorchFunctionMode, ContextDecorator):
     """See :func:`second_order`."""
 
+    def __init__(self):
+        super().__init__()
+        self._hooks_at_entry: list[tuple | None] = []
+
+    def __enter__(self):
+        self._hooks_at_entry.append(_saved_tensor_hooks())
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._hooks_at_entry.pop()
+        return super().__exit__(*error)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
-        result = handler(*args, **kwargs) if handler is not None and _applicable() else None
+        result = None
+        if handler is not None and _applicable() and not self._is_around_a_checkpoint():
+            result = handler(*args, **kwargs)
         return func(*args, **kwargs) if result is None else result
+
+    def _is_around_a_checkpoint(self) -> bool:
+        """Whether this runs in a checkpointed function that was called within the context.
+
+        It runs again in the backward, perhaps without the context, and what was saved would be
+        taken for something else.
+        """
+        hooks = _saved_tensor_hooks()
+        if hooks is None or hooks == self._hooks_at_entry[-1]:
+            return False
+        if hooks[0].__module__ != "torch.utils.checkpoint":
+            return False
+        warnings.warn(
+            "second_order(): a checkpointed function within the context runs with PyTorch's own "
+            "derivatives; enter the context inside the function, or convert its modules with "
+            "convert_second_order",
+            stacklevel=4,
+        )
+        return True
+
+
+def _saved_tensor_hooks() -> tuple | None:
+    """The innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
+    if torch.compiler.is_compiling():  # no compiler traces this, and none uses the handlers
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def second_order() -> SecondOrder:
@@ -50,9 +91,9 @@ def second_order() -> SecondOrder:
 
     It holds for the thread that enters it and may be nested. Where
     ``torch.utils.checkpoint.checkpoint`` runs heads again in the backward, enter it inside the
-    checkpointed function. Layers converted by :func:`convert_second_order` enter it there by
-    themselves; ``F.relu`` after a converted batch norm does not, so that with a context around the
-    checkpoint the two runs differ (CheckpointError): enter it inside as well.
+    checkpointed function: within a context that was entered outside, the function runs with
+    PyTorch's own derivatives, with a warning. Layers converted by :func:`convert_second_order`
+    enter it there by themselves.
 
     A gradient that is asked for at the output of a batch norm followed by a ReLU that is not in
     place is found while that output is kept; a hook has to be registered on it before the ReLU, or
