@@ -22,6 +22,7 @@ from repmtl_kernels.backends.triton._common import (
     position_offsets,
     stride_of,
 )
+from repmtl_kernels.backends.triton._tiles import Tile, tile_of
 
 # The interpreter multiplies bfloat16 wrongly and has no inline assembly.
 INTERPRET = tl.constexpr(_common.INTERPRET)
@@ -55,17 +56,8 @@ class Operand(NamedTuple):
         """Whether rows of the Gram matrix, and of a dense ``X``, start at any address."""
         return alignment(self.rows, self.depth) == 1
 
-    @property
-    def step(self) -> int:
-        """Terms of a sum over ``X`` that one step of a Gram or gradient product takes."""
-        step = {"16-bit": 64, "tf32": 32, "tf32x3": 32, "ieee": 16}[self.precision]
-        # Odd rows are loaded element by element, with a pointer each.
-        return max(16, step // 2) if self.is_odd else step
-
-    @property
-    def fits_large_tiles(self) -> bool:
-        """Whether a tile of 128 x 128 leaves 8 warps the registers that its operands take."""
-        return self.precision in ("16-bit", "tf32") and not self.is_odd
+    def tile(self, kernel: str, device: torch.device) -> Tile:
+        return tile_of(kernel, self.precision, self.is_odd, self.rows, self.depth, device)
 
     @property
     def is_split(self) -> bool:

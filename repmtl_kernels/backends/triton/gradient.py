@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,7 +31,8 @@ def saliency_grad(
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
     anchor_grad = _anchor_grad(saliencies, csa, operand)
-    tile = _tile(operand)
+    tile = operand.tile("gradient", anchors.device)
+    tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = triton.cdiv(operand.rows, tile.rows) * triton.cdiv(operand.depth, tile.columns)
     parts = 2 if operand.is_split else 1
     for group, target in _paired_groups(saliencies, outputs):
@@ -82,26 +81,6 @@ def _paired_groups(saliencies, outputs):
             yield group.geometry, target
 
 
-class _Tile(NamedTuple):
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    registers: int | None  # at most; None: the compiler may spill a few for more occupancy
-
-
-def _tile(operand: Operand) -> _Tile:
-    """As large as fits without register spills and in the smallest target's shared memory."""
-    large = 128 if operand.fits_large_tiles else 64
-    rows = min(large, max(16, triton.next_power_of_2(operand.rows)))
-    columns = 128 if rows == 128 else 64 * 64 // rows
-    columns = min(columns, max(16, triton.next_power_of_2(operand.depth)))
-    warps = 8 if rows == 128 or operand.is_odd or operand.precision in ("16-bit", "ieee") else 4
-    registers = 128 if operand.precision == "ieee" else None
-    return _Tile(rows, columns, min(operand.step, rows), warps, 3, registers)
-
-
 def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
     """``da / N`` (T, B, C)."""
     tasks, batch, channels = csa.anchors.unit.shape
@@ -138,14 +117,13 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
     tasks, batch, channels = anchors.shape
     pulled = anchors.new_empty(tasks, batch, tasks, channels)
     parts = 2 if operand.is_split else 1
-    depth = {"16-bit": 64, "tf32": 64, "tf32x3": 32, "ieee": 16}[operand.precision]
-    depth = min(depth, max(16, triton.next_power_of_2(operand.rows)))
-    block = min(256 if operand.rows <= 16 else 64, max(16, triton.next_power_of_2(channels)))
+    tile = operand.tile("pull", anchors.device)
+    tile = tile.within(channels, tile.columns, depth=operand.rows)
     for group in task_groups(saliencies):
         form = group.geometry.form
         launch(
             _gradient_pull_kernel,
-            (triton.cdiv(channels, block) * batch, len(group.tasks)),
+            (triton.cdiv(channels, tile.rows) * batch, len(group.tasks)),
             anchors.device,
             group.tensors,
             group.tasks,
@@ -161,10 +139,11 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
             COLUMNS=task_columns(tasks, parts),
             PRECISION=operand.precision,
             ROUND=operand.rounds(form, along_rows=True),
-            BLOCK=block,
-            DEPTH=depth,
-            STAGES=4,
-            num_warps=4,
+            BLOCK=tile.rows,
+            DEPTH=tile.depth,
+            STAGES=tile.stages,
+            num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     return pulled
 

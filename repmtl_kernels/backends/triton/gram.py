@@ -6,8 +6,6 @@ of ``S^^T S^``, on the C side the tiles of the affinity ``S^ S^^T`` are multipli
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -37,9 +35,11 @@ def gram(
 ) -> Gram:
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
-    tile = _tile(operand)
-    tiles = triton.cdiv(operand.rows, tile.size)
-    pairs = tiles * (tiles + 1) // 2
+    tile = operand.tile("gram", anchors.device).within(operand.rows, operand.rows)
+    ratio = tile.columns // tile.rows if operand.n_side else 1
+    tiles = triton.cdiv(operand.rows, tile.rows)
+    strips = triton.cdiv(tiles, ratio)
+    pairs = ratio * (strips * (strips + 1) // 2)
     squares = anchors.new_empty(tasks, batch, pairs)
     positives = anchors.new_empty(tasks, batch, tiles if operand.n_side else pairs)
     projection = matrix = None
@@ -67,6 +67,7 @@ def gram(
             tasks,
             batch,
             tiles,
+            strips,
             *operand.sizes,
             FORM=form,
             N_SIDE=operand.n_side,
@@ -75,7 +76,8 @@ def gram(
             SCALING=_scaling(operand),
             PRECISION=operand.precision,
             ROUND=operand.rounds(form, along_rows=False),
-            BLOCK=tile.size,
+            BLOCK=tile.rows,
+            RATIO=ratio,
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -103,28 +105,6 @@ def gram(
     return Gram(similarity, inverse, slope, projection, matrix)
 
 
-class _Tile(NamedTuple):
-    size: int  # rows and columns
-    depth: int
-    warps: int
-    stages: int
-    registers: int | None  # at most; None: the compiler may spill a few for more occupancy
-
-
-def _tile(operand: Operand) -> _Tile:
-    """Tiles of 128 waste 25 to 48 % of the work up to about 600 rows.
-
-    The rest is what fits without register spills and in the shared memory of the smallest target.
-    """
-    if operand.rows > 600 and operand.fits_large_tiles:
-        return _Tile(128, operand.step, 8, 3, None)
-    size = min(64, max(16, triton.next_power_of_2(operand.rows)))
-    if operand.is_odd:
-        return _Tile(size, operand.step, 8 if size == 64 else 4, 3, None)
-    registers = {"16-bit": 168, "tf32": 224, "tf32x3": 224, "ieee": 255}[operand.precision]
-    return _Tile(size, operand.step, 4, 3, registers)
-
-
 def _scaling(operand: Operand) -> str:
     """Whether saliencies are scaled before they are multiplied: always, never, or where needed."""
     if operand.precision == "ieee":  # operands come through registers anyway
@@ -133,14 +113,18 @@ def _scaling(operand: Operand) -> str:
 
 
 @triton.jit
-def _tile_pair(pair, tiles):
-    """``(i, j)``, ``j <= i``, of the lower triangle: its rows folded in two make a rectangle."""
-    odd = tiles % 2
-    width = tiles + 1 - odd
-    row, column = pair // width, pair % width
-    in_long_row = column < tiles - row
-    i = tl.where(in_long_row, tiles - 1 - row, row - odd)
-    return i, tl.where(in_long_row, column, column - tiles + row)
+def _tile_pair(pair, strips, RATIO: tl.constexpr):
+    """``(i, j)``, ``j <= i // RATIO``: row of tiles and strip of columns, RATIO tiles wide.
+
+    The rows of the lower triangle of squares of RATIO tiles, folded in two, make a rectangle.
+    """
+    odd = strips % 2
+    width = strips + 1 - odd
+    square = pair // RATIO
+    row, column = square // width, square % width
+    in_long_row = column < strips - row
+    i = tl.where(in_long_row, strips - 1 - row, row - odd)
+    return i * RATIO + pair % RATIO, tl.where(in_long_row, column, column - strips + row)
 
 
 @triton.jit
@@ -192,6 +176,7 @@ def _gram_kernel(
     tasks,
     batch,
     tiles,
+    strips,
     R_DIV,
     K_DIV,
     R_ALIGN: tl.constexpr,
@@ -204,20 +189,22 @@ def _gram_kernel(
     PRECISION: tl.constexpr,
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
+    RATIO: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: (sample and in it the pair of tiles ``j <= i``, task of the group)."""
+    """Grid: (sample and in it the row of tiles and strip of columns, task of the group)."""
     rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
     channels = depth if N_SIDE else rows
-    pairs = tiles * (tiles + 1) // 2
+    pairs = RATIO * (strips * (strips + 1) // 2)
     b, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
-    i, j = _tile_pair(pair, tiles)
+    i, j = _tile_pair(pair, strips, RATIO)
+    has_diagonal = i // RATIO == j
     sample = pick(group, tl.program_id(1)) * batch + b
 
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
     r_i = i * BLOCK + tl.arange(0, BLOCK)
-    r_j = j * BLOCK + tl.arange(0, BLOCK)
+    r_j = j * (BLOCK * RATIO) + tl.arange(0, BLOCK * RATIO)
     inside_i, inside_j = r_i < rows, r_j < rows
     rows_i = (x + row_offsets(r_i, layout, FORM, N_SIDE))[:, None]
     rows_j = (x + row_offsets(r_j, layout, FORM, N_SIDE))[None, :]
@@ -230,17 +217,19 @@ def _gram_kernel(
     # One of these loops runs: on the diagonal, off it, or for saliencies that have to be scaled
     # before they are multiplied (NaN among them). Scaling takes operands through registers, so the
     # other two are without.
-    wanted = tl.where(i == j, 0, 1)
+    wanted = tl.where(has_diagonal, 0, 1)
     if SCALING == "needed":
         safe = (factor <= SAFE_SCALE) & (factor >= 1 / SAFE_SCALE)
         wanted = tl.where(safe, wanted, 2)
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    # The last row of the last square may not exist.
+    end = tl.where(i < tiles, depth, 0) if RATIO > 1 else depth
+    acc = tl.zeros((BLOCK, BLOCK * RATIO), tl.float32)
     v = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for loop in tl.static_range(3 if SCALING == "needed" else 2):
         if wanted == loop:
             SCALED: tl.constexpr = loop == 2 or SCALING == "always"
             STEP: tl.constexpr = DEPTH if loop < 2 else 16
-            for start in tl.range(0, depth, STEP, num_stages=STAGES if loop < 2 else 1):
+            for start in tl.range(0, end, STEP, num_stages=STAGES if loop < 2 else 1):
                 k = start + tl.arange(0, STEP)
                 inside_k = k < depth
                 offsets = row_offsets(k, layout, FORM, not N_SIDE)
@@ -251,7 +240,7 @@ def _gram_kernel(
                     x_i = round_tf32(x_i)
                 if SCALED:
                     x_i = (x_i.to(tl.float32) * factor).to(x_i.dtype)
-                if loop == 0:
+                if loop == 0 and RATIO == 1:
                     x_j = tl.trans(x_i)
                 else:
                     x_j = tl.load(
@@ -272,16 +261,24 @@ def _gram_kernel(
 
     rest = 1.0 if SCALING == "always" else tl.where(wanted == 2, 1.0, factor)
     acc = acc * rest * rest
-    weight = tl.where(i == j, 1.0, 2.0)  # the upper triangle is the lower one's image
-    tl.store(squares + sample * pairs + pair, weight * tl.sum(acc * acc))
+    # The upper triangle is the lower one's image.
+    if RATIO == 1:
+        weight = tl.where(i == j, 1.0, 2.0)
+        tl.store(squares + sample * pairs + pair, weight * tl.sum(acc * acc))
+        in_lower, in_upper = inside_j, inside_j
+    else:
+        tile_j = j * RATIO + tl.arange(0, BLOCK * RATIO) // BLOCK
+        weight = tl.where(tile_j == i, 1.0, tl.where(tile_j < i, 2.0, 0.0))
+        tl.store(squares + sample * pairs + pair, tl.sum(tl.sum(acc * acc, 0) * weight))
+        in_lower, in_upper = inside_j & (tile_j <= i), inside_j & (tile_j < i)
     if matrix is not None:
         g = (acc * multiple).to(matrix.dtype.element_ty)
         matrix += sample * rows * rows
         lower = matrix + r_i.to(tl.int64)[:, None] * rows + r_j[None, :]
-        tl.store(lower, g, mask=inside_i[:, None] & inside_j[None, :])
-        if i != j:  # stored too, so that the backward reads plain rows
+        tl.store(lower, g, mask=inside_i[:, None] & in_lower[None, :])
+        if j * RATIO < i:  # stored too, so that the backward reads plain rows
             upper = matrix + r_j.to(tl.int64)[:, None] * rows + r_i[None, :]
-            tl.store(upper, tl.trans(g), mask=inside_j[:, None] & inside_i[None, :])
+            tl.store(upper, tl.trans(g), mask=in_upper[:, None] & inside_i[None, :])
     if not N_SIDE:
         y = _times_anchors(
             acc, anchors, anchor_stride, r_j, rows, tasks, SPLIT, COLUMNS, PRECISION, False
@@ -298,7 +295,7 @@ def _gram_kernel(
                 )
                 part_i = parts + (i * tasks * rows + r_j)[:, None]
                 tl.store(part_i, y, mask=inside_j[:, None] & (task < tasks))
-    elif i == j:
+    elif has_diagonal & (i < tiles):
         v_sum = (join_columns(v) if SPLIT else v) * rest
         tl.store(positives + sample * tiles + i, tl.sum(v_sum * v_sum))
         if projection is not None:

@@ -21,17 +21,9 @@ from repmtl_kernels.backends.triton._common import (
     stride_of,
     task_groups,
 )
+from repmtl_kernels.backends.triton._tiles import Sweep, tile_of
 
-WARPS = 4
-# Left to itself, the compiler spills a few registers for more occupancy on sm_100.
-MAX_REGISTERS = 128
-# Rows of a tile that each thread adds up in registers: 64 elements of 16 bits, eight 16-byte loads.
-MAX_DEEP = 8
-# Eight programs for each multiprocessor of a large GPU. Where there are more, longer chunks of rows
-# make fewer partial sums: 512 rows cost 0.8 % of the bytes of 16-bit saliencies.
-PROGRAMS = 1056
-MAX_ROWS = 512
-FINISH_PARTS, FINISH_COLUMNS = 16, 128
+FINISH_PARTS, FINISH_COLUMNS, FINISH_WARPS = 16, 128, 4
 
 
 @triton.jit
@@ -201,9 +193,11 @@ def _write_group(
 
     samples = len(group.tasks) * first.shape[0]
     align = alignment(columns)
-    deep, high, wide, chunk = _tile(
-        samples, rows, columns, first.element_size(), min(align, group.geometry.form[1])
-    )
+    size = first.element_size()
+    odd = min(align, group.geometry.form[1]) == 1
+    kind = "16-bit" if size == 2 else "ieee"
+    sweep = tile_of("statistics", kind, odd, rows, columns, first.device)
+    deep, high, wide, chunk = _tile(sweep, samples, rows, columns, size)
     chunks, tiles = triton.cdiv(rows, chunk), triton.cdiv(columns, wide)
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
     column_parts = column_means and empty(samples, chunks, columns)
@@ -233,8 +227,8 @@ def _write_group(
         HIGH=high,
         WIDE=wide,
         CHUNK=chunk,
-        num_warps=WARPS,
-        maxnreg=MAX_REGISTERS,
+        num_warps=sweep.warps,
+        maxnreg=sweep.registers,
     )
     column_blocks = triton.cdiv(columns, FINISH_COLUMNS) if column_means else 0
     blocks = column_blocks + (triton.cdiv(rows, FINISH_COLUMNS) if row_means else 0)
@@ -260,7 +254,7 @@ def _write_group(
         MAX=scale is not None,
         PARTS=FINISH_PARTS,
         WIDE=FINISH_COLUMNS,
-        num_warps=WARPS,
+        num_warps=FINISH_WARPS,
     )
 
 
@@ -271,7 +265,7 @@ def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
 
 
 def _tile(
-    samples: int, rows: int, columns: int, element_size: int, align: int
+    sweep: Sweep, samples: int, rows: int, columns: int, element_size: int
 ) -> tuple[int, int, int, int]:
     """``(DEEP, HIGH, WIDE)`` of a tile, and the rows of one program."""
     # One warp of 16-byte loads; less where that would leave more than a quarter of the lanes idle.
@@ -281,12 +275,11 @@ def _tile(
         widths or [triton.next_power_of_2(columns)],
         key=lambda w: (max(3 * triton.cdiv(columns, w) * w, 4 * columns), -w),
     )
-    high = min(WARPS * widest // wide, triton.next_power_of_2(rows))
-    # Loads of single elements need a pointer each: 32 of them fit into the registers.
-    deepest = MAX_DEEP // 2 if align == 1 and element_size == 2 else MAX_DEEP
-    deep = min(deepest, triton.next_power_of_2(triton.cdiv(rows, high)))
+    high = min(sweep.warps * widest // wide, triton.next_power_of_2(rows))
+    deep = min(sweep.deep, triton.next_power_of_2(triton.cdiv(rows, high)))
     chunk = deep * high
     per_row = samples * triton.cdiv(columns, wide)
-    while 2 * chunk <= min(rows, MAX_ROWS) and per_row * triton.cdiv(rows, 2 * chunk) >= PROGRAMS:
+    most_rows = min(rows, sweep.most_rows)
+    while 2 * chunk <= most_rows and per_row * triton.cdiv(rows, 2 * chunk) >= sweep.programs:
         chunk *= 2
     return deep, high, wide, chunk

@@ -1,0 +1,208 @@
+"""Which tile each kernel takes, as data: by kind of product, size and GPU.
+
+Two kinds of table: that of the package (:data:`RULES`), and one of the user's own, a JSON file that
+REPMTL_TILES names and that comes first. In both the first rule that fits holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from repmtl_kernels.backends.triton._common import INTERPRET
+
+VARIABLE = "REPMTL_TILES"
+# 16-bit numbers, and float32 by `input_precision` of its products.
+KINDS = ("16-bit", "tf32", "tf32x3", "ieee")
+ANY = 1 << 62
+
+
+class Tile(NamedTuple):
+    """Of a matrix product: what one program writes, and how.
+
+    gram: ``rows`` x ``columns`` of the Gram matrix; ``columns`` is a multiple of ``rows``, and the
+    same on the C side. gradient: of ``X``, ``R x K``. pull: channels x tasks, as many as there are.
+    """
+
+    rows: int
+    columns: int
+    depth: int  # terms of the sum at a time
+    warps: int
+    stages: int  # of the software pipeline
+    registers: int | None = None  # of a thread, at most; None: as the compiler likes
+
+    def within(self, rows: int, columns: int, depth: int = ANY) -> Tile:
+        """No larger than the power of two that holds the sizes, nor smaller than matrix units."""
+        return self._replace(
+            rows=min(self.rows, _padded(rows)),
+            columns=min(self.columns, _padded(columns)),
+            depth=min(self.depth, _padded(depth)),
+        )
+
+
+class Sweep(NamedTuple):
+    """Of the statistics: how one read of the saliencies is cut up."""
+
+    deep: int  # rows of a tile that a thread adds up in registers
+    programs: int  # from that many on, longer chunks of rows make fewer partial sums,
+    most_rows: int  # of up to that many rows
+    warps: int
+    registers: int | None = None
+
+
+KERNELS = {"gram": Tile, "gradient": Tile, "pull": Tile, "statistics": Sweep}
+
+
+def _check(name: str, good: bool, expected: str, got: object) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}; got {got!r}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``tile`` for a kernel on operands of some kinds, sizes and GPUs; bounds are inclusive."""
+
+    kernel: str
+    kinds: tuple[str, ...]  # of KINDS; statistics of float32 are "ieee"
+    tile: Tile | Sweep
+    odd: bool | None = None  # whether rows of memory start at any address; None: either
+    rows: tuple[int, int] = (1, ANY)  # min(C, N); statistics: of the matrix that is swept
+    depth: tuple[int, int] = (1, ANY)  # max(C, N); statistics: its columns
+    capability: tuple[int, int] = (0, ANY)  # 90 is compute capability 9.0
+
+    def __post_init__(self) -> None:
+        _check("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}", self.kernel)
+        known = len(self.kinds) > 0 and set(self.kinds) <= set(KINDS)
+        _check("kinds", known, f"some of {', '.join(KINDS)}", self.kinds)
+        _check("odd", self.odd in (None, True, False), "true, false or null", self.odd)
+        for name in ("rows", "depth", "capability"):
+            bounds = getattr(self, name)
+            _check(name, len(bounds) == 2 and bounds[0] <= bounds[1], "[least, most]", bounds)
+        for name, value in self.tile._asdict().items():
+            name = f"tile.{name}"
+            if name == "tile.registers":
+                good = value is None or 16 <= value <= 255
+                _check(name, good, "null or a number from 16 to 255", value)
+            elif name in ("tile.stages", "tile.programs"):
+                _check(name, value >= 1, "a positive number", value)
+            else:
+                least = 16 if name in ("tile.rows", "tile.columns", "tile.depth") else 1
+                good = value >= least and value & (value - 1) == 0
+                _check(name, good, f"a power of two of at least {least}", value)
+        if self.kernel == "gram":
+            good = self.tile.columns % self.tile.rows == 0
+            _check("tile.columns", good, f"a multiple of {self.tile.rows}", self.tile.columns)
+
+    def fits(self, kind: str, odd: bool, rows: int, depth: int, capability: int) -> bool:
+        return (
+            kind in self.kinds
+            and self.odd in (None, odd)
+            and self.rows[0] <= rows <= self.rows[1]
+            and self.depth[0] <= depth <= self.depth[1]
+            and self.capability[0] <= capability <= self.capability[1]
+        )
+
+
+# What fits without register spills and in the shared memory of the smallest target.
+RULES = (
+    # Tiles of 128 waste 25 to 48 % of the work up to about 600 rows.
+    Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(601, ANY)),
+    Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), odd=False, rows=(601, ANY)),
+    Rule("gram", ("16-bit",), Tile(64, 64, 64, 4, 3, 168), odd=False),
+    Rule("gram", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3, 224), odd=False),
+    Rule("gram", ("ieee",), Tile(64, 64, 16, 4, 3, 255), odd=False),
+    # Odd rows are loaded element by element, with a pointer each.
+    Rule("gram", ("16-bit",), Tile(32, 32, 32, 4, 3), odd=True, rows=(1, 32)),
+    Rule("gram", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
+    Rule("gram", KINDS, Tile(32, 32, 16, 4, 3), odd=True, rows=(1, 32)),
+    Rule("gram", KINDS, Tile(64, 64, 16, 8, 3), odd=True),
+    Rule("gradient", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(65, ANY)),
+    Rule("gradient", ("tf32",), Tile(128, 128, 32, 8, 3), odd=False, rows=(65, ANY)),
+    Rule("gradient", ("16-bit",), Tile(16, 256, 16, 8, 3), rows=(1, 16)),
+    Rule("gradient", ("16-bit",), Tile(32, 128, 32, 8, 3), rows=(17, 32)),
+    Rule("gradient", ("16-bit",), Tile(64, 64, 64, 8, 3), odd=False),
+    Rule("gradient", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
+    Rule("gradient", ("ieee",), Tile(16, 256, 16, 8, 3, 128), rows=(1, 16)),
+    Rule("gradient", ("ieee",), Tile(32, 128, 16, 8, 3, 128), rows=(17, 32)),
+    Rule("gradient", ("ieee",), Tile(64, 64, 16, 8, 3, 128)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(16, 256, 16, 4, 3), odd=False, rows=(1, 16)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(32, 128, 32, 4, 3), odd=False, rows=(17, 32)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3), odd=False),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(16, 256, 16, 8, 3), odd=True, rows=(1, 16)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(32, 128, 16, 8, 3), odd=True, rows=(17, 32)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(64, 64, 16, 8, 3), odd=True),
+    Rule("pull", KINDS, Tile(256, 16, 16, 4, 4), rows=(1, 16)),
+    Rule("pull", ("16-bit", "tf32"), Tile(64, 16, 64, 4, 4)),
+    Rule("pull", ("tf32x3",), Tile(64, 16, 32, 4, 4)),
+    Rule("pull", ("ieee",), Tile(64, 16, 16, 4, 4)),
+    # Eight programs for each multiprocessor of a large GPU; chunks of 512 rows cost 0.8 % of the
+    # bytes of 16-bit saliencies. Left to itself, the compiler spills a few registers for more
+    # occupancy on sm_100. Loads of single 16-bit elements need a pointer each: 32 of them fit.
+    Rule("statistics", ("16-bit",), Sweep(4, 1056, 512, 4, 128), odd=True),
+    Rule("statistics", KINDS, Sweep(8, 1056, 512, 4, 128)),
+)
+
+
+def tile_of(kernel: str, kind: str, odd: bool, rows: int, depth: int, device: torch.device):
+    """The :class:`Tile` or :class:`Sweep` of the first rule that fits."""
+    return _find(kernel, kind, odd, rows, depth, _capability(device))
+
+
+@functools.cache
+def _find(kernel: str, kind: str, odd: bool, rows: int, depth: int, capability: int):
+    for rule in (*own_rules(), *RULES):
+        if rule.kernel == kernel and rule.fits(kind, odd, rows, depth, capability):
+            return rule.tile
+    raise AssertionError(f"no tile for {kernel}, {kind}")
+
+
+@functools.cache
+def own_rules() -> tuple[Rule, ...]:
+    """Of the file that REPMTL_TILES names: a list of rules as :class:`Rule` has them, in JSON."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return ()
+    try:
+        return tuple(_rule(one) for one in json.loads(Path(path).read_text())["rules"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{VARIABLE}: expected a JSON file of tiles, as python -m benchmarks.tune writes it; "
+            f"got {path!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _rule(found: dict) -> Rule:
+    kernel = found["kernel"]
+    _check("kernel", kernel in KERNELS, f"one of {', '.join(KERNELS)}", kernel)
+    bounds = {k: tuple(found[k]) for k in ("rows", "depth", "capability") if k in found}
+    tile = KERNELS[kernel](**found["tile"])
+    return Rule(kernel, tuple(found["kinds"]), tile, found.get("odd"), **bounds)
+
+
+def as_json(rules: Iterable[Rule]) -> str:
+    """What :func:`own_rules` reads, a rule a line."""
+    lines = [json.dumps({**asdict(rule), "tile": rule.tile._asdict()}) for rule in rules]
+    return '{"rules": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _capability(device: torch.device) -> int:
+    """90 for compute capability 9.0, 0 under the interpreter."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if INTERPRET:
+        return 0
+    # Compiled for a GPU that is not here: a stand-in for the driver knows which.
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def _padded(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
