@@ -101,7 +101,7 @@ def evaluate(
         from repmtl_kernels._graph_node import graph_node
 
         return graph_node(present, tuple(config), *operands)
-    tsr, csa, *_ = Losses.apply(config, present, *operands)
+    tsr, csa, *_ = Losses.apply(False, config, present, *operands)
     return tsr, csa
 
 
@@ -410,11 +410,17 @@ def _one_by_one(
 
 
 class Losses(torch.autograd.Function):
-    """``(config, present, *operands) -> (tsr, csa, *saved)``; the losses are differentiable."""
+    """``(traced, config, present, *operands) -> (tsr, csa, *saved)``; the losses differentiable.
+
+    traced: by a compiler, which is to see operators; not in every part of it does PyTorch 2.11
+    know that it is compiling.
+    """
 
     @staticmethod
-    def forward(config: Config, present: Tensor | None, *operands: Tensor) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
+    def forward(
+        traced: bool, config: Config, present: Tensor | None, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        if traced:
             return tuple(torch.ops.repmtl.losses(operands, present, *config))
         return forward(config, operands, present)
 
@@ -428,8 +434,9 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        config, _, *operands = inputs
+        traced, config, _, *operands = inputs
         _, _, *saved = output
+        ctx.traced = traced
         ctx.config = config
         ctx.operands = len(operands)
         ctx.set_materialize_grads(False)
@@ -438,25 +445,26 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_tsr, grad_csa, *_):
-        wanted = tuple(ctx.needs_input_grad[2:])
+        wanted = tuple(ctx.needs_input_grad[3:])
         if grad_tsr is None and grad_csa is None:
-            return None, None, *(None for _ in wanted)
+            return None, None, None, *(None for _ in wanted)
         batched = torch._C._functorch.is_legacy_batchedtensor
         if any(g is not None and batched(g) for g in (grad_tsr, grad_csa)):
             raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
         saved = ctx.saved_tensors
-        found = Gradient.apply(ctx.config, wanted, ctx.operands, grad_tsr, grad_csa, *saved)
-        found = iter(found)
-        return None, None, *(next(found) if w else None for w in wanted)
+        traced = ctx.traced or torch.compiler.is_compiling()
+        given = traced, ctx.config, wanted, ctx.operands, grad_tsr, grad_csa
+        found = iter(Gradient.apply(*given, *saved))
+        return None, None, None, *(next(found) if w else None for w in wanted)
 
 
 class Gradient(torch.autograd.Function):
     """The backward of :class:`Losses`, a node of its own so that a second derivative is refused."""
 
     @staticmethod
-    def forward(config, wanted, count, grad_tsr, grad_csa, *tensors):
+    def forward(traced, config, wanted, count, grad_tsr, grad_csa, *tensors):
         operands, saved = tensors[:count], Saved(*tensors[count:])
-        if torch.compiler.is_compiling():
+        if traced:
             return tuple(
                 torch.ops.repmtl.losses_backward(
                     grad_tsr, grad_csa, operands, saved, wanted, *config
@@ -474,7 +482,7 @@ class Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.backend = inputs[0].backend
+        ctx.backend = inputs[1].backend
 
     @staticmethod
     def backward(ctx, *grads):

@@ -90,13 +90,14 @@ def empty_results(
 
 def _keep(ctx, inputs, output) -> None:
     operands, present, *config = inputs
-    Losses.setup_context(ctx, (Config(*config), present, *operands), output)
+    Losses.setup_context(ctx, (True, Config(*config), present, *operands), output)
 
 
 def _differentiate(ctx, grads):
     """For graphs that keep the operator whole, as ``torch.export`` makes them."""
-    wanted, ctx.needs_input_grad = ctx.needs_input_grad, (False, False, *ctx.needs_input_grad[0])
-    _, _, *found = Losses.backward(ctx, *grads)
+    wanted = ctx.needs_input_grad
+    ctx.needs_input_grad = (False, False, False, *wanted[0])
+    _, _, _, *found = Losses.backward(ctx, *grads)
     ctx.needs_input_grad = wanted
     return found, *(None for _ in wanted[1:])
 

@@ -31,10 +31,21 @@ class SecondDerivativeError(RuntimeError):
     """
 
 
+class Place(NamedTuple):
+    """Of a node in its graph: what outlives the graph."""
+
+    operation: str
+    number: int  # PyTorch's sequence number
+
+    @classmethod
+    def of(cls, node: Node) -> Place:
+        return cls(_operation(node), node._sequence_nr())
+
+
 class Fault(NamedTuple):
     what: str
     remedy: str
-    node: Node | None = None  # in the graph of the head's forward
+    place: Place | None = None  # in the graph of the head's forward
     cause: BaseException | None = None
     module: str | None = None
 
@@ -109,9 +120,9 @@ def _known_fault(node: Node) -> Fault | None:
     operation = _operation(node)
     for prefixes, what, remedy in _KNOWN:
         if operation.startswith(prefixes):
-            return Fault(f"{what} (operation {operation})", remedy, node)
+            return Fault(f"{what} (operation {operation})", remedy, Place.of(node))
     if operation.startswith("_DDPSink") and _is_first_pass(node.ddp_weakref()):
-        return Fault(_STATIC, _NOT_STATIC, node)
+        return Fault(_STATIC, _NOT_STATIC, Place.of(node))
     if isinstance(node, BackwardCFunction):
         backward = node._forward_cls.backward
         if getattr(backward, "__code__", None) is _ONCE:
@@ -129,7 +140,7 @@ def _custom_fault(node: Node, why: str) -> Fault:
         f"the backward of the autograd.Function {_operation(node)} {why}",
         "Write that backward with differentiable operations of PyTorch (no once_differentiable, "
         "detach, no_grad or own kernel), or use another operation",
-        node,
+        Place.of(node),
     )
 
 
@@ -140,7 +151,7 @@ def _fault_of(node: Node, why: str, cause: BaseException | None = None) -> Fault
             f"checkpointing did not get the same operations in the backward: {_first_line(cause)}",
             "Enter contexts, second_order() too, inside the checkpointed function, not around it; "
             "or use convert_second_order(head) in place of second_order()",
-            node,
+            Place.of(node),
             cause,
         )
     fault = _known_fault(node)
@@ -150,7 +161,7 @@ def _fault_of(node: Node, why: str, cause: BaseException | None = None) -> Fault
         fault = Fault(
             f"the backward of operation {_operation(node)} {why}",
             "Use operations that PyTorch can differentiate twice instead",
-            node,
+            Place.of(node),
         )
     return fault._replace(cause=cause)
 
@@ -330,8 +341,8 @@ def _check_head(name: str, head: Head, z: Tensor) -> None:
     calls = _Calls(modules)
     with _left_as_found(modules, z), calls.watched():
         fault = _find_fault(head, z, calls) or fault
-    if fault.module is None and fault.node is not None:
-        fault = fault._replace(module=calls.module_of(fault.node))
+    if fault.module is None and fault.place is not None:
+        fault = fault._replace(module=calls.module_of(fault.place))
     where = f"{name}, module {fault.module}" if fault.module else name
     raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}") from fault.cause
 
@@ -491,13 +502,12 @@ class _Calls:
             if took and not _depends(_tensors(result), self.end):
                 self.cuts = label
 
-    def module_of(self, node: Node) -> str | None:
-        if _operation(node).startswith("CompiledFunction"):
+    def module_of(self, place: Place) -> str | None:
+        if place.operation.startswith("CompiledFunction"):
             compiled = [self.label(m) for m in self.modules if _is_compiled(m)]
             if compiled:
                 return ", ".join(compiled)
-        number = node._sequence_nr()
-        return next((label for a, b, label in self.spans if a <= number < b), None)
+        return next((label for a, b, label in self.spans if a <= place.number < b), None)
 
     def label(self, module: nn.Module) -> str:
         kind = type(getattr(module, "_orig_mod", module)).__name__

@@ -37,7 +37,8 @@ def is_float16(value: Tensor) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Saliencies are computed with in their own precision or better, autocast or not."""
-    available = torch.amp.is_autocast_available(device.type)
+    # The compiler of PyTorch 2.11 can't trace the question; devices that it is for have autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     if available and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

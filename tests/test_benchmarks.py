@@ -157,7 +157,8 @@ def test_machine_names():
     assert slug_of_gpu("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
     assert slug_of_gpu("NVIDIA GeForce RTX 4090") == "rtx-4090"
     assert slug(CPU).startswith("cpu-")
-    assert versions()["torch"] == torch.__version__
+    # Wheels of some indexes have no local part (+cu130) in their metadata.
+    assert torch.__version__.startswith(versions()["torch"])
 
 
 def test_busy_cores_sees_other_work():
@@ -482,6 +483,7 @@ def test_a_step_that_runs_out_of_memory_is_a_row(monkeypatch):
 def test_what_there_is_no_time_for_is_noted():
     rows, notes = steps.measure(CPU, quick=False, deadline=0.0)
     assert rows == []
+    notes = [note for note in notes if "torchjd is not installed" not in note]
     assert len(notes) == len(steps.cases("cpu", quick=False))
     assert sum("compiled" in note for note in notes) == 2
     rows, notes = steps.measure_case(steps.Case(SMALL_NETWORK, SINGLE), CPU, deadline=0.0)
