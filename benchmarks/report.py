@@ -347,30 +347,47 @@ def checkpoint_table(found: dict) -> str:
 
 
 def static_table(found: dict) -> str:
-    """One line per kernel and mode: the worst of all shapes."""
+    """A line per kernel and its modes that come out alike: the worst of all shapes and layouts."""
+    targets = sorted({row["capability"] for row in found["rows"]})
     header = ["kernel", "mode", "registers", "spills", "shared memory", "loads", "matrix units"]
     lines = []
-    for (capability, kernel, mode), rows in _groups(found, "capability", "kernel", "mode"):
-        loads = {int(width) for row in rows for width in row["global_loads"] if width != "tma"}
-        units = sorted({name for row in rows for name in row["matrix_instructions"]})
-        lines.append(
-            [
-                f"`{kernel}`, sm_{capability}",
-                mode,
-                str(max(row["registers"] for row in rows)),
-                f"{max(row['spill_bytes'] for row in rows)} B",
-                f"{max(row['shared_bytes'] for row in rows) / 1024:.0f} KB",
-                " ".join(str(width) for width in sorted(loads, reverse=True)),
-                ", ".join(units),
+    for kernel, rows in _groups(found, "kernel"):
+        modes: dict[tuple, list[str]] = {}
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            per_target = [
+                [r for r in rows if r["mode"] == mode and r["capability"] == target]
+                for target in targets
             ]
-        )
+            modes.setdefault(_static_cells(per_target), []).append(mode)
+        lines += [[f"`{kernel}`", ", ".join(m), *cells] for cells, m in modes.items()]
     shapes = ", ".join(dict.fromkeys(row["shape"] for row in found["rows"]))
     layouts = " and ".join(dict.fromkeys(row["layout"] for row in found["rows"]))
     v = found["versions"]
+    names = ", ".join(f"sm_{target}" for target in targets)
     return (
-        f"{markdown(header, lines)}\n\nThe largest over {shapes}, {layouts}; "
-        f"loads: bits that a thread loads at once, in any variant. Triton {v['triton']}, commit "
-        f"{found['commit'][:10]}{', with changes' if found['dirty'] else ''}."
+        f"{markdown(header, lines)}\n\nThe largest over {shapes}, {layouts}; for {names} in turn. "
+        f"Loads: bits that a thread loads at once, in any variant. Triton {v['triton']}, "
+        f"commit {found['commit'][:10]}{', with changes' if found['dirty'] else ''}."
+    )
+
+
+def _static_cells(per_target: list[list[dict]]) -> tuple[str, ...]:
+    """Registers, spills, shared memory, loads and matrix units of one kernel, target by target."""
+
+    def each(show: Callable[[list[dict]], str]) -> str:
+        shown = [show(rows) for rows in per_target]
+        return shown[0] if len(set(shown)) == 1 else " / ".join(value or "-" for value in shown)
+
+    def widths(rows: list[dict]) -> str:
+        found = {int(width) for row in rows for width in row["global_loads"] if width != "tma"}
+        return " ".join(str(width) for width in sorted(found, reverse=True))
+
+    return (
+        each(lambda rows: str(max(row["registers"] for row in rows))),
+        each(lambda rows: f"{max(row['spill_bytes'] for row in rows)} B"),
+        each(lambda rows: f"{max(row['shared_bytes'] for row in rows) / 1024:.0f} KB"),
+        each(widths),
+        each(lambda rows: " ".join(sorted({n for r in rows for n in r["matrix_instructions"]}))),
     )
 
 

@@ -1,6 +1,6 @@
 """What the compiler made of every Triton kernel, without a GPU: registers, spills, loads, HGMMA.
 
-``python -m benchmarks.static_report [--capability 90] [--dtype bfloat16] [--shape nyuv2]`` compiles
+``python -m benchmarks.static_report [--capability 90] [--mode bfloat16] [--shape nyuv2]`` compiles
 the kernels through the same launch code that a GPU runs, with a stand-in for the CUDA driver.
 """
 
@@ -228,11 +228,15 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
     parser.add_argument(
-        "--save",
+        "--everything",
         action="store_true",
-        help="write benchmarks/results/compiler/static.json and refresh the tables made from it",
+        help="all of that, whatever the other options say; written to "
+        "benchmarks/results/compiler/static.json and into the tables made from it",
     )
     options = parser.parse_args()
+    if options.everything:
+        options.capability, options.layout, options.disassemble = CAPABILITIES, LAYOUTS, None
+        options.mode, options.shape, options.kernels = MODES, SPECIMENS, KERNELS
     rows = []
     for capability, mode, name, layout, kernels in itertools.product(
         options.capability, options.mode, options.shape, options.layout, options.kernels
@@ -245,7 +249,7 @@ def main() -> None:
                 _print_row(rows[-1])
     if options.json:
         json.dump(rows, sys.stdout)
-    if options.save:
+    if options.everything:
         commit, dirty = git_state()
         head = {
             "machine": {"name": "compiler"},

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,9 @@ SHAPES = ["nyuv2", "office49", "vit1024"]
 MODES = ["bfloat16", "float16", "ieee", "tf32x3", "tf32"]
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC"}
 
+# Committed. The compiler's choices differ a little from one machine to another.
+REPORT = Path(__file__).parents[1] / "benchmarks/results/compiler/static.json"
+SPARE_REGISTERS = 4
 
 HEAVY = ("_gram_kernel", "_gradient_kernel")
 SHARED_KILOBYTES = {80: 163, 90: 227, 100: 227}
@@ -68,3 +72,56 @@ def test_kernels_compile_without_spills_and_with_wide_loads(capability: int):
     for row in reading:
         if row["shape"] != "office49":  # 49 positions: rows that are not aligned
             assert set(row["global_loads"]) <= {"128", "32"} and row["global_loads"]["128"] > 0, row
+
+    import triton
+
+    report = json.loads(REPORT.read_text())
+    if (version := report["versions"]["triton"]) != triton.__version__:
+        pytest.skip(f"all that is above holds; the report is of Triton {version}, not of this one")
+    assert not worse_than(report["rows"], rows)
+
+
+def worse_than(report: list[dict], rows: list[dict]) -> list[tuple]:
+    """More registers or shared memory than in the committed report, other loads or matrix units.
+
+    After a change that is meant to be so: python -m benchmarks.static_report --everything
+    """
+    before = by_kernel(row for row in report if row["layout"] == "contiguous")
+    worse = []
+    for kernel, now in by_kernel(rows).items():
+        for resource, spare in (("registers", SPARE_REGISTERS), ("shared_bytes", 0)):
+            most, found = (max(row[resource] for row in r) for r in (before[kernel], now))
+            if found > most + spare:
+                worse.append((kernel, resource, most, found))
+        if now[0]["global_loads"] is not None:
+            for what in ("global_loads", "matrix_instructions"):
+                then, found = (
+                    {kind for row in r for kind in row[what]} for r in (before[kernel], now)
+                )
+                if then != found:
+                    worse.append((kernel, what, then, found))
+    return worse
+
+
+def by_kernel(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """Variants of a kernel, by name and what it was compiled for."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("kernel", "capability", "mode", "shape"))
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def test_what_is_worse_is_seen():
+    row = {"kernel": "k", "capability": 90, "mode": "ieee", "shape": "s", "layout": "contiguous"}
+    row |= {"registers": 100, "shared_bytes": 1024}
+    row |= {"global_loads": {"128": 2}, "matrix_instructions": {"HGMMA": 1}}
+    assert not worse_than([row], [row, {**row, "registers": 104}])
+    assert not worse_than([row], [{**row, "global_loads": None}])
+    for change in (
+        {"registers": 105},
+        {"shared_bytes": 1025},
+        {"global_loads": {"128": 1, "32": 8}},
+        {"matrix_instructions": {}},
+    ):
+        assert len(worse_than([row], [{**row, **change}])) == 1
