@@ -3,6 +3,9 @@
 The floor of a call is the sum over its passes of ``max(bytes / copy rate, FLOPs / matmul rate)``,
 with both rates measured on the same machine in the same run. It is a floor for every contestant:
 the literal equations move and compute far more.
+
+The losses are counted as the passes that no implementation can do without; a stage is counted with
+everything that its contract has it read and write (``repmtl_kernels/backends/__init__.py``).
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ class Tiling:
 
 TENSOR_CORES = Tiling(gram=128, anchors=16, partials=0.025)
 EXACT = Tiling(gram=1, anchors=1, partials=0.0)
+# Bytes of a number of what is computed from the saliencies.
+SUM = 4
 
 
 def forward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
@@ -48,13 +53,17 @@ def forward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -
     statistics = Pass(read * (1 + tiling.partials), 0)
     if function == "tsr_loss":
         return [statistics]
+    return [statistics, Pass(read, _gram_flops(shape, tiling))]
+
+
+def _gram_flops(shape: Shape, tiling: Tiling) -> float:
+    """Of half of the Gram matrices, the smaller ones, and of the products with the anchors."""
     small, large = sorted((shape.channels, shape.positions))
     tile = tiling.tile(small)
     tiles = math.ceil(small / tile)
     samples = shape.tasks * shape.batch
-    gram = samples * tiles * (tiles + 1) * tile**2 * large  # half of the matrix, 2 FLOPs each
-    anchors = 2 * shape.elements * max(shape.tasks, tiling.anchors)
-    return [statistics, Pass(read, gram + anchors)]
+    gram = samples * tiles * (tiles + 1) * tile**2 * large  # 2 FLOPs each
+    return gram + 2 * shape.elements * max(shape.tasks, tiling.anchors)
 
 
 def backward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
@@ -69,8 +78,13 @@ def backward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) 
     tile = tiling.tile(small)
     padded = math.ceil(small / tile) * tile
     samples = shape.tasks * shape.batch
-    gram_bytes = samples * small**2 * itemsize
-    return [Pass(read, 0), Pass(2 * read + gram_bytes, 2 * samples * padded * small * large)]
+    work = 2 * samples * padded * small * large
+    return [Pass(read, 0), Pass(2 * read + _matrix_bytes(shape, itemsize), work)]
+
+
+def _matrix_bytes(shape: Shape, itemsize: int) -> int:
+    """Of the Gram matrices that the backward reads."""
+    return shape.tasks * shape.batch * min(shape.channels, shape.positions) ** 2 * itemsize
 
 
 def passes(
@@ -80,6 +94,62 @@ def passes(
     if direction == "forward":
         return forward
     return forward + backward_passes(function, shape, itemsize, tiling)
+
+
+def statistics(
+    shape: Shape, itemsize: int, tiling: Tiling, *, positions: bool, channels: bool
+) -> list[Pass]:
+    samples = shape.tasks * shape.batch
+    written = positions * shape.positions + channels * (shape.channels + 1)
+    read = shape.elements * itemsize * (1 + tiling.partials)
+    return [Pass(read + SUM * samples * written, 0)]
+
+
+def entropy(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
+    """Logarithms are not counted."""
+    numbers = shape.tasks * shape.batch * shape.positions
+    return [Pass(SUM * numbers * (1 + with_grad), 0)]
+
+
+def anchors(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
+    """Products of a sample's anchors, half of them; with them weighted, what they pull out."""
+    numbers = shape.tasks * shape.batch * shape.channels
+    flops = numbers * (shape.tasks + 1) + with_grad * 2 * numbers * shape.tasks
+    return [Pass(SUM * (numbers * (2 + with_grad) + shape.batch), flops)]
+
+
+def gram(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
+    """Reads saliencies and anchors; writes the Gram matrices and the projections where wanted."""
+    small = min(shape.channels, shape.positions)
+    samples = shape.tasks * shape.batch
+    moved = shape.elements * itemsize + SUM * samples * (shape.channels + 4)
+    if with_grad:
+        moved += _matrix_bytes(shape, itemsize) + SUM * samples * shape.tasks * small
+    return [Pass(moved, _gram_flops(shape, tiling))]
+
+
+def contrast(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
+    """Products of the anchors of any two samples, once for both; all of them for the gradient."""
+    numbers = shape.tasks * shape.batch * shape.channels
+    pairs = shape.batch * (shape.batch - 1) * shape.tasks**2
+    flops = pairs * shape.channels * (1 + 2 * with_grad)
+    return [Pass(SUM * (numbers * (1 + 2 * with_grad) + shape.batch), flops)]
+
+
+def saliency_grad(shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
+    return backward_passes("csa_loss", shape, itemsize, tiling)
+
+
+def literal_flops(function: str, shape: Shape) -> float:
+    """Of the literal equations, forward and backward: three products with C x C affinities."""
+    if function == "tsr_loss":
+        return 0
+    return 6 * shape.elements * shape.channels
+
+
+def matmul_rate(rates: dict[str, float], precision: str) -> float:
+    """TFLOP/s of a precision, from the measured ones; tf32x3 makes three products of tf32."""
+    return rates["tf32"] / 3 if precision == "tf32x3" else rates[precision]
 
 
 def floor_ms(work: list[Pass], copy_gbs: float, matmul_tflops: float) -> float:
