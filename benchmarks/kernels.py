@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 import repmtl_kernels
-from benchmarks import floors
+from benchmarks import floors, rivals
 from benchmarks.memory import peak_extra_bytes
-from benchmarks.progress import say, track
+from benchmarks.progress import say, table, track
+from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import side_by_side
 from repmtl_kernels import reference
@@ -25,13 +27,18 @@ from repmtl_kernels.backends._availability import refusal
 
 DIRECTIONS = ("forward", "forward_backward")
 FUNCTIONS = ("csa_loss", "tsr_loss", "rep_mtl_loss")
-COMPILED = "reference_compiled"
+REFERENCE, COMPILED = "reference", "reference_compiled"
+FACTORED, FACTORED_COMPILED = "factored", "factored_compiled"
+BACKENDS = ("eager", "native", "triton")
 LAMBDA = 0.01
 # Different inputs in turn, together larger than this many times the cache of the device.
 CACHE_FACTOR = 2
 MAX_INPUT_SETS = 16
-# A contestant whose loss is further from the first one's than this computes something else.
-AGREEMENT = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
+# A contestant whose loss is further from the judge's than this computes something else.
+AGREEMENT = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# FLOPs of the judge, the literal equations in float64, that are not too many for a CPU.
+JUDGE_FLOPS = 3e10
+FP32_PRECISION = "REPMTL_FP32_PRECISION"  # of the Triton kernels
 
 DISAGREES = "computes something else"
 # What a contestant may fail with: out of memory, a failed compilation, a kernel that can't run.
@@ -53,19 +60,22 @@ class Precision:
     name: str  # as in the results and in the measured ceilings
 
 
-PRECISIONS = {
-    "cpu": (Precision(torch.float32, "highest", "float32"),),
-    "cuda": (
-        Precision(torch.bfloat16, "highest", "bfloat16"),
-        Precision(torch.float32, "medium", "tf32"),
-        Precision(torch.float32, "highest", "float32"),
-    ),
-}
+FLOAT32 = Precision(torch.float32, "highest", "float32")
+BFLOAT16 = Precision(torch.bfloat16, "highest", "bfloat16")
+FLOAT16 = Precision(torch.float16, "highest", "float16")
+TF32 = Precision(torch.float32, "high", "tf32")
+# Of the Triton kernels alone: rivals beside them have full float32.
+TF32X3 = Precision(torch.float32, "highest", "tf32x3")
+PRECISIONS = {"cpu": (FLOAT32,), "cuda": (BFLOAT16, TF32, FLOAT32, FLOAT16, TF32X3)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line-up: the same call on the same inputs for all contestants."""
+    """One line-up: the same call on the same inputs for all contestants.
+
+    layout: ``contiguous`` and ``channels_last`` ``(B, C, H, W)`` and ``tokens`` ``(B, N, C)`` come
+    as a list of T tensors, ``stacked`` as one of ``(T, B, C, H, W)``.
+    """
 
     function: str
     shape: Shape
@@ -91,59 +101,139 @@ class Effort(NamedTuple):
     max_rounds: int
 
 
-FULL = Effort(seconds=3.0, min_rounds=3, max_rounds=30)
+FULL = {
+    "cpu": Effort(seconds=3.0, min_rounds=3, max_rounds=30),
+    "cuda": Effort(seconds=1.5, min_rounds=5, max_rounds=30),
+}
 QUICK = Effort(seconds=1.0, min_rounds=2, max_rounds=10)
 QUICK_SHAPES = ("office49", "vit196", "cityscapes")
 # Other memory layouts than contiguous (B, C, H, W), where networks produce them.
 LAYOUTS = (("cityscapes", "channels_last"), ("vit196", "tokens"))
+# What decides on a GPU, in this order; at the end of a line whether torch.compile takes part, which
+# takes longer than all others together.
+TELLING = (
+    ("tsr_loss", "nyuv2", BFLOAT16, False),
+    ("rep_mtl_loss", "nyuv2", BFLOAT16, True),
+    ("rep_mtl_loss", "cityscapes", BFLOAT16, True),
+    ("rep_mtl_loss", "office49", BFLOAT16, True),
+    ("rep_mtl_loss", "office1", BFLOAT16, True),
+    ("rep_mtl_loss", "nyuv2", TF32, True),
+    ("rep_mtl_loss", "cityscapes", TF32, True),
+    ("rep_mtl_loss", "nyuv2", FLOAT32, False),
+    ("rep_mtl_loss", "cityscapes", FLOAT32, False),
+    ("rep_mtl_loss", "office49", TF32, False),
+    ("rep_mtl_loss", "office1", TF32, False),
+    ("rep_mtl_loss", "vit196", BFLOAT16, True),
+    ("rep_mtl_loss", "vit1024", BFLOAT16, True),
+    ("rep_mtl_loss", "nyuv2", FLOAT16, False),
+    ("rep_mtl_loss", "cityscapes", FLOAT16, False),
+    ("rep_mtl_loss", "nyuv2", TF32X3, False),
+    ("rep_mtl_loss", "cityscapes", TF32X3, False),
+)
+TELLING_LAYOUTS = (
+    ("nyuv2", "channels_last"),
+    ("cityscapes", "channels_last"),
+    ("vit196", "tokens"),
+    ("vit1024", "tokens"),
+    ("nyuv2", "stacked"),
+    ("cityscapes", "stacked"),
+)
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
     """Most telling first: when time runs out, what is left out is at the end."""
-    found = []
-    for precision in PRECISIONS[device_type]:
-        for function in FUNCTIONS:
-            for shape in SHAPES.values():
-                if quick and shape.name not in QUICK_SHAPES:
-                    continue
-                # Compiling takes longer than everything else, and rep_mtl_loss adds nothing to the
-                # two losses that it sums.
-                compiled = function != "rep_mtl_loss" and precision is PRECISIONS[device_type][0]
-                compiled = compiled and not quick
-                scaled = shape.scaled(device_type)
-                found.append(Case(function, scaled, precision, "contiguous", compiled))
-        if not quick:
-            for name, layout in LAYOUTS:
-                scaled = SHAPES[name].scaled(device_type)
-                found.append(Case("csa_loss", scaled, precision, layout, False))
+    found = _cuda_cases() if device_type == "cuda" else _cpu_cases()
+    if quick:  # compiling takes longer than everything else
+        found = [
+            replace(case, compiled=False)
+            for case in found
+            if case.shape.name in QUICK_SHAPES and case.layout == "contiguous"
+        ]
     return found
 
 
+def _cpu_cases() -> list[Case]:
+    # Compiled rep_mtl_loss adds nothing to the two losses that it sums.
+    found = [
+        Case(function, shape.scaled("cpu"), FLOAT32, "contiguous", function != "rep_mtl_loss")
+        for function in FUNCTIONS
+        for shape in SHAPES.values()
+    ]
+    for name, layout in LAYOUTS:
+        found.append(Case("csa_loss", SHAPES[name].scaled("cpu"), FLOAT32, layout, False))
+    return found
+
+
+def _cuda_cases() -> list[Case]:
+    first = [
+        Case(function, SHAPES[name], precision, "contiguous", compiled)
+        for function, name, precision, compiled in TELLING
+    ]
+    of_layouts = [
+        Case("rep_mtl_loss", SHAPES[name], precision, layout, False)
+        for precision in (BFLOAT16, TF32)
+        for name, layout in TELLING_LAYOUTS
+    ]
+    large_first = sorted(SHAPES.values(), key=lambda shape: -shape.elements)
+    rest = [
+        Case(function, shape, precision, "contiguous", False)
+        for precision in PRECISIONS["cuda"]
+        for function in ("rep_mtl_loss", "csa_loss", "tsr_loss")
+        for shape in large_first
+        # TSR has no matrix products.
+        if not (function == "tsr_loss" and precision in (TF32, TF32X3))
+    ]
+    of_bfloat16 = [case for case in rest if case.precision == BFLOAT16]
+    known, ordered = set(), []
+    for case in (*first, *of_bfloat16, *of_layouts, *rest):
+        key = replace(case, compiled=False)
+        if key not in known:
+            known.add(key)
+            ordered.append(case)
+    return ordered
+
+
 def measure(
-    device: torch.device, ceilings: dict, *, quick: bool, deadline: float
+    device: torch.device,
+    ceilings: dict,
+    *,
+    quick: bool,
+    deadline: float,
+    save: Callable[[list[dict], list[str]], None] | None = None,
 ) -> tuple[list[dict], list[str]]:
     """Rows for all cases and notes on what was left out.
 
     deadline: ``time.monotonic()`` after which no further case starts.
+    save: is called with the rows and notes of each case as it comes, so that none is lost.
     """
     rows: list[dict] = []
     notes: list[str] = []
-    planned = cases(device.type, quick)
-    for case in track(planned, "kernels"):
+    effort = QUICK if quick else FULL[device.type]
+    for case in track(cases(device.type, quick), "kernels"):
         if time.monotonic() > deadline:
             notes.append(f"left out for time: {case}")
             say(notes[-1])
             continue
-        rows += measure_case(case, device, ceilings, QUICK if quick else FULL)
+        rows += measure_case(case, device, ceilings, effort)
+        if save is not None:
+            save(rows, notes)
+    measured = [row for row in rows if row["error"] is None]
+    unjudged = [
+        f"{row['function']} {row['shape']}" for row in measured if row["gradient_error"] is None
+    ]
+    if unjudged:
+        which = ", ".join(dict.fromkeys(unjudged))
+        notes.append(f"no errors against float64, which takes too much here: {which}")
     return rows, notes
 
 
 def scope(device_type: str, quick: bool) -> str:
     """What is measured, for the reader of the output."""
-    first = PRECISIONS[device_type][0].name
-    compiled = f"torch.compile of the reference: csa_loss and tsr_loss in {first}"
-    shapes = ", ".join(QUICK_SHAPES if quick else SHAPES)
-    text = f"shapes {shapes}; {'no torch.compile (it takes minutes)' if quick else compiled}"
+    planned = cases(device_type, quick)
+    shapes = ", ".join(dict.fromkeys(case.shape.name for case in planned))
+    compiled = sum(case.compiled for case in planned)
+    text = f"{len(planned)} cases; shapes {shapes}; "
+    text += f"torch.compile in {compiled}" if compiled else "no torch.compile (it takes minutes)"
     if device_type == "cpu":
         text += "; batches scaled to what a CPU does in seconds: "
         text += ", ".join(
@@ -154,40 +244,72 @@ def scope(device_type: str, quick: bool) -> str:
     return text
 
 
-def measure_case(case: Case, device: torch.device, ceilings: dict, effort: Effort) -> list[dict]:
+@contextlib.contextmanager
+def products_in(precision: Precision) -> Iterator[None]:
+    """Float32 products of PyTorch and of the Triton kernels in this precision."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(case.precision.matmul)
+    asked = os.environ.pop(FP32_PRECISION, None)
+    torch.set_float32_matmul_precision(precision.matmul)
+    if precision == TF32X3:
+        os.environ[FP32_PRECISION] = precision.name
     try:
-        inputs = make_inputs(case, device)
-        calls, errors = prepared(case, inputs, device)
-        timings = side_by_side(calls, device, **effort._asdict())
-        rows = []
-        for (backend, direction), call in calls.items():
-            timing = timings[backend, direction]
-            figures = {
-                "ms": timing.ms,
-                "spread": timing.spread,
-                "rounds": timing.rounds,
-                "peak_mb": peak_extra_bytes(call, device) / 1e6,
-                **rates(case, direction, timing.ms, ceilings),
-                "error": None,
-            }
-            rows.append(labels(case, backend, direction) | rounded(figures))
-        for backend, error in errors.items():
-            for direction in DIRECTIONS:
-                rows.append(labels(case, backend, direction) | {"ms": None, "error": error})
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
+        os.environ.pop(FP32_PRECISION, None)
+        if asked is not None:
+            os.environ[FP32_PRECISION] = asked
+
+
+def measure_case(case: Case, device: torch.device, ceilings: dict, effort: Effort) -> list[dict]:
+    with products_in(case.precision):
+        rows = _rows(case, device, ceilings, effort)
+    free(device)  # what graphs held
     say(summary_line(case, rows))
     return rows
 
 
+def _rows(case: Case, device: torch.device, ceilings: dict, effort: Effort) -> list[dict]:
+    inputs = make_inputs(case, device)
+    calls, accuracy, errors = prepared(case, inputs, device)
+    timings = side_by_side(calls, device, **effort._asdict())
+    rows = []
+    for way, call in calls.items():
+        timing = timings[way]
+        itemsize = case.precision.dtype.itemsize
+        count = partial(floors.passes, case.function, case.shape, itemsize, way.direction)
+        figures = {
+            "ms": timing.ms,
+            "spread": timing.spread,
+            "rounds": timing.rounds,
+            # A graph holds its memory all the time.
+            "peak_mb": None if way.graph else peak_extra_bytes(call, device) / 1e6,
+            **rates(count, case.precision, timing.ms, ceilings),
+            **accuracy[way.backend]._asdict(),
+            "error": None,
+        }
+        rows.append(labels(case, *way) | rounded(figures))
+    for way, error in errors.items():
+        rows.append(labels(case, *way) | {"ms": None, "error": error})
+    return rows
+
+
+def free(device: torch.device) -> None:
+    """Gives memory back that no tensor has."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
-    """Sets of T saliencies: enough sets that the device's cache does not hold the next one."""
+    """Sets of T saliencies, or of one stacked tensor: enough sets that the device's cache does not
+    hold the next one."""
     s, layout = case.shape, case.layout
     size = (s.batch, s.channels, s.height, s.width)
     if layout == "tokens":
         size = (s.batch, s.positions, s.channels)
+    tensors = s.tasks
+    if layout == "stacked":
+        size, tensors = (s.tasks, *size), 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     set_bytes = s.elements * case.precision.dtype.itemsize
     sets = min(MAX_INPUT_SETS, 1 + CACHE_FACTOR * cache // set_bytes)
@@ -198,7 +320,7 @@ def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
             torch.randn(size, generator=generator, device=device, dtype=case.precision.dtype)
             .contiguous(memory_format=memory_format)
             .requires_grad_()
-            for _ in range(s.tasks)
+            for _ in range(tensors)
         ]
         for _ in range(sets)
     ]
@@ -207,20 +329,40 @@ def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
 def contestants(case: Case, device: torch.device) -> dict[str, Loss]:
     """Each implementation by its name; the reference first."""
     literal = partial(LITERAL[case.function], channel_dim=case.channel_dim)
-    found: dict[str, Loss] = {"reference": literal}
+    found: dict[str, Loss] = {REFERENCE: literal}
     if case.compiled:
         torch._dynamo.reset()
         found[COMPILED] = torch.compile(literal, dynamic=False)
-    backends = ["eager"]
-    if device.type == "cuda":
-        backends.append("triton")
-    if refusal("native", case.precision.dtype, device) is None:
-        backends.append("native")
+    if case.function in FACTORED_FORMS:
+        factored = partial(FACTORED_FORMS[case.function], channel_dim=case.channel_dim)
+        found[FACTORED] = factored
+        if case.compiled and device.type == "cuda":
+            found[FACTORED_COMPILED] = torch.compile(factored, dynamic=False)
     public = getattr(repmtl_kernels, case.function)
-    for backend in backends:
+    for backend in backends(case.precision, device):
         call = partial(public, channel_dim=case.channel_dim, backend=backend)
         found[backend] = partial(_total, call) if case.function == "rep_mtl_loss" else call
-    return found
+    return {name: of_tensors(case, call) for name, call in found.items()}
+
+
+def backends(precision: Precision, device: torch.device) -> list[str]:
+    """Those that run here and have this precision to themselves."""
+    if precision == TF32X3:
+        return ["triton"]
+    names = ["eager", "triton"] if device.type == "cuda" else ["eager"]
+    if refusal("native", precision.dtype, device) is None:
+        names.append("native")
+    return names
+
+
+def of_tensors(case: Case, loss: Callable) -> Loss:
+    """The loss as a function of a set of inputs."""
+    return partial(_of_stacked, loss) if case.layout == "stacked" else loss
+
+
+def _of_stacked(loss: Callable, tensors: Sequence[Tensor]) -> Tensor:
+    (stacked,) = tensors
+    return loss(stacked)
 
 
 def literal_rep_mtl(saliencies: Sequence[Tensor], channel_dim: int) -> Tensor:
@@ -234,63 +376,158 @@ LITERAL = {
     "tsr_loss": reference.tsr_loss,
     "rep_mtl_loss": literal_rep_mtl,
 }
+# TSR has nothing to factor.
+FACTORED_FORMS = {
+    "csa_loss": rivals.csa_loss,
+    "rep_mtl_loss": partial(rivals.rep_mtl_loss, weight=LAMBDA),
+}
 
 
 def _total(call: Callable, saliencies: Sequence[Tensor]) -> Tensor:
     return call(saliencies, lambda_tsr=LAMBDA, lambda_csa=LAMBDA).total
 
 
+class Exact(NamedTuple):
+    """What the judge found: the literal equations in float64 on the same numbers."""
+
+    value: float
+    grads: Sequence[Tensor]  # by task
+
+
+class Accuracy(NamedTuple):
+    """Relative errors; None where there was no judge."""
+
+    value_error: float | None
+    gradient_error: float | None  # the largest over the tasks of |g - exact| / |exact|
+
+
+def judged(case: Case, tensors: Sequence[Tensor], device: torch.device) -> Exact | None:
+    """None where the judge takes too long, on a CPU, or too much memory."""
+    if device.type == "cpu" and floors.literal_flops(case.function, case.shape) > JUDGE_FLOPS:
+        return None
+    literal = of_tensors(case, partial(LITERAL[case.function], channel_dim=case.channel_dim))
+    try:
+        return _evaluated(case, literal, [t.detach().double().requires_grad_() for t in tensors])
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _evaluated(case: Case, loss: Loss, tensors: Sequence[Tensor]) -> Exact:
+    value = loss(tensors)
+    grads = torch.autograd.grad(value, tensors)
+    return Exact(value.item(), grads[0].unbind(0) if case.layout == "stacked" else grads)
+
+
+def _run(
+    case: Case, loss: Loss, tensors: Sequence[Tensor], exact: Exact | None
+) -> tuple[float, Accuracy]:
+    """The value of a loss, and how far it and its gradient are from the judge's."""
+    found = _evaluated(case, loss, tensors)
+    if exact is None:
+        return found.value, Accuracy(None, None)
+    pairs = zip(found.grads, exact.grads, strict=True)
+    errors = torch.stack([(g.double() - e).norm() / e.norm() for g, e in pairs])
+    value_error = abs(found.value - exact.value) / abs(exact.value)
+    return found.value, Accuracy(value_error, errors.max().item())  # NaN where one is
+
+
+class Way(NamedTuple):
+    """Who, in which direction, and whether as replays of CUDA graphs."""
+
+    backend: str
+    direction: str
+    graph: bool
+
+
 def prepared(
     case: Case, inputs: list[list[Tensor]], device: torch.device
-) -> tuple[dict[tuple[str, str], Callable[[], object]], dict[str, str]]:
-    """Warm calls by (backend, direction), and why a contestant is out of this case by its name."""
-    calls, errors, values = {}, {}, {}
+) -> tuple[dict[Way, Rotating], dict[str, Accuracy], dict[Way, str]]:
+    """Warm calls, the accuracy of each contestant, and why one is out of this case."""
+    calls, accuracy, errors = {}, {}, {}
+    exact = judged(case, inputs[0], device)
+    expected = None if exact is None else exact.value
     for backend, loss in contestants(case, device).items():
-        mine = {direction: Call(direction, loss, inputs) for direction in DIRECTIONS}
+        mine = {
+            Way(backend, direction, False): Call(direction, loss, inputs)
+            for direction in directions(backend, device)
+        }
         try:
-            value, _ = (call().item() for call in mine.values())
-        except FAILURES as error:
-            first_line = str(error).strip().partition("\n")[0]
-            errors[backend] = f"{type(error).__name__}: {first_line}"
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            value, error = _run(case, loss, inputs[0], exact)
+            for call in mine.values():
+                call()
+        except FAILURES as failure:
+            errors |= dict.fromkeys(mine, described(failure))
+            free(device)
             continue
-        expected = next(iter(values.values()), value)
-        allowed = AGREEMENT[case.precision.dtype] * max(abs(expected), LAMBDA)
-        if not abs(value - expected) <= allowed:
-            errors[backend] = f"{DISAGREES}: {value:.6g}, {next(iter(values))} gives {expected:.6g}"
+        expected = value if expected is None else expected
+        if wrong := _disagreement(case, backend, value, expected):
+            errors |= dict.fromkeys(mine, wrong)
             continue
-        values[backend] = value
-        calls |= {(backend, direction): call for direction, call in mine.items()}
-    return calls, errors
+        accuracy[backend] = error
+        calls |= mine
+    del exact
+    if device.type == "cuda":
+        # A failed capture can leave traces: those that are known to work come first.
+        for way in sorted(calls, key=lambda way: way.backend not in BACKENDS):
+            replayed = way._replace(graph=True)
+            try:
+                replay = graphed(calls[way], device)
+                value = replay().item()
+            except FAILURES as failure:
+                errors[replayed] = described(failure)
+                free(device)
+                continue
+            if wrong := _disagreement(case, way.backend, value, expected):
+                errors[replayed] = wrong
+                continue
+            calls[replayed] = replay
+    return calls, accuracy, errors
 
 
-class Call:
+def directions(backend: str, device: torch.device) -> Sequence[str]:
+    """A direction is a compilation of its own: on a GPU only the one that training needs."""
+    once = device.type == "cuda" and backend in (COMPILED, FACTORED_COMPILED)
+    return DIRECTIONS[1:] if once else DIRECTIONS
+
+
+def described(error: BaseException) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first_line}"
+
+
+def _disagreement(case: Case, backend: str, value: float, expected: float) -> str | None:
+    """The reference is what it is, and in 16 bits it may be wrong altogether."""
+    allowed = AGREEMENT[case.precision.dtype] * max(abs(expected), LAMBDA)
+    if backend == REFERENCE or abs(value - expected) <= allowed:
+        return None
+    return f"{DISAGREES}: {value:.6g} instead of {expected:.6g}"
+
+
+class Call(Rotating):
     """One call of a loss in a direction; each call takes the next set of inputs."""
 
     def __init__(self, direction: str, loss: Loss, inputs: list[list[Tensor]]) -> None:
-        self.with_backward = direction == "forward_backward"
-        self.loss = loss
-        self.inputs = itertools.cycle(inputs)
-
-    def __call__(self) -> Tensor:
-        saliencies = next(self.inputs)
-        with torch.set_grad_enabled(self.with_backward):
-            value = self.loss(saliencies)
-        if self.with_backward:
-            torch.autograd.grad(value, saliencies)
-        return value.detach()
+        super().__init__(partial(_call, loss, direction == "forward_backward"), inputs)
 
 
-def rates(case: Case, direction: str, ms: float, ceilings: dict) -> dict:
+def _call(loss: Loss, with_backward: bool, saliencies: list[Tensor]) -> Tensor:
+    with torch.set_grad_enabled(with_backward):
+        value = loss(saliencies)
+    if with_backward:
+        torch.autograd.grad(value, saliencies)
+    return value.detach()
+
+
+def rates(
+    count: Callable[[floors.Tiling], list[floors.Pass]],
+    precision: Precision,
+    ms: float,
+    ceilings: dict,
+) -> dict:
     """The floor on this machine, the fraction of it, and the counted work per second."""
-    dtype = case.precision.dtype
-    tensor_cores = case.precision.name != "float32"
-    tiling = floors.TENSOR_CORES if tensor_cores else floors.EXACT
-    count = partial(floors.passes, case.function, case.shape, dtype.itemsize, direction)
-    floor = floors.floor_ms(
-        count(tiling), ceilings["copy_gbs"], ceilings["matmul_tflops"][case.precision.name]
-    )
+    tiling = floors.EXACT if precision == FLOAT32 else floors.TENSOR_CORES
+    matmul_tflops = floors.matmul_rate(ceilings["matmul_tflops"], precision.name)
+    floor = floors.floor_ms(count(tiling), ceilings["copy_gbs"], matmul_tflops)
     exact = count(floors.EXACT)
     return {
         "floor_ms": floor,
@@ -301,15 +538,17 @@ def rates(case: Case, direction: str, ms: float, ceilings: dict) -> dict:
 
 
 def broken(rows: list[dict]) -> list[str]:
-    """Failures that are this package's fault: not of torch.compile, nor for want of memory."""
+    """Failures that are this package's fault: not of a rival, nor for want of memory."""
     return [
-        f"{r['function']} {r['shape']} {r['precision']} {r['layout']} {r['backend']}: {r['error']}"
+        f"{r['function']} {r['shape']} {r['precision']} {r['layout']} {r['direction']} "
+        f"{r['backend']}{' in a CUDA graph' if r['graph'] else ''}: {r['error']}"
         for r in rows
-        if r["error"] and r["backend"] != COMPILED and "OutOfMemory" not in r["error"]
+        if r["error"] and "OutOfMemory" not in r["error"]
+        if r["backend"] in BACKENDS or (r["backend"] == REFERENCE and not r["graph"])
     ]
 
 
-def labels(case: Case, backend: str, direction: str) -> dict:
+def labels(case: Case, backend: str, direction: str, graph: bool = False) -> dict:
     s = case.shape
     full = asdict(SHAPES[s.name])
     return {
@@ -325,6 +564,7 @@ def labels(case: Case, backend: str, direction: str) -> dict:
         "layout": case.layout,
         "direction": direction,
         "backend": backend,
+        "graph": graph,
     }
 
 
@@ -336,9 +576,40 @@ def summary_line(case: Case, rows: list[dict]) -> str:
     parts = []
     for row in rows:
         if row["direction"] == "forward_backward":
-            shown = row["error"] or f"{row['ms']:.4g} ms, {row['peak_mb']:.4g} MB"
-            parts.append(f"{row['backend']} {shown}")
+            shown = row["error"] or f"{row['ms']:.4g} ms"
+            if row["ms"] and not row["graph"]:
+                shown += f", {row['peak_mb']:.4g} MB"
+            parts.append(f"{row['backend']}{' graph' if row['graph'] else ''} {shown}")
     return f"{case}: forward + backward: " + "; ".join(parts)
+
+
+def summary(rows: list[dict], default: str) -> str:
+    """Forward + backward: milliseconds and memory of the default backend and of the reference."""
+    lines = []
+    found = {(_case_of(r), r["backend"]): r for r in rows if _is_plain_training(r)}
+    for (case, backend), row in found.items():
+        if backend != default or not row["ms"]:
+            continue
+        other = found[case, REFERENCE]
+        literal = [f"{other['ms']:.4g}", f"{other['peak_mb']:.4g}"] if other["ms"] else ["-", "-"]
+        ratio = f"{other['ms'] / row['ms']:.3g}x" if other["ms"] else "-"
+        lines.append(
+            [
+                " ".join(case),
+                literal[0], f"{row['ms']:.4g}", ratio, literal[1], f"{row['peak_mb']:.4g}",
+                f"{100 * row['fraction']:.2g}%",
+            ]
+        )  # fmt: skip
+    header = ["forward + backward", "reference ms", f"{default} ms", "faster", "reference MB"]
+    return table([*header, f"{default} MB", "of the floor"], lines)
+
+
+def _case_of(row: dict) -> tuple[str, ...]:
+    return tuple(row[key] for key in ("function", "shape", "precision", "layout"))
+
+
+def _is_plain_training(row: dict) -> bool:
+    return row["direction"] == "forward_backward" and not row["graph"]
 
 
 def default_backend(device: torch.device) -> str:

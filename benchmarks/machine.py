@@ -114,15 +114,19 @@ def _git(*arguments: str) -> str:
 def ceilings(device: torch.device) -> dict:
     """Measured rates: ``copy_gbs`` (1e9 bytes read and written per second) and ``matmul_tflops``.
 
-    matmul_tflops has a rate for each precision that is measured: ``float32`` everywhere; ``tf32``
-    and ``bfloat16`` on CUDA.
+    matmul_tflops has a rate for each precision that is measured: ``float32`` everywhere; ``tf32``,
+    ``bfloat16`` and ``float16`` on CUDA.
     """
     gpu = device.type == "cuda"
     copy_gbs = copy_rate(1 << (30 if gpu else 26), device)
     side = 8192 if gpu else 2048
     kinds = {"float32": (torch.float32, "highest")}
     if gpu:
-        kinds |= {"tf32": (torch.float32, "medium"), "bfloat16": (torch.bfloat16, "highest")}
+        kinds |= {
+            "tf32": (torch.float32, "high"),
+            "bfloat16": (torch.bfloat16, "highest"),
+            "float16": (torch.float16, "highest"),
+        }
     rates = {}
     before = torch.get_float32_matmul_precision()
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is not installed
 
-from benchmarks import floors, kernels, multimnist, networks, phases, plots, report, results, steps
+from benchmarks import (
+    floors,
+    kernels,
+    multimnist,
+    networks,
+    phases,
+    plots,
+    report,
+    results,
+    rotation,
+    steps,
+)
 from benchmarks.machine import busy_cores, slug, slug_of_gpu, versions
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.shapes import SHAPES, Shape
@@ -180,28 +194,246 @@ def test_busy_cores_sees_other_work():
 def test_kernel_rows_have_every_field(kernel_rows):
     fields = {
         "function", "shape", "T", "B", "C", "N", "dtype", "precision", "layout", "direction",
-        "backend", "ms", "spread", "peak_mb", "floor_ms", "fraction",
+        "backend", "graph", "ms", "spread", "peak_mb", "floor_ms", "fraction", "value_error",
+        "gradient_error",
     }  # fmt: skip
-    assert {(r["backend"], r["direction"]) for r in kernel_rows} == {
-        (b, d) for b in ("reference", "eager", *BUILT) for d in kernels.DIRECTIONS
+    assert {(r["backend"], r["direction"], r["graph"]) for r in kernel_rows} == {
+        (b, d, False)
+        for b in ("reference", "factored", "eager", *BUILT)
+        for d in kernels.DIRECTIONS
     }
     for row in kernel_rows:
         assert fields <= row.keys()
         assert (row["T"], row["B"], row["C"], row["N"]) == (2, 3, 8, 16)
         assert row["error"] is None
         assert row["fraction"] == pytest.approx(row["floor_ms"] / row["ms"], rel=1e-3)
+        assert row["value_error"] < 1e-5
+        assert 1e-9 < row["gradient_error"] < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "stacked"])
 @pytest.mark.parametrize("function", kernels.FUNCTIONS)
 def test_every_function_and_layout_can_be_measured(function, layout):
     case = kernels.Case(function, SMALL, kernels.PRECISIONS["cpu"][0], layout, False)
     (saliencies,) = kernels.make_inputs(case, CPU)
-    assert saliencies[0].shape == ((3, 16, 8) if layout == "tokens" else (3, 8, 4, 4))
+    shapes = {"tokens": (3, 16, 8), "stacked": (2, 3, 8, 4, 4)}
+    assert saliencies[0].shape == shapes.get(layout, (3, 8, 4, 4))
     channels_last = saliencies[0].dim() == 4 and saliencies[0].stride(1) == 1
     assert channels_last == (layout == "channels_last")
     rows = kernels.measure_case(case, CPU, CEILINGS, EFFORT)
     assert all(row["ms"] > 0 for row in rows)
+    errors = [row["gradient_error"] for row in rows]
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(3, 5, 12, 2, 3), (2, 4, 6, 3, 5), (3, 4, 7, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "stacked"])
+@pytest.mark.parametrize("function", ["csa_loss", "rep_mtl_loss"])
+def test_the_factored_rival_is_the_reference(function, layout, size):
+    shape = Shape("office49", *size, 4, "test")
+    exact = kernels.Precision(torch.float64, "highest", "float64")
+    case = kernels.Case(function, shape, exact, layout, False)
+    (tensors,) = kernels.make_inputs(case, CPU)
+    values, grads = [], []
+    for form in (kernels.LITERAL, kernels.FACTORED_FORMS):
+        loss = kernels.of_tensors(case, partial(form[function], channel_dim=case.channel_dim))
+        values.append(loss(tensors))
+        grads.append(torch.autograd.grad(values[-1], tensors))
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
+
+
+def test_the_error_of_a_gradient_is_that_of_the_worst_task(monkeypatch):
+    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    losses = kernels.contestants(case, CPU)
+
+    def half_of_a_gradient(saliencies):
+        first, second = saliencies
+        detached = losses["eager"]([first.detach(), second])
+        return losses["eager"](saliencies) / 2 + detached / 2
+
+    monkeypatch.setattr(
+        kernels,
+        "contestants",
+        lambda *_: {"reference": losses["reference"], "eager": half_of_a_gradient},
+    )
+    rows = kernels.measure_case(case, CPU, CEILINGS, EFFORT)
+    errors = {row["backend"]: row["gradient_error"] for row in rows}
+    assert errors["reference"] < 1e-5
+    assert errors["eager"] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_case_too_large_to_be_judged_on_a_cpu_is_noted(monkeypatch):
+    shape = SHAPES["cityscapes"].scaled("cpu")
+    assert floors.literal_flops("csa_loss", shape) > kernels.JUDGE_FLOPS
+    assert floors.literal_flops("csa_loss", SHAPES["vit1024"].scaled("cpu")) < kernels.JUDGE_FLOPS
+    # T2 B3 C8 N16: S S^T and the two products of its gradient, 2 FLOPs for a multiply-add.
+    assert floors.literal_flops("csa_loss", SMALL) == 3 * 2 * (2 * 3 * 8 * 8 * 16)
+    assert floors.literal_flops("tsr_loss", shape) == 0
+    monkeypatch.setattr(kernels, "JUDGE_FLOPS", 0)
+    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    monkeypatch.setattr(kernels, "cases", lambda *_: [case])
+    monkeypatch.setattr(kernels, "QUICK", EFFORT)
+    saved = []
+    rows, notes = kernels.measure(
+        CPU, CEILINGS, quick=True, deadline=math.inf, save=lambda *found: saved.append(found)
+    )
+    assert saved == [(rows, notes)]  # both are the same lists
+    assert all(row["gradient_error"] is None for row in rows)
+    assert notes == ["no errors against float64, which takes too much here: csa_loss office49"]
+
+
+def test_products_are_in_the_precision_of_the_case(monkeypatch):
+    monkeypatch.setenv("REPMTL_FP32_PRECISION", "ieee")
+    for precision, matmul, asked in (
+        (kernels.TF32, "high", None),
+        (kernels.TF32X3, "highest", "tf32x3"),
+        (kernels.BFLOAT16, "highest", None),
+    ):
+        with kernels.products_in(precision):
+            assert torch.get_float32_matmul_precision() == matmul
+            assert os.environ.get("REPMTL_FP32_PRECISION") == asked
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert os.environ["REPMTL_FP32_PRECISION"] == "ieee"
+
+
+def test_a_precision_of_the_triton_kernels_alone_is_theirs_alone():
+    cuda = torch.device("cuda")
+    assert kernels.backends(kernels.TF32X3, cuda) == ["triton"]
+    assert kernels.backends(kernels.BFLOAT16, cuda)[:2] == ["eager", "triton"]
+    assert floors.matmul_rate({"tf32": 300.0, "float32": 50.0}, "tf32x3") == 100
+    assert floors.matmul_rate({"tf32": 300.0, "float32": 50.0}, "float32") == 50
+
+
+def test_every_case_of_a_gpu_is_measured_once():
+    planned = kernels.cases("cuda", quick=False)
+    kinds = [(c.function, c.shape, c.precision, c.layout) for c in planned]
+    assert len(set(kinds)) == len(kinds)
+    expected = {
+        (function, shape, precision, "contiguous")
+        for function in kernels.FUNCTIONS
+        for shape in SHAPES.values()
+        for precision in kernels.PRECISIONS["cuda"]
+        if function != "tsr_loss" or precision not in (kernels.TF32, kernels.TF32X3)
+    }
+    assert expected <= set(kinds)
+    layouts = {kind[3] for kind in set(kinds) - expected}
+    assert layouts == {"channels_last", "tokens", "stacked"}
+    # torch.compile is slow, so what decides comes before what does not.
+    first = len(kernels.TELLING)
+    assert not any(case.compiled for case in planned[first:])
+    everywhere = {
+        case.shape.name
+        for case in planned
+        if case.compiled and (case.function, case.precision) == ("rep_mtl_loss", kernels.BFLOAT16)
+    }
+    assert everywhere == set(SHAPES)
+    quick = kernels.cases("cuda", quick=True)
+    assert quick and not any(case.compiled for case in quick)
+    assert {case.shape.name for case in quick} == set(kernels.QUICK_SHAPES)
+
+
+def test_contestants_are_captured_ours_first(monkeypatch):
+    """Of a failed capture there is a row, and the others are measured."""
+    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    inputs = kernels.make_inputs(case, CPU)
+    losses = kernels.contestants(case, CPU)
+    losses[kernels.COMPILED] = partial(losses["reference"])
+    monkeypatch.setattr(kernels, "contestants", lambda *_: losses)
+    order = []
+
+    def captured(call, device):
+        loss, with_backward = call.run.args
+        name = next(name for name, one in losses.items() if one is loss)
+        order.append(name)
+        if name == "factored":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if name == "eager" and not with_backward:
+            return rotation.Rotating(lambda _: torch.tensor(17.0), inputs)
+        return call
+
+    monkeypatch.setattr(kernels, "graphed", captured)
+    calls, _, errors = kernels.prepared(case, inputs, torch.device("cuda"))
+    ours = sum(name in kernels.BACKENDS for name in order)
+    assert all(name in kernels.BACKENDS for name in order[:ours])
+    assert set(order) == set(losses)
+    graphs = {(way.backend, way.direction) for way in calls if way.graph}
+    assert ("eager", "forward_backward") in graphs
+    assert ("reference_compiled", "forward") not in {way[:2] for way in calls}
+    assert ("reference_compiled", "forward_backward") in graphs
+    assert {way[:2] for way in errors} == {
+        ("factored", "forward"), ("factored", "forward_backward"), ("eager", "forward")
+    }  # fmt: skip
+    assert all(way.graph for way in errors)
+    assert "instead of" in errors["eager", "forward", True]
+    assert {way[:2] for way in calls if not way.graph} >= {("factored", "forward")}
+    rows = [kernels.labels(case, *way) | {"error": error} for way, error in errors.items()]
+    assert len(kernels.broken(rows)) == 1
+    assert "eager in a CUDA graph: computes something else" in kernels.broken(rows)[0]
+
+
+def test_a_graph_for_each_set_of_inputs(monkeypatch):
+    """With a stand-in for CUDA: what runs where and when."""
+    log, device = [], {"stream": "default", "capturing": None}
+
+    class Graph:
+        def replay(self):
+            log.append(("replay", self.inputs, device["stream"]))
+
+    class Stream:
+        def wait_stream(self, other):
+            log.append(("wait", other))
+
+    @contextlib.contextmanager
+    def stream(new):
+        before, device["stream"] = device["stream"], new
+        try:
+            yield
+        finally:
+            device["stream"] = before
+
+    class Capture:
+        def __init__(self, graph, pool, stream):
+            assert (pool, stream) == ("pool", side)
+            self.graph = graph
+
+        def __enter__(self):
+            device["stream"], device["capturing"] = side, self.graph
+
+        def __exit__(self, kind, *_):
+            device["capturing"] = None
+            if kind is not None:  # its stream stays the current one
+                raise RuntimeError("capture invalidated")
+
+    def run(inputs):
+        if inputs == "unfit" and device["capturing"]:
+            raise ValueError("synchronises")
+        if device["capturing"]:
+            device["capturing"].inputs = inputs
+        log.append(("captured" if device["capturing"] else "ran", inputs, device["stream"]))
+        return f"result of {inputs}"
+
+    side, current = Stream(), Stream()
+    stand_ins = {
+        "graph_pool_handle": lambda: "pool", "Stream": lambda _: side, "stream": stream,
+        "current_stream": lambda _: current, "CUDAGraph": Graph, "graph": Capture,
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(rotation, "_side_stream", rotation._side_stream.__wrapped__)
+    replay = rotation.graphed(rotation.Rotating(run, ["a", "b"]), torch.device("cuda"))
+    assert log == [
+        ("wait", current),
+        ("ran", "a", side), ("ran", "b", side),
+        ("captured", "a", side), ("captured", "b", side),
+        ("wait", side),
+    ]  # fmt: skip
+    log.clear()
+    assert [replay() for _ in range(3)] == ["result of a", "result of b", "result of a"]
+    assert log == [("replay", name, "default") for name in "aba"]
+    with pytest.raises(RuntimeError, match="invalidated"):
+        rotation.graphed(rotation.Rotating(run, ["unfit"]), torch.device("cuda"))
+    assert device["stream"] == "default"
 
 
 def test_a_contestant_that_computes_something_else_is_called_out(monkeypatch):
