@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.progress import say
 from benchmarks.results import load
+from benchmarks.stages import MAIN, TARGET_SHAPES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 COLORS = {
     "reference": "#b8b8b8",
     "reference_compiled": "#e0a458",
+    "factored": "#9c755f",
+    "factored_compiled": "#e07b54",
+    "bmm": "#b8b8b8",
+    "torch": "#b8b8b8",
+    "torch_compiled": "#e0a458",
     "eager": "#4c78a8",
     "native": "#7b6cb0",
     "triton": "#3a9d6e",
@@ -23,6 +29,11 @@ COLORS = {
 BACKEND_LABELS = {
     "reference": "reference",
     "reference_compiled": "reference, torch.compile",
+    "factored": "factored, plain PyTorch",
+    "factored_compiled": "factored, torch.compile",
+    "bmm": "torch.bmm",
+    "torch": "PyTorch",
+    "torch_compiled": "PyTorch, torch.compile",
     "eager": "eager (factored)",
     "native": "native (C++)",
     "triton": "Triton",
@@ -76,7 +87,8 @@ def draw(folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     with matplotlib.rc_context(STYLE):
-        for what, make in (("kernels", kernels_figures), ("steps", steps_figures)):
+        figures = {"kernels": kernels_figures, "stages": stages_figures, "steps": steps_figures}
+        for what, make in figures.items():
             found = load(folder, what)
             if found is None or not found["rows"]:
                 continue
@@ -92,7 +104,11 @@ def kernels_figures(found: dict) -> dict[str, Figure]:
     precision = found["rows"][0]["precision"]
     wanted = {"function": "csa_loss", "layout": "contiguous", "precision": precision}
     wanted["direction"] = "forward_backward"
-    rows = [r for r in found["rows"] if r["ms"] and all(r[k] == v for k, v in wanted.items())]
+    rows = [
+        r
+        for r in found["rows"]
+        if r["ms"] and not r.get("graph") and all(r[k] == v for k, v in wanted.items())
+    ]
     by_shape: dict[str, dict[str, dict]] = {}
     for row in rows:
         by_shape.setdefault(row["shape"], {})[row["backend"]] = row
@@ -114,6 +130,30 @@ def kernels_figures(found: dict) -> dict[str, Figure]:
         "speed": _bars(speed, sizes, title, faster, "{:.3g}x", 1, slowest),
         "memory": _bars(memory, sizes, title, megabytes, "{:.3g}", power, power),
     }
+
+
+def stages_figures(found: dict) -> dict[str, Figure]:
+    """Fraction of the floor, per cent, of the large stages at the shapes that are judged."""
+    gpu, precision = "gpu" in found["machine"], found["rows"][0]["precision"]
+    wanted = {"layout": "contiguous", "precision": precision, "graph": gpu}
+    main = {(variant.stage, variant.name) for variant in MAIN}
+    values: dict[str, dict[str, float]] = {}
+    sizes = {}
+    for row in found["rows"]:
+        if not row["ms"] or any(row[k] != v for k, v in wanted.items()):
+            continue
+        if (row["function"], row["variant"]) in main and row["shape"] in TARGET_SHAPES:
+            name = f"{row['function']}, {row['variant']}"
+            here = f"{row['shape']}: {name}"
+            values.setdefault(here, {})[row["backend"]] = 100 * row["fraction"]
+            sizes[here] = "T{T} B{B} C{C} N{N}".format(**row)
+    if not values:
+        return {}
+    title = f"stages, {precision}, {_machine(found)}"
+    least = min(v for here in values.values() for v in here.values())
+    power = 10 ** math.floor(math.log10(least))
+    label = "per cent of the floor"
+    return {"stages": _bars(values, sizes, title, label, "{:.3g}%", power, power)}
 
 
 def _machine(found: dict) -> str:
