@@ -7,23 +7,201 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks import compiled_step, kept, kernels, plots, report, results, second_order, steps
+from benchmarks import (
+    compiled_step,
+    kept,
+    kernels,
+    plots,
+    report,
+    results,
+    second_order,
+    stages,
+    steps,
+    targets,
+)
 from benchmarks.machine import describe, slug
-from benchmarks.progress import say, table
+from benchmarks.progress import say
 from benchmarks.quality import config
 from benchmarks.quality.studies import run_study
 
-# Seconds for everything, by device and effort, and by which share of it a part has to be over.
+# Seconds for everything, by device and effort.
 BUDGETS = {"cpu": {"full": 560, "quick": 90}, "cuda": {"full": 240, "quick": 60}}
-KERNELS_SHARE = 0.45
-STEPS_SHARE = 0.8
 # Cores that other processes keep busy, from which on times are not clean.
 BUSY = 0.2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a part is told."""
+
+    name: str  # of the part, and of its result file
+    device: torch.device
+    head: dict
+    folder: Path
+    quick: bool
+    asked: bool  # by name
+    deadline: float  # time.monotonic() when the part should be over
+    unclean: list[str]  # notes on what disturbed this run
+
+    def save(self, rows: list[dict], notes: list[str], **more: object) -> None:
+        notes = self.unclean + notes
+        results.save(self.folder, self.name, self.head, rows, **more, notes=notes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the benchmark.
+
+    measure: measures, saves, and returns what is broken; title: what is said before it; share: of
+    the time, against the other parts of a run; on: device types whose default run has it; least:
+    seconds, without which a default run leaves it out.
+    """
+
+    measure: Callable[[Run], list[str]]
+    title: str
+    share: float
+    on: Sequence[str] = ()
+    least: float = 0.0
+
+
+def rows_of(
+    measure: Callable[..., tuple[list[dict], list[str]]], *, rates: bool = False
+) -> Callable:
+    """A part from ``measure(device, *, quick, deadline)``; with ``rates`` the ceilings too."""
+
+    def part(run: Run) -> list[str]:
+        ceilings = (run.head["measured"],) if rates else ()
+        rows, notes = measure(run.device, *ceilings, quick=run.quick, deadline=run.deadline)
+        run.save(rows, notes)
+        return []
+
+    return part
+
+
+def measure_kernels(run: Run) -> list[str]:
+    say(f"  {kernels.scope(run.device.type, run.quick)}")
+    default = kernels.default_backend(run.device)
+    save = partial(run.save, default_backend=default)
+    rows, notes = kernels.measure(
+        run.device, run.head["measured"], quick=run.quick, deadline=run.deadline, save=save
+    )
+    save(rows, notes)
+    say("\n" + kernels.summary(rows, default))
+    return kernels.broken(rows)
+
+
+def measure_stages(run: Run) -> list[str]:
+    rows, notes = stages.measure(
+        run.device,
+        run.head["measured"],
+        quick=run.quick or not run.asked,
+        deadline=run.deadline,
+        save=run.save,
+    )
+    run.save(rows, notes)
+    return kernels.broken(rows)
+
+
+def measure_steps(run: Run) -> list[str]:
+    rows, notes = steps.measure(run.device, quick=run.quick, deadline=run.deadline, save=run.save)
+    run.save(rows, notes)
+    return steps.broken(rows)
+
+
+def measure_quality(run: Run) -> list[str]:
+    missing = [name for name in ("mlxtend", "torchjd") if find_spec(name) is None]
+    if missing:
+        say(f"  left out: {', '.join(missing)} not installed")
+        return []
+    study = config.study(config.find("bench"), seeds=[0] if run.quick else None)
+    with tempfile.TemporaryDirectory(prefix="repmtl-quality-") as work:
+        run_study(
+            study,
+            run.head,
+            folder=None,
+            out=run.folder,
+            work=Path(work),
+            jobs=min(4, os.cpu_count() or 1),
+            device=run.device.type,
+        )
+    return []
+
+
+def measure_kept(run: Run) -> list[str]:
+    rows, notes = kept.measure(run.device, quick=run.quick, deadline=run.deadline)
+    run.save(rows, notes, checkpointed=kept.checkpointed(run.device))
+    return []
+
+
+EVERYWHERE = ("cpu", "cuda")
+PARTS = {
+    "kernels": Part(
+        measure_kernels,
+        "KERNELS: each loss, forward and forward + backward, all contestants in turns",
+        0.45,
+        EVERYWHERE,
+    ),
+    "steps": Part(
+        measure_steps,
+        "STEPS: a training step by every method, in turns on the same batch",
+        0.35,
+        EVERYWHERE,
+    ),
+    "quality": Part(
+        measure_quality,
+        "QUALITY: MultiMNIST, every method from the same weights on the same batches",
+        0.2,
+        EVERYWHERE,
+    ),
+    "stages": Part(
+        measure_stages,
+        "STAGES: each stage of the losses by itself, all contestants in turns",
+        0.1,
+        ("cuda",),
+        least=40,
+    ),
+    "second_order": Part(
+        rows_of(second_order.measure),
+        "SECOND ORDER: a step with and without second_order(), in turns",
+        0.3,
+    ),
+    "kept": Part(
+        measure_kept,
+        "KEPT: csa_loss that saves its Gram matrices and that makes them again, in turns",
+        0.3,
+    ),
+    "compiled": Part(
+        rows_of(compiled_step.measure),
+        "COMPILED: a small network's training step, compiled in several ways",
+        0.3,
+    ),
+}
+
+
+def chosen(only: Sequence[str] | None, device_type: str) -> dict[str, float]:
+    """The parts of a run in their order, each with the share of the time when it is over.
+
+    Parts asked for by name have all of the time. In a default run the shares are of all of it: what
+    comes on top of them has what others leave.
+    """
+    parts = {
+        name: part
+        for name, part in PARTS.items()
+        if (name in only if only else device_type in part.on)
+    }
+    total, over, found = min(1.0, sum(part.share for part in parts.values())), 0.0, {}
+    for name, part in parts.items():
+        over += part.share
+        found[name] = min(1.0, over / total)
+    return found
 
 
 def arguments() -> argparse.Namespace:
@@ -38,11 +216,11 @@ def arguments() -> argparse.Namespace:
         help="write the results and the plots there; default: "
         "benchmarks/results/<machine>, with the tables of README.md",
     )  # fmt: skip
+    on_request = ", ".join(name for name, part in PARTS.items() if not part.on)
     parser.add_argument(
-        "--only", choices=("kernels", "steps", "quality", "compiled", "second_order", "kept"),
-        help="measure only this; compiled, torch.compile of a small network's step, second_order, "
-        "one step with and without it, and kept, what CSA keeps for its backward, are measured on "
-        "request alone",
+        "--only", choices=PARTS, nargs="+", metavar="PART",
+        help=f"measure only these parts, in their order: {', '.join(PARTS)}; on request alone: "
+        f"{on_request}, and stages on a CPU",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, metavar="N",
@@ -65,73 +243,41 @@ def main() -> None:
     folder, keep = output_folder(options, device)
     say(f"machine {slug(device)}: measuring its copy and matrix-product rates")
     head = describe(device)
-    broken: list[str] = []
     say(f"  {head['machine']}\n  {head['versions']}\n  {head['measured']}")
     say(f"  commit {head['commit'][:10]}{', with changes' if head['dirty'] else ''}")
     busy = head["machine"]["busy_cores_before"] or 0
     unclean = [f"other processes kept {busy:g} cores busy at the start"] if busy > BUSY else []
     say("".join(f"  WARNING: {note}: these times are not clean\n" for note in unclean))
-    if options.only in (None, "kernels"):
-        say("KERNELS: each loss, forward and forward + backward, all contestants in turns")
-        say(f"  {kernels.scope(device.type, options.quick)}")
-        share = 1.0 if options.only else KERNELS_SHARE
-        rows, notes = kernels.measure(
-            device, head["measured"], quick=options.quick, deadline=began + share * budget
+    broken: list[str] = []
+    for name, share in chosen(options.only, device.type).items():
+        part, deadline = PARTS[name], began + share * budget
+        if options.only is None and deadline - time.monotonic() < part.least:
+            say(f"\nleft out for time: {name} (python -m benchmarks --only {name})")
+            continue
+        say(f"\n{part.title}")
+        broken += part.measure(
+            Run(
+                name=name,
+                device=device,
+                head=head,
+                folder=folder,
+                quick=options.quick,
+                asked=options.only is not None,
+                deadline=deadline,
+                unclean=unclean,
+            )
         )
-        default = kernels.default_backend(device)
-        results.save(folder, "kernels", head, rows, default_backend=default, notes=unclean + notes)
-        say("\n" + kernels_summary(rows, default))
-        broken = kernels.broken(rows)
-    if options.only in (None, "steps"):
-        say("\nSTEPS: a training step by every method, in turns on the same batch")
-
-        def save(rows: list[dict], notes: list[str]) -> None:
-            results.save(folder, "steps", head, rows, notes=unclean + notes)
-
-        until = began + STEPS_SHARE * budget
-        rows, notes = steps.measure(device, quick=options.quick, deadline=until, save=save)
-        save(rows, notes)
-        broken += steps.broken(rows)
-    if options.only in (None, "quality"):
-        say("\nQUALITY: MultiMNIST, every method from the same weights on the same batches")
-        measure_quality(folder, head, device, quick=options.quick)
-    if options.only == "second_order":
-        say("\nSECOND ORDER: a step with and without second_order(), in turns")
-        rows, notes = second_order.measure(device, quick=options.quick, deadline=began + budget)
-        results.save(folder, "second_order", head, rows, notes=unclean + notes)
-    if options.only == "kept":
-        say("\nKEPT: csa_loss that saves its Gram matrices and that makes them again, in turns")
-        rows, notes = kept.measure(device, quick=options.quick, deadline=began + budget)
-        more = {"checkpointed": kept.checkpointed(device), "notes": unclean + notes}
-        results.save(folder, "kept", head, rows, **more)
-    if options.only == "compiled":
-        say("\nCOMPILED: a small network's training step, compiled in several ways")
-        rows, notes = compiled_step.measure(device, quick=options.quick, deadline=began + budget)
-        results.save(folder, "compiled", head, rows, notes=unclean + notes)
     plots.draw(folder)
+    reached = targets.table(folder)
+    if reached is not None:
+        say(f"\nTARGETS\n{reached}")
     if keep:
         report.refresh_documents()
+    elif reached is not None:
+        (folder / "targets.md").write_text(f"{reached}\n")
     say(f"\nresults: {folder}; {time.monotonic() - began:.0f} s")
     if broken:
         sys.exit("FAILED:\n  " + "\n  ".join(broken))
-
-
-def measure_quality(folder: Path, head: dict, device: torch.device, *, quick: bool) -> None:
-    missing = [name for name in ("mlxtend", "torchjd") if find_spec(name) is None]
-    if missing:
-        say(f"  left out: {', '.join(missing)} not installed")
-        return
-    study = config.study(config.find("bench"), seeds=[0] if quick else None)
-    with tempfile.TemporaryDirectory(prefix="repmtl-quality-") as work:
-        run_study(
-            study,
-            head,
-            folder=None,
-            out=folder,
-            work=Path(work),
-            jobs=min(4, os.cpu_count() or 1),
-            device=device.type,
-        )
 
 
 def output_folder(options: argparse.Namespace, device: torch.device) -> tuple[Path, bool]:
@@ -141,29 +287,6 @@ def output_folder(options: argparse.Namespace, device: torch.device) -> tuple[Pa
     if options.quick:
         return Path(tempfile.mkdtemp(prefix="repmtl-bench-")), False
     return results.RESULTS / slug(device), True
-
-
-def kernels_summary(rows: list[dict], default: str) -> str:
-    """Forward + backward: milliseconds and memory of the default backend and of the reference."""
-    lines = []
-    for row in rows:
-        if row["backend"] != default or row["direction"] != "forward_backward" or not row["ms"]:
-            continue
-        same = ("function", "shape", "precision", "layout", "direction")
-        other = next(
-            r for r in rows if r["backend"] == "reference" and all(r[k] == row[k] for k in same)
-        )
-        literal = [f"{other['ms']:.4g}", f"{other['peak_mb']:.4g}"] if other["ms"] else ["-", "-"]
-        ratio = f"{other['ms'] / row['ms']:.3g}x" if other["ms"] else "-"
-        lines.append(
-            [
-                f"{row['function']} {row['shape']} {row['precision']} {row['layout']}",
-                literal[0], f"{row['ms']:.4g}", ratio, literal[1], f"{row['peak_mb']:.4g}",
-                f"{100 * row['fraction']:.2g}%",
-            ]
-        )  # fmt: skip
-    header = ["forward + backward", "reference ms", f"{default} ms", "faster", "reference MB"]
-    return table([*header, f"{default} MB", "of the floor"], lines)
 
 
 if __name__ == "__main__":

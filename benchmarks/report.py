@@ -2,6 +2,8 @@
 
 A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, with NAME one of
 ``losses`` (default backend against the reference), ``kernels`` (every function and contestant),
+``errors`` (their gradients against float64), ``stages`` (each stage against its floor), ``targets``
+(what the kernels have to reach on a GPU, and whether they do),
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
 ``kept`` (Gram matrices saved or made again), ``checkpoint`` (peak of a step under activation
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import distributed, kept, plots
+from benchmarks import distributed, kept, plots, targets
 from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
@@ -41,6 +43,16 @@ MARKED = re.compile(
 BACKEND_TITLES = {
     "reference": "reference",
     "reference_compiled": "`torch.compile`",
+    "factored": "factored",
+    "factored_compiled": "factored, `torch.compile`",
+    "eager": "eager",
+    "native": "native",
+    "triton": "Triton",
+}
+STAGE_TITLES = {
+    "bmm": "`torch.bmm`",
+    "torch": "PyTorch",
+    "torch_compiled": "PyTorch, `torch.compile`",
     "eager": "eager",
     "native": "native",
     "triton": "Triton",
@@ -83,6 +95,7 @@ RIVALS = (
     "fairgrad",
     "fairgrad_single_pass",
 )
+MAX_NOTES = 10  # under a table
 FASTEST = ("rep_mtl_second_order", "rep_mtl")
 
 
@@ -90,6 +103,8 @@ def main() -> None:
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         for path in plots.draw(folder):
             say(f"plot: {path.relative_to(ROOT)}")
+        if (reached := targets.table(folder)) is not None:
+            say(f"{folder.name}:\n{reached}")
     refresh_documents()
 
 
@@ -114,17 +129,26 @@ def _filled(match: re.Match[str], results: Path) -> str:
     name, machine = match["name"], match["machine"]
     if (name, machine) in SIMULATED:
         return f"{match['open']}{SIMULATED[name, machine]()}\n{match['close']}"
+    made = _made(name, machine, results)
+    if made is None:
+        say(f"marker bench:{name}:{machine}: no results of this machine, left as it is")
+        return match[0]
+    return f"{match['open']}{made}\n{match['close']}"
+
+
+def _made(name: str, machine: str, results: Path) -> str | None:
+    """The table of that name, None where the machine has no results for it."""
+    if name == "targets":  # of several files
+        return targets.table(results / machine)
     if name.startswith("quality_"):
         what, make = name, quality_table
     elif name in TABLES:
         what, make = TABLES[name]
     else:
-        raise ValueError(f"marker bench:{name}:{machine}: expected a name of {', '.join(TABLES)}")
+        known = ", ".join([*TABLES, "targets"])
+        raise ValueError(f"marker bench:{name}:{machine}: expected a name of {known}")
     found = load(results / machine, what)
-    if found is None:
-        say(f"marker bench:{name}:{machine}: no results of this machine, left as it is")
-        return match[0]
-    return f"{match['open']}{make(found)}\n{match['close']}"
+    return None if found is None else make(found)
 
 
 def losses_table(found: dict) -> str:
@@ -132,7 +156,7 @@ def losses_table(found: dict) -> str:
     gpu, default = "gpu" in found["machine"], found["default_backend"]
     header = ["shape", "T, B, C, N", "forward", "forward + backward", "peak extra memory"]
     lines = []
-    for dtype, group in _groups(found, "precision"):
+    for dtype, group in _groups_of(_without_graphs(found), "precision"):
         for shape, rows in _groups_of(_contiguous(group, "csa_loss"), "shape"):
             cells = [f"{shape}, {dtype}" if gpu else shape, _size(rows[0])]
             for direction in ("forward", "forward_backward"):
@@ -144,24 +168,81 @@ def losses_table(found: dict) -> str:
 
 def kernels_table(found: dict) -> str:
     """Forward + backward of each function by every contestant."""
-    gpu = "gpu" in found["machine"]
+    gpu, default = "gpu" in found["machine"], found["default_backend"]
     backends = [b for b in BACKEND_TITLES if any(r["backend"] == b for r in found["rows"])]
     header = ["function", "shape", "dtype", *(BACKEND_TITLES[b] for b in backends)]
     header += ["fraction of the floor"]
     lines = []
-    for (function, shape, precision, layout), rows in _groups(
-        found, "function", "shape", "precision", "layout"
-    ):
-        rows = {r["backend"]: r for r in rows if r["direction"] == "forward_backward"}
-        name = shape if layout == "contiguous" else f"{shape}, {layout}"
+    for (function, precision, name), rows in _line_ups(found):
         cells = [f"`{function}`", name, precision]
         cells += [_cell(rows.get(b), rows.get("reference"), gpu) for b in backends]
-        best = rows.get(found["default_backend"])
+        best = rows.get(default)
         cells.append("" if best is None or best["ms"] is None else f"{100 * best['fraction']:.2g}%")
         lines.append(cells)
-    return _with_caption(
-        markdown(header, lines), found, _kernel_units(gpu, found["default_backend"])
+    return _with_caption(markdown(header, lines), found, _kernel_units(gpu, default))
+
+
+def errors_table(found: dict) -> str:
+    """How far each contestant's gradient is from the reference's in float64."""
+    backends = [b for b in BACKEND_TITLES if any(r["backend"] == b for r in found["rows"])]
+    lines = []
+    for (function, precision, name), rows in _line_ups(found | {"rows": _without_graphs(found)}):
+        errors = [rows.get(b, {}).get("gradient_error") for b in backends]
+        if any(error is not None for error in errors):
+            cells = ["" if error is None else f"{error:.1e}" for error in errors]
+            lines.append([f"`{function}`", name, precision, *cells])
+    header = ["function", "shape", "dtype", *(BACKEND_TITLES[b] for b in backends)]
+    units = (
+        "Relative error of the gradient, the largest over the tasks, against the reference in "
+        "float64 on the same numbers."
     )
+    return _with_caption(markdown(header, lines), found | {"notes": []}, units)
+
+
+def _line_ups(found: dict) -> list[tuple[tuple[str, str, str], dict[str, dict]]]:
+    """Function, precision and shape, with layout and CUDA graphs, and the rows of forward and
+    backward by contestant."""
+    groups: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for row in found["rows"]:
+        if row["direction"] != "forward_backward":
+            continue
+        name = _place(row) + (", CUDA graph" if row.get("graph") else "")
+        groups.setdefault((row["function"], row["precision"], name), {})[row["backend"]] = row
+    return list(groups.items())
+
+
+def _place(row: dict) -> str:
+    return row["shape"] if row["layout"] == "contiguous" else f"{row['shape']}, {row['layout']}"
+
+
+def stages_table(found: dict) -> str:
+    """Each stage by every contestant: its time on a GPU, and the fraction of its floor."""
+    gpu = "gpu" in found["machine"]
+    rows = [row for row in found["rows"] if row["graph"] == gpu]
+    backends = [b for b in STAGE_TITLES if any(r["backend"] == b for r in rows)]
+    lines = []
+    for keys, group in _groups_of(rows, "function", "variant", "shape", "precision", "layout"):
+        by_backend = {row["backend"]: row for row in group}
+        cells = [f"`{keys[0]}`, {keys[1]}", _place(group[0]), keys[3]]
+        cells += [_stage_cell(by_backend.get(b), gpu) for b in backends]
+        lines.append(cells)
+    header = ["stage", "shape", "dtype", *(STAGE_TITLES[b] for b in backends)]
+    units = (
+        "Fraction of the stage's floor, its counted bytes and operations at this machine's rates. "
+        "A rival of `gram` makes the whole matrix and nothing else."
+    )
+    if gpu:
+        units = f"Microseconds, replayed as CUDA graphs, and in brackets: {units}"
+    return _with_caption(markdown(header, lines), found, units)
+
+
+def _stage_cell(row: dict | None, gpu: bool) -> str:
+    if row is None:
+        return ""
+    if row["ms"] is None:
+        return "out of memory" if "OutOfMemory" in row["error"] else "failed"
+    fraction = f"{100 * row['fraction']:.2g}%"
+    return f"{1e3 * row['ms']:.3g} ({fraction})" if gpu else fraction
 
 
 def steps_table(found: dict) -> str:
@@ -426,6 +507,8 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "checkpoint": ("kept", checkpoint_table),
     "static": ("static", static_table),
     "compatibility": ("compatibility", compatibility_table),
+    "errors": ("kernels", errors_table),
+    "stages": ("stages", stages_table),
 }
 
 SIMULATED: dict[tuple[str, str], Callable[[], str]] = {
@@ -439,7 +522,10 @@ def _with_caption(table: str, found: dict, units: str) -> str:
     hardware = m["gpu"] if "gpu" in m else f"{m['cpu']}, {m['threads']} threads"
     where = f"{hardware}; PyTorch {v['torch']}, commit {found['commit'][:10]}"
     where += f"{', with changes' if found['dirty'] else ''}, {found['date'][:10]}"
-    notes = "; ".join(found["notes"])
+    notes = found["notes"][:MAX_NOTES]
+    if more := len(found["notes"]) - len(notes):
+        notes.append(f"{more} more are in the result file")
+    notes = "; ".join(notes)
     return f"{table}\n\n{units} {where}.{f' Notes: {notes}.' if notes else ''}"
 
 
@@ -463,6 +549,10 @@ def _groups_of(rows: list[dict], *keys: str) -> list[tuple]:
         values = tuple(row[key] for key in keys)
         groups.setdefault(values if len(keys) > 1 else values[0], []).append(row)
     return list(groups.items())
+
+
+def _without_graphs(found: dict) -> list[dict]:
+    return [row for row in found["rows"] if not row.get("graph")]
 
 
 def _contiguous(rows: list[dict], function: str) -> list[dict]:
