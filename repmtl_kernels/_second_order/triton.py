@@ -24,13 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends.triton._common import alignment, launch
+from repmtl_kernels.backends.triton._common import TRITON_3_6, alignment, launch
 
 WARPS = 4
 # Left to itself, the compiler spills a few registers for more occupancy on sm_100.
 MAX_REGISTERS = 128
-# Tiles whose loads a program of the first pass has under way at once.
-DEEP = 2
+# Tiles whose loads a program of the first pass has under way at once. Triton 3.6 would not keep
+# sums over them within a thread.
+DEEP = 1 if TRITON_3_6 else 2
 # Eight programs for each multiprocessor of a large GPU; where there are more, longer ones make
 # fewer partial sums. Below MIN_POSITIONS of a channel these would be a tenth of the bytes.
 PROGRAMS = 1056

@@ -14,6 +14,8 @@ from torch import Tensor
 from repmtl_kernels.backends._availability import interpreting
 
 INTERPRET = interpreting()
+# That of PyTorch 2.11, which does some things less well.
+TRITON_3_6 = triton.__version__.startswith("3.6.")
 
 # Tasks of one launch: bounds how many variants of a kernel are compiled.
 MAX_TASKS = 8

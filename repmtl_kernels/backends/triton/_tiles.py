@@ -153,7 +153,7 @@ RULES = (
 
 def tile_of(kernel: str, kind: str, odd: bool, rows: int, depth: int, device: torch.device):
     """The :class:`Tile` or :class:`Sweep` of the first rule that fits."""
-    return _find(kernel, kind, odd, rows, depth, _capability(device))
+    return _find(kernel, kind, odd, rows, depth, capability_of(device))
 
 
 @functools.cache
@@ -193,7 +193,7 @@ def as_json(rules: Iterable[Rule]) -> str:
     return '{"rules": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _capability(device: torch.device) -> int:
+def capability_of(device: torch.device) -> int:
     """90 for compute capability 9.0, 0 under the interpreter."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

@@ -7,7 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from repmtl_kernels.backends import CSAGradient
-from repmtl_kernels.backends.triton._common import launch, pick, stride_of, task_groups
+from repmtl_kernels.backends.triton._common import (
+    TRITON_3_6,
+    launch,
+    pick,
+    stride_of,
+    task_groups,
+)
 from repmtl_kernels.backends.triton._operand import (
     Operand,
     join_columns,
@@ -19,6 +25,7 @@ from repmtl_kernels.backends.triton._operand import (
     task_columns,
     task_vectors,
 )
+from repmtl_kernels.backends.triton._tiles import capability_of
 
 
 def saliency_grad(
@@ -35,6 +42,8 @@ def saliency_grad(
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = triton.cdiv(operand.rows, tile.rows) * triton.cdiv(operand.depth, tile.columns)
     parts = 2 if operand.is_split else 1
+    # Triton 3.6 can't pipeline two products with one rounded operand on Blackwell.
+    unrounded = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
     for group, target in _paired_groups(saliencies, outputs):
         launch(
             _gradient_kernel,
@@ -63,7 +72,7 @@ def saliency_grad(
             PARTS=parts,
             COLUMNS=task_columns(tasks, parts),
             PRECISION=operand.precision,
-            ROUND=operand.rounds(group.form, along_rows=True),
+            ROUND=operand.rounds(group.form, along_rows=True) and not unrounded,
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
             DEPTH=tile.depth,
