@@ -73,7 +73,7 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	if command -v nvcc >/dev/null; then export REPMTL_REQUIRE_NATIVE=1; fi; \
 	timeout -s INT -k 5 60 "$(PYTHON_GPU)" setup.py -q build_ext --inplace \
 		|| failed="$$failed build($$?)"; \
-	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null); \
+	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; print("-n", min(16, os.cpu_count()))' 2>/dev/null); \
 	timeout -s INT -k 5 220 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
 		--junitxml="$(OUT)/tests.xml" --cells "$(OUT)" || failed="$$failed tests($$?)"; \
 	timeout -s INT -k 5 260 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \

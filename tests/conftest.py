@@ -75,7 +75,8 @@ def pytest_collection_modifyitems(items):
         if marker := item.get_closest_marker("cell"):
             backend = marker.kwargs.get("backend") or item.callspec.params["backend"]
             item.user_properties.append(("cell", [number, *marker.args, backend]))
-    if CUDA:
+    if CUDA:  # time may be short: first what is tested nowhere else
+        items.sort(key=lambda item: item.get_closest_marker("gpu") is None)
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
