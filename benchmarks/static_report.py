@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,14 +70,21 @@ class _AheadOfTimeDriver:
 
 
 @contextlib.contextmanager
-def compiled_instead_of_launched(capability: int) -> Iterator[dict[str, object]]:
-    """Within the block a kernel launch only compiles for ``capability``; yields kernels by hash."""
+def compiled_instead_of_launched(
+    capability: int, only: str | None = None
+) -> Iterator[dict[str, object]]:
+    """Within the block a kernel launch only compiles for ``capability``; yields kernels by hash.
+
+    only: the name of the kernel that is compiled; launches of others do nothing. None: all are.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels of this process cannot be compiled")
     compiled: dict[str, object] = {}
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        if only not in (None, self.__name__):
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled[kernel.hash] = kernel
         return kernel
@@ -158,7 +165,7 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
     stages = backends.load("triton")
     dtype, precision = MODES[mode]
     os.environ["REPMTL_FP32_PRECISION"] = precision or ""
-    saliencies = [_empty(shape, dtype, layout) for _ in range(shape.tasks)]
+    saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
     with compiled_instead_of_launched(capability) as compiled:
         statistics = stages.statistics(saliencies, positions=True, channels=True)
         for over in ("tasks", "space"):
@@ -198,7 +205,7 @@ def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) ->
     dtype, precision = MODES[mode]
     if precision not in (None, "ieee"):
         return []
-    x = _empty(shape, dtype, layout)
+    x = saliency(shape, dtype, layout)
     c = torch.empty(shape.channels)
     operands = (x, x, c, c, c, x, True, (True, True, True))
     with compiled_instead_of_launched(capability) as compiled:
@@ -207,10 +214,16 @@ def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) ->
     return list(compiled.values())
 
 
-def _empty(shape: Shape, dtype: torch.dtype, layout: str) -> torch.Tensor:
+def saliency(
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str,
+    make: Callable[..., torch.Tensor] = torch.empty,
+) -> torch.Tensor:
+    """``(B, C, N)``; as torch.empty makes it, memory that nobody writes takes no place."""
     if layout == "channels_last":
-        return torch.empty(shape.batch, shape.positions, shape.channels, dtype=dtype).mT
-    return torch.empty(shape.batch, shape.channels, shape.positions, dtype=dtype)
+        return make((shape.batch, shape.positions, shape.channels), dtype=dtype).mT
+    return make((shape.batch, shape.channels, shape.positions), dtype=dtype)
 
 
 KERNELS = {"losses": compile_stages, "batch_norm": compile_batch_norm}

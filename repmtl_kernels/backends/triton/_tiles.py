@@ -6,10 +6,11 @@ REPMTL_TILES names and that comes first. In both the first rule that fits holds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -151,9 +152,47 @@ RULES = (
 )
 
 
+class Request(NamedTuple):
+    """What a tile is asked for; sizes as in :class:`Rule`."""
+
+    kernel: str
+    kind: str
+    odd: bool
+    rows: int
+    depth: int
+    capability: int
+
+
+class _Trial(NamedTuple):
+    tiles: Mapping[str, Tile | Sweep]
+    given: dict[Request, Tile | Sweep]
+
+
+_trial: _Trial | None = None
+
+
 def tile_of(kernel: str, kind: str, odd: bool, rows: int, depth: int, device: torch.device):
     """The :class:`Tile` or :class:`Sweep` of the first rule that fits."""
-    return _find(kernel, kind, odd, rows, depth, capability_of(device))
+    request = Request(kernel, kind, odd, rows, depth, capability_of(device))
+    if _trial is None:
+        return _find(*request)
+    tile = _trial.tiles.get(kernel) or _find(*request)
+    _trial.given[request] = tile
+    return tile
+
+
+@contextlib.contextmanager
+def trying(tiles: Mapping[str, Tile | Sweep]) -> Iterator[dict[Request, Tile | Sweep]]:
+    """Within the block these kernels take these tiles; yields which tile each request was given.
+
+    For measuring, in one thread: it holds for the whole process.
+    """
+    global _trial
+    before, _trial = _trial, _Trial(tiles, {})
+    try:
+        yield _trial.given
+    finally:
+        _trial = before
 
 
 @functools.cache

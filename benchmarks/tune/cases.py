@@ -1,0 +1,164 @@
+"""What is tuned: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.static_report import MODES, saliency
+from benchmarks.tune.candidates import candidates
+from repmtl_kernels import backends
+from repmtl_kernels.backends import Anchors, CSAGradient, Gram
+from repmtl_kernels.backends.triton._operand import Operand
+from repmtl_kernels.backends.triton._tiles import Sweep, Tile
+
+# In the order in which they are tuned.
+KERNELS = {
+    "gram": "_gram_kernel",
+    "gradient": "_gradient_kernel",
+    "statistics": "_statistics_kernel",
+    "pull": "_gradient_pull_kernel",
+}
+# The largest shapes decide, so they are the first in every mode.
+TELLING = ("nyuv2", "cityscapes")
+OTHERS = ("vit1024", "vit196", "office49", "office1")
+PRECISION = "REPMTL_FP32_PRECISION"
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: str
+    shape: Shape
+    mode: str  # of MODES
+    layout: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return MODES[self.mode][0]
+
+    @property
+    def candidates(self) -> tuple[Tile | Sweep, ...]:
+        with precision_of(self.mode):
+            operand = _operand(self.shape, self.dtype)
+        kind = operand.precision
+        if self.kernel == "statistics" and kind != "16-bit":
+            kind = "ieee"
+        return candidates(self.kernel, kind, operand.is_odd, operand.rows)
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.shape.name} {self.mode} {self.layout}"
+
+
+def cases(
+    kernels: Sequence[str], shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]
+) -> list[Case]:
+    """Most telling first: what a deadline leaves out is at the end."""
+    telling = [s for s in shapes if s.name not in OTHERS]
+    others = [s for s in shapes if s.name in OTHERS]
+    found: list[Case] = []
+    for layout in layouts:
+        for some in (telling, others):
+            for mode in modes:
+                for shape in some:
+                    for kernel in KERNELS:
+                        case = Case(kernel, shape, mode, layout)
+                        if kernel in kernels and _is_new(case, found):
+                            found.append(case)
+    return found
+
+
+def _is_new(case: Case, found: list[Case]) -> bool:
+    """Whether there is such a kernel, and it is not the same as in a case before."""
+    if case.kernel == "pull" and not _operand(case.shape, case.dtype).n_side:
+        return False  # the C side has its result from the Gram stage
+    same = [c for c in found if (c.kernel, c.shape) == (case.kernel, case.shape)]
+    if case.shape.positions == 1:  # all layouts are the same memory
+        same = [replace(c, layout=case.layout) for c in same]
+    if case.kernel == "statistics":  # no products: float32 is the same in all its modes
+        same = [replace(c, mode=case.mode) if c.dtype == case.dtype else c for c in same]
+    return case not in same
+
+
+def _operand(shape: Shape, dtype: torch.dtype) -> Operand:
+    size = (shape.batch, shape.channels, shape.positions)
+    return Operand.of(torch.empty(size, dtype=dtype, device="meta"))
+
+
+@contextlib.contextmanager
+def precision_of(mode: str) -> Iterator[None]:
+    """Within the block float32 products are those of ``mode``."""
+    before = os.environ.get(PRECISION)
+    os.environ[PRECISION] = MODES[mode][1] or ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[PRECISION]
+        else:
+            os.environ[PRECISION] = before
+
+
+def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor | None]]:
+    """The stage that launches the kernel, on inputs of its own: a call gives what it computes.
+
+    What other stages would have computed is made like all else: numbers of order 1, by
+    ``make(size, dtype=...)``.
+    """
+    stages = backends.load("triton")
+    s = case.shape
+    saliencies = [saliency(s, case.dtype, case.layout, make) for _ in range(s.tasks)]
+    if case.kernel == "statistics":
+        return partial(stages.statistics, saliencies, positions=True, channels=True)
+    operand = Operand.of(saliencies[0])
+    side = s.positions if operand.n_side else s.channels
+    make = partial(make, dtype=torch.float32)
+    pairs, vectors = (s.tasks, s.batch), (s.tasks, s.batch, s.channels)
+    scale = make(pairs).fill_(0.25)
+    anchors = Anchors(unit=make(vectors), factor=make((s.batch,)), pull=make(vectors))
+    if case.kernel == "gram":
+        return partial(stages.gram, saliencies, scale, anchors.unit, eps=0.0, with_grad=True)
+    csa = CSAGradient(
+        scale=scale,
+        anchors=anchors,
+        contrast_grad=make(vectors),
+        gram=Gram(
+            similarity=make(pairs),
+            inverse=make(pairs),
+            slope=make(pairs),
+            projection=make((*pairs, s.tasks, side)),
+            matrix=make((*pairs, side, side), dtype=case.dtype),
+        ),
+        rank=make(pairs),
+        # All terms of the gradient of like size: an error in any of them shows.
+        curl=make(pairs) * operand.storage_factor,
+        tug=make((s.batch,)),
+        negatives=make(()),
+    )
+    position_grad = make((*pairs, s.positions))
+
+    def gradient() -> list[Tensor]:
+        outputs = [torch.empty_like(s) for s in saliencies]
+        stages.saliency_grad(saliencies, outputs, csa, position_grad)
+        return outputs
+
+    return gradient
+
+
+def shape_of_size(tasks: int, batch: int, channels: int, positions: int) -> Shape:
+    """A shape of the user's own; kernels see no difference between H x W and N x 1 positions."""
+    for name, value in zip("TBCN", (tasks, batch, channels, positions), strict=True):
+        if value < 1:
+            raise ValueError(f"--size: expected {name} of at least 1; got {value}")
+    name = f"T{tasks}-B{batch}-C{channels}-N{positions}"
+    return Shape(name, tasks, batch, channels, positions, 1, batch, "own")
+
+
+def shapes_named(names: Sequence[str]) -> list[Shape]:
+    return [SHAPES[name] for name in (*TELLING, *OTHERS) if name in names]

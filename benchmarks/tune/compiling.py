@@ -1,0 +1,127 @@
+"""Compiles candidates in worker processes, for a GPU that need not be there.
+
+The processes leave the kernels in Triton's cache on disk, where the one that measures finds them:
+they launch as that one does, on tensors of the same sizes, strides and alignment.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import torch
+from triton.errors import TritonError
+
+from benchmarks.static_report import compiled_instead_of_launched, inspect
+from benchmarks.tune.cases import KERNELS, Case, precision_of, stage_of
+from repmtl_kernels.backends.triton import _tiles
+from repmtl_kernels.backends.triton._tiles import Request, Sweep, Tile
+
+# Bytes that one block may have; of other GPUs the launch tells.
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@dataclass(frozen=True)
+class Job:
+    case: Case
+    tile: Tile | Sweep | None  # None: that of the tables
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a candidate; ``error``: why it can't be used."""
+
+    case: Case
+    tile: Tile | Sweep | None
+    is_baseline: bool
+    error: str | None = None
+    request: Request | None = None
+    hash: str | None = None  # of the kernel: equal ones are the same program
+    registers: int | None = None
+    spill_bytes: int | None = None
+    shared_bytes: int | None = None
+
+
+def compile_all(
+    jobs: Sequence[Job], capability: int, workers: int, until: float = float("inf")
+) -> list[Compiled | None]:
+    """In the order of the jobs; None where none was begun until ``time.monotonic()`` was that."""
+    found: list[Compiled | None] = [None] * len(jobs)
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(jobs)):
+        waiting.put(number)
+    # Not forked: a process that has used CUDA can't be.
+    context = multiprocessing.get_context("spawn")
+
+    def serve() -> None:
+        # A process each: one that a crash of the compiler ends takes no other job with it.
+        pool = ProcessPoolExecutor(1, context)
+        try:
+            while time.monotonic() < until:
+                try:
+                    number = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                job = jobs[number]
+                try:
+                    found[number] = pool.submit(compile_one, job, capability).result()
+                except BrokenProcessPool:
+                    found[number] = _failed(job, "the compiler's process ended")
+                    pool.shutdown()
+                    pool = ProcessPoolExecutor(1, context)
+        finally:
+            pool.shutdown()
+
+    workers = max(1, min(workers, len(jobs)))
+    with ThreadPoolExecutor(workers) as threads:
+        for served in [threads.submit(serve) for _ in range(workers)]:
+            served.result()
+    return found
+
+
+def compile_one(job: Job, capability: int) -> Compiled:
+    """A candidate's kernel; for the tile of the tables all kernels of the stage."""
+    case, name = job.case, KERNELS[job.case.kernel]
+    tiles = {} if job.tile is None else {case.kernel: job.tile}
+    only = None if job.tile is None else name
+    try:
+        with (
+            precision_of(case.mode),
+            compiled_instead_of_launched(capability, only) as kernels,
+            _tiles.trying(tiles) as given,
+        ):
+            stage_of(case, torch.empty)()
+    except (TritonError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [""]
+        return _failed(job, f"{type(error).__name__}: {lines[0]}")
+    ((request, tile),) = ((r, t) for r, t in given.items() if r.kernel == case.kernel)
+    (kernel,) = (k for k in kernels.values() if k.metadata.name == name)
+    made = inspect(kernel, capability, instructions=False)
+    return Compiled(
+        case,
+        tile,
+        job.tile is None,
+        _why_not(made.spill_bytes, made.shared_bytes, capability),
+        request,
+        kernel.hash,
+        made.registers,
+        made.spill_bytes,
+        made.shared_bytes,
+    )
+
+
+def _failed(job: Job, error: str) -> Compiled:
+    return Compiled(job.case, job.tile, job.tile is None, error)
+
+
+def _why_not(spill_bytes: int, shared_bytes: int, capability: int) -> str | None:
+    if spill_bytes:
+        return f"spills {spill_bytes} bytes of registers"
+    if shared_bytes > SHARED_BYTES.get(capability, shared_bytes):
+        return f"needs {shared_bytes} bytes of shared memory"
+    return None

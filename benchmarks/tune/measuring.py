@@ -1,0 +1,267 @@
+"""Times the candidates of a case in turns, and makes rules of those that are faster."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from benchmarks import floors
+from benchmarks.kernels import CACHE_FACTOR, MAX_INPUT_SETS, Effort, rounded
+from benchmarks.timing import Timing, side_by_side
+from benchmarks.tune.candidates import shown
+from benchmarks.tune.cases import Case, precision_of, stage_of
+from benchmarks.tune.compiling import Compiled
+from repmtl_kernels.backends.triton import _tiles
+from repmtl_kernels.backends.triton._tiles import Rule, Sweep, Tile
+
+# A candidate has to take that much less time than the tile of the tables, and beyond the spread.
+GAIN = 0.03
+# Largest difference from the result of the tables' tile, relative to the largest element: sums in
+# another order, rounded to the dtype; tf32 operands may be cut off or rounded.
+TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2, "tf32": 5e-3, "tf32x3": 1e-4, "ieee": 1e-4}
+EFFORT = Effort(seconds=0.6, min_rounds=7, max_rounds=40)
+
+
+class WrongResultError(Exception):
+    """A candidate computes something else than the tile of the tables."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    candidate: Compiled
+    timing: Timing | None  # None: left out
+    error: str | None = None
+
+
+def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> list[Measured]:
+    """One for each that was compiled, the tile of the tables first.
+
+    Raises a :class:`WrongResultError` for a candidate whose result is another, and what the GPU
+    raises: torch.OutOfMemoryError where it is too small for the case.
+    """
+    left_out = {c: c.error for c in compiled if c.error and not c.is_baseline}
+    calls: dict[Compiled, Callable[[], object]] = {}
+    sets = input_sets(case, device)
+    with precision_of(case.mode), torch.no_grad():
+        stages = _stages(case, sets, device)
+        pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        expected = None
+        for candidate in compiled:
+            if candidate in left_out:
+                continue
+            tiles = {case.kernel: candidate.tile}
+            call = partial(_run, stages, tiles)
+            try:
+                expected = _checked(candidate, partial(_run, stages[:1], tiles), expected)
+                calls[candidate] = call if pool is None else _graph_of(call, pool)
+            except OutOfResources as error:
+                left_out[candidate] = str(error)
+                if candidate.is_baseline:  # nothing to compare with
+                    return [Measured(candidate, None, left_out[candidate])]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # an error on the GPU says nothing of who made it
+                raise RuntimeError(f"{case}: {shown(candidate.tile)}: {error}") from error
+        timings = side_by_side(calls, device, **EFFORT._asdict())
+    return [
+        Measured(c, None, left_out[c]) if c in left_out else Measured(c, _each(timings[c], sets))
+        for c in compiled
+    ]
+
+
+def input_sets(case: Case, device: torch.device) -> int:
+    """Enough sets of inputs that the device's cache does not hold the next one."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    set_bytes = case.shape.elements * case.dtype.itemsize
+    return min(MAX_INPUT_SETS, 1 + CACHE_FACTOR * cache // set_bytes)
+
+
+def _stages(case: Case, sets: int, device: torch.device) -> list[Callable[[], Sequence]]:
+    generator = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=device)
+    return [stage_of(case, normal) for _ in range(sets)]
+
+
+def _run(
+    stages: Sequence[Callable[[], Sequence]], tiles: Mapping[str, Tile | Sweep]
+) -> Sequence[Tensor | None]:
+    """The stages one after the other with these tiles; what the last one computes."""
+    with _tiles.trying(tiles):
+        for stage in stages:
+            found = stage()
+    return found
+
+
+def _result(stage: Callable[[], Sequence[Tensor | None]]) -> list[Tensor]:
+    """What the stage computes, NaN where it does not write."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # torch.empty is NaN then
+    try:
+        return [value for value in stage() if value is not None]
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _checked(
+    candidate: Compiled, stage: Callable[[], Sequence], expected: list[Tensor] | None
+) -> list[Tensor]:
+    """``expected``, which the candidate gives as well; for the first one what it gives."""
+    found = _result(stage)
+    allowed = TOLERANCE[candidate.case.mode]
+    for f, e in zip(found, expected or found, strict=True):
+        # Of the first one whether it is finite.
+        error = ((f.float() - e.float()).abs().max() / e.abs().max()).item()
+        if not error <= allowed:
+            raise WrongResultError(
+                f"{candidate.case}: {shown(candidate.tile)} computes something else than the tile "
+                f"of the tables: of {tuple(f.shape)} numbers one differs by {error:.3g} of the "
+                f"largest, {allowed:g} is rounding"
+            )
+    return expected or found
+
+
+def _graph_of(call: Callable[[], object], pool: tuple[int, int]) -> Callable[[], None]:
+    """The call as a CUDA graph, without its launches: they take as long as small kernels, and are
+    the same for all tiles. It must have run before; its results are gone with the next graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
+def _each(timing: Timing, sets: int) -> Timing:
+    return timing._replace(ms=timing.ms / sets, spread=timing.spread / sets)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Yields the names of the kernels that this process compiles within the block."""
+    names: list[str] = []
+
+    def listen(*, src, cache_hit: bool, **_: object) -> None:
+        if not cache_hit:
+            names.append(src.name)
+
+    knobs = triton.knobs.compilation
+    before, knobs.listener = knobs.listener, listen
+    try:
+        yield names
+    finally:
+        knobs.listener = before
+
+
+def rows_of(measured: Sequence[Measured], ceilings: dict) -> list[dict]:
+    baseline = measured[0].timing
+    return [_row(m, baseline, ceilings) for m in measured]
+
+
+def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
+    candidate, timing = measured.candidate, measured.timing
+    case, s = candidate.case, candidate.case.shape
+    row = {
+        "kernel": case.kernel,
+        "shape": s.name,
+        "T": s.tasks,
+        "B": s.batch,
+        "C": s.channels,
+        "N": s.positions,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": case.mode,
+        "layout": case.layout,
+        "candidate": None if candidate.tile is None else candidate.tile._asdict(),
+        "baseline": candidate.is_baseline,
+        "registers": candidate.registers,
+        "spill_bytes": candidate.spill_bytes,
+        "shared_bytes": candidate.shared_bytes,
+        "ms": None,
+        "error": measured.error,
+    }
+    if timing is not None and baseline is not None:
+        floor = floor_ms(case, ceilings)
+        figures = {
+            "ms": timing.ms,
+            "spread": timing.spread,
+            "ratio": timing.ms / baseline.ms,
+            "floor_ms": floor,
+            "fraction": floor / timing.ms,
+        }
+        row |= rounded(figures) | {"rounds": timing.rounds}
+    return row
+
+
+def floor_ms(case: Case, ceilings: dict) -> float:
+    """Of the stage that launches the kernel."""
+    rates = ceilings["matmul_tflops"]
+    if case.mode == "ieee":
+        rate, tiling = rates["float32"], floors.EXACT
+    else:
+        tiling = floors.TENSOR_CORES
+        rate = rates["tf32" if case.mode.startswith("tf32") else "bfloat16"]
+        rate /= 3 if case.mode == "tf32x3" else 1  # three products for each
+    count = partial(floors.forward_passes, "csa_loss")
+    if case.kernel in ("gradient", "pull"):
+        count = partial(floors.backward_passes, "csa_loss")
+    work = count(case.shape, case.dtype.itemsize, tiling)
+    if case.kernel in ("statistics", "gram"):
+        statistics, gram = work
+        work = [statistics if case.kernel == "statistics" else gram]
+    return floors.floor_ms(work, ceilings["copy_gbs"], rate)
+
+
+def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:
+    """For each request of which a candidate is faster, a rule that holds for it alone.
+
+    Cases that ask alike (layouts, batches, both 16-bit dtypes) have one rule: a candidate has to be
+    faster in one of them, and slower in none.
+    """
+    alike: dict[_tiles.Request, list[dict[Tile | Sweep, Timing]]] = defaultdict(list)
+    baselines = {}
+    for case in measured:
+        timings = {m.candidate.tile: m.timing for m in case if m.timing is not None}
+        if timings:
+            first = case[0].candidate
+            alike[first.request].append(timings)
+            baselines[first.request] = first.tile
+    rules = []
+    for request, lines in alike.items():
+        best = _fastest(baselines[request], lines)
+        if best is None:
+            continue
+        kernel, kind, odd, rows, depth, capability = request
+        rules.append(
+            Rule(kernel, (kind,), best, odd, (rows, rows), (depth, depth), (capability, capability))
+        )
+    return rules
+
+
+def _fastest(
+    baseline: Tile | Sweep, lines: Sequence[dict[Tile | Sweep, Timing]]
+) -> Tile | Sweep | None:
+    """The candidate of the least geometric mean, of those that are faster."""
+
+    def gains(tile: Tile | Sweep) -> list[float]:
+        return [_gain(line[baseline], line[tile]) for line in lines]
+
+    def mean(tile: Tile | Sweep) -> float:
+        return sum(math.log(line[tile].ms / line[baseline].ms) for line in lines)
+
+    in_all = [t for t in lines[0] if t != baseline and all(t in line for line in lines)]
+    better = [t for t in in_all if max(gains(t)) >= GAIN and min(gains(t)) >= 0]
+    return min(better, key=mean, default=None)
+
+
+def _gain(baseline: Timing, own: Timing) -> float:
+    """The share of the baseline's time that a candidate saves; 0 within the spread."""
+    saved = baseline.ms - own.ms
+    return saved / baseline.ms if abs(saved) > max(baseline.spread, own.spread) else 0.0
