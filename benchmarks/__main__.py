@@ -22,6 +22,7 @@ from benchmarks import (
     plots,
     report,
     results,
+    scaling,
     second_order,
     stages,
     steps,
@@ -75,13 +76,20 @@ class Part:
 def rows_of(
     measure: Callable[..., tuple[list[dict], list[str]]], *, rates: bool = False
 ) -> Callable:
-    """A part from ``measure(device, *, quick, deadline)``; with ``rates`` the ceilings too."""
+    """A part from ``measure(device, *, quick, deadline)``, short where nobody asked for it.
+
+    With ``rates``, from ``measure(device, ceilings, *, quick, deadline, save)``: rows with floors,
+    saved as they come, of which some may be broken.
+    """
 
     def part(run: Run) -> list[str]:
-        ceilings = (run.head["measured"],) if rates else ()
-        rows, notes = measure(run.device, *ceilings, quick=run.quick, deadline=run.deadline)
+        options = {"quick": run.quick or not run.asked, "deadline": run.deadline}
+        if not rates:
+            rows, notes = measure(run.device, **options)
+        else:
+            rows, notes = measure(run.device, run.head["measured"], **options, save=run.save)
         run.save(rows, notes)
-        return []
+        return kernels.broken(rows) if rates else []
 
     return part
 
@@ -95,18 +103,6 @@ def measure_kernels(run: Run) -> list[str]:
     )
     save(rows, notes)
     say("\n" + kernels.summary(rows, default))
-    return kernels.broken(rows)
-
-
-def measure_stages(run: Run) -> list[str]:
-    rows, notes = stages.measure(
-        run.device,
-        run.head["measured"],
-        quick=run.quick or not run.asked,
-        deadline=run.deadline,
-        save=run.save,
-    )
-    run.save(rows, notes)
     return kernels.broken(rows)
 
 
@@ -162,7 +158,7 @@ PARTS = {
         EVERYWHERE,
     ),
     "stages": Part(
-        measure_stages,
+        rows_of(stages.measure, rates=True),
         "STAGES: each stage of the losses by itself, all contestants in turns",
         0.1,
         ("cuda",),
@@ -176,6 +172,11 @@ PARTS = {
     "kept": Part(
         measure_kept,
         "KEPT: csa_loss that saves its Gram matrices and that makes them again, in turns",
+        0.3,
+    ),
+    "scaling": Part(
+        rows_of(scaling.measure, rates=True),
+        "SCALING: rep_mtl_loss and the contrast stage, one size varied at a time",
         0.3,
     ),
     "compiled": Part(

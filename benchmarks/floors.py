@@ -128,12 +128,23 @@ def gram(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> lis
     return [Pass(moved, _gram_flops(shape, tiling))]
 
 
-def contrast(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
-    """Products of the anchors of any two samples, once for both; all of them for the gradient."""
-    numbers = shape.tasks * shape.batch * shape.channels
-    pairs = shape.batch * (shape.batch - 1) * shape.tasks**2
-    flops = pairs * shape.channels * (1 + 2 * with_grad)
-    return [Pass(SUM * (numbers * (1 + 2 * with_grad) + shape.batch), flops)]
+def contrast(
+    shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool, total: int | None = None
+) -> list[Pass]:
+    """The batch against all of ``total`` samples, itself among them; None: against each other.
+
+    Products of any two samples, once for both. Then a pass of its own for the gradient's sums of
+    everyone's anchors, since a weight of them needs whole sums of exponentials.
+    """
+    batch, numbers = shape.batch, shape.tasks * shape.channels  # of a sample
+    total = batch if total is None else total
+    of_two = 2 * shape.tasks * numbers
+    pairs = batch * (total - batch) + batch * (batch - 1) // 2
+    work = [Pass(SUM * (total * numbers + batch), of_two * pairs)]
+    if with_grad:  # also reads pull, factor and everyone's log-sum-exp
+        moved = total * (numbers + 1) + batch * (2 * numbers + 1)
+        work.append(Pass(SUM * moved, of_two * batch * (total - 1)))
+    return work
 
 
 def saliency_grad(shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from benchmarks.memory import peak_extra_bytes
 from benchmarks.progress import say, table, track
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.timing import side_by_side
+from benchmarks.timing import Timing, side_by_side
 from repmtl_kernels import reference
 from repmtl_kernels.backends import resolve
 from repmtl_kernels.backends._availability import refusal
@@ -279,11 +279,7 @@ def _rows(case: Case, device: torch.device, ceilings: dict, effort: Effort) -> l
         itemsize = case.precision.dtype.itemsize
         count = partial(floors.passes, case.function, case.shape, itemsize, way.direction)
         figures = {
-            "ms": timing.ms,
-            "spread": timing.spread,
-            "rounds": timing.rounds,
-            # A graph holds its memory all the time.
-            "peak_mb": None if way.graph else peak_extra_bytes(call, device) / 1e6,
+            **time_and_memory(call, timing, device, graph=way.graph),
             **rates(count, case.precision, timing.ms, ceilings),
             **accuracy[way.backend]._asdict(),
             "error": None,
@@ -294,6 +290,18 @@ def _rows(case: Case, device: torch.device, ceilings: dict, effort: Effort) -> l
     return rows
 
 
+def time_and_memory(
+    call: Callable[[], object], timing: Timing, device: torch.device, *, graph: bool
+) -> dict:
+    return {
+        "ms": timing.ms,
+        "spread": timing.spread,
+        "rounds": timing.rounds,
+        # A graph holds its memory all the time.
+        "peak_mb": None if graph else peak_extra_bytes(call, device) / 1e6,
+    }
+
+
 def free(device: torch.device) -> None:
     """Gives memory back that no tensor has."""
     if device.type == "cuda":
@@ -301,8 +309,7 @@ def free(device: torch.device) -> None:
 
 
 def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
-    """Sets of T saliencies, or of one stacked tensor: enough sets that the device's cache does not
-    hold the next one."""
+    """Sets of T saliencies, or of one stacked tensor."""
     s, layout = case.shape, case.layout
     size = (s.batch, s.channels, s.height, s.width)
     if layout == "tokens":
@@ -310,9 +317,6 @@ def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
     tensors = s.tasks
     if layout == "stacked":
         size, tensors = (s.tasks, *size), 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    set_bytes = s.elements * case.precision.dtype.itemsize
-    sets = min(MAX_INPUT_SETS, 1 + CACHE_FACTOR * cache // set_bytes)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(0)
     return [
@@ -322,8 +326,14 @@ def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
             .requires_grad_()
             for _ in range(tensors)
         ]
-        for _ in range(sets)
+        for _ in range(input_sets(s.elements * case.precision.dtype.itemsize, device))
     ]
+
+
+def input_sets(set_bytes: int, device: torch.device) -> int:
+    """So many that the device's cache does not hold the next one."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return min(MAX_INPUT_SETS, 1 + CACHE_FACTOR * cache // set_bytes)
 
 
 def contestants(case: Case, device: torch.device) -> dict[str, Loss]:
@@ -460,7 +470,7 @@ def prepared(
             free(device)
             continue
         expected = value if expected is None else expected
-        if wrong := _disagreement(case, backend, value, expected):
+        if wrong := disagreement(case.precision, backend, value, expected):
             errors |= dict.fromkeys(mine, wrong)
             continue
         accuracy[backend] = error
@@ -477,7 +487,7 @@ def prepared(
                 errors[replayed] = described(failure)
                 free(device)
                 continue
-            if wrong := _disagreement(case, way.backend, value, expected):
+            if wrong := disagreement(case.precision, way.backend, value, expected):
                 errors[replayed] = wrong
                 continue
             calls[replayed] = replay
@@ -495,9 +505,9 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line}"
 
 
-def _disagreement(case: Case, backend: str, value: float, expected: float) -> str | None:
+def disagreement(precision: Precision, backend: str, value: float, expected: float) -> str | None:
     """The reference is what it is, and in 16 bits it may be wrong altogether."""
-    allowed = AGREEMENT[case.precision.dtype] * max(abs(expected), LAMBDA)
+    allowed = AGREEMENT[precision.dtype] * max(abs(expected), LAMBDA)
     if backend == REFERENCE or abs(value - expected) <= allowed:
         return None
     return f"{DISAGREES}: {value:.6g} instead of {expected:.6g}"
@@ -550,7 +560,6 @@ def broken(rows: list[dict]) -> list[str]:
 
 def labels(case: Case, backend: str, direction: str, graph: bool = False) -> dict:
     s = case.shape
-    full = asdict(SHAPES[s.name])
     return {
         "function": case.function,
         "shape": s.name,
@@ -558,7 +567,7 @@ def labels(case: Case, backend: str, direction: str, graph: bool = False) -> dic
         "B": s.batch,
         "C": s.channels,
         "N": s.positions,
-        "full_B": full["batch"],
+        "full_B": SHAPES.get(s.name, s).batch,
         "dtype": str(case.precision.dtype).removeprefix("torch."),
         "precision": case.precision.name,
         "layout": case.layout,

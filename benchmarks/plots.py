@@ -7,11 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import scaling
 from benchmarks.progress import say
 from benchmarks.results import load
 from benchmarks.stages import MAIN, TARGET_SHAPES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLORS = {
@@ -19,6 +21,7 @@ COLORS = {
     "reference_compiled": "#e0a458",
     "factored": "#9c755f",
     "factored_compiled": "#e07b54",
+    "materialized": "#8c8c8c",
     "bmm": "#b8b8b8",
     "torch": "#b8b8b8",
     "torch_compiled": "#e0a458",
@@ -31,6 +34,7 @@ BACKEND_LABELS = {
     "reference_compiled": "reference, torch.compile",
     "factored": "factored, plain PyTorch",
     "factored_compiled": "factored, torch.compile",
+    "materialized": "plain PyTorch, all products",
     "bmm": "torch.bmm",
     "torch": "PyTorch",
     "torch_compiled": "PyTorch, torch.compile",
@@ -87,7 +91,12 @@ def draw(folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     written = []
     with matplotlib.rc_context(STYLE):
-        figures = {"kernels": kernels_figures, "stages": stages_figures, "steps": steps_figures}
+        figures = {
+            "kernels": kernels_figures,
+            "stages": stages_figures,
+            "steps": steps_figures,
+            "scaling": scaling_figures,
+        }
         for what, make in figures.items():
             found = load(folder, what)
             if found is None or not found["rows"]:
@@ -241,3 +250,62 @@ def steps_figures(found: dict) -> dict[str, Figure]:
     looks = subplots[0].get_legend_handles_labels()
     figure.legend(*looks, loc="upper left", bbox_to_anchor=(0.02, 0.0), ncols=3)
     return {"steps": figure}
+
+
+def scaling_figures(found: dict) -> dict[str, Figure]:
+    """Time and memory against each size that was varied, in the first precision of each sweep."""
+    by_sweep: dict[str, list[scaling.Line]] = {}
+    for line in scaling.lines(found["rows"]):
+        here = by_sweep.setdefault(line.sweep, [])
+        if not here or line.precision == here[0].precision:
+            here.append(line)
+    if not by_sweep:
+        return {}
+    return {
+        "scaling": _curves(by_sweep, "ms", "milliseconds", found),
+        "scaling_memory": _curves(by_sweep, "peak_mb", "peak extra memory, MB", found),
+    }
+
+
+def _curves(
+    by_sweep: dict[str, list[scaling.Line]], figure_of: str, label: str, found: dict
+) -> Figure:
+    """A panel for each sweep, both axes logarithmic: a line for each contestant."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(by_sweep))
+    height = math.ceil(len(by_sweep) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.9 * height), layout="constrained")
+    subplots = figure.subplots(height, columns, squeeze=False).flat
+    looks = {}
+    for axes, (sweep, lines) in zip(subplots, by_sweep.items(), strict=False):
+        if figure_of == "ms":
+            floor = {row["value"]: row["floor_ms"] for line in lines for row in line.rows}
+            looks["floor"] = _curve(axes, sorted(floor.items()), "#404040", "--", "")
+        for line in lines:
+            points = [(row["value"], row[figure_of]) for row in line.rows]
+            name = BACKEND_LABELS[line.backend]
+            looks[name] = _curve(axes, points, COLORS[line.backend], "-", ".")
+        first = lines[0].rows[0]
+        if sweep in ("positions", "channels"):  # where the other one becomes the smaller side
+            other = first["C" if sweep == "positions" else "N"]
+            axes.axvline(other, color="#808080", linewidth=1, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        axes.grid(visible=True, axis="both")
+        axes.set_xlabel(scaling.SWEEPS[sweep].axis)
+        axes.set_title(f"{first['function']}, {lines[0].precision}", fontsize=9, loc="left")
+    for axes in subplots[len(by_sweep) :]:
+        axes.set_visible(False)
+    figure.supylabel(label, fontsize=10)
+    figure.suptitle(_machine(found), fontsize=10, x=0.02, ha="left")
+    figure.legend(looks.values(), looks, loc="outside lower center", ncols=len(looks))
+    return figure
+
+
+def _curve(axes: Axes, points: list, color: str, line: str, marker: str) -> object:
+    (drawn,) = axes.plot(*zip(*points, strict=True), line, marker=marker, color=color)
+    return drawn

@@ -6,11 +6,11 @@ A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``, wi
 (what the kernels have to reach on a GPU, and whether they do),
 ``steps`` (time and memory of a training step by every method), ``phases`` (where that time goes),
 ``second_order`` (a step with and without it), ``accuracy`` (MultiMNIST by every method),
-``kept`` (Gram matrices saved or made again), ``checkpoint`` (peak of a step under activation
-checkpointing), ``quality_STUDY`` (``Delta_p`` of a study), ``static`` (what the compiler made of
-the kernels) and ``compatibility`` (what works on which backend, as the tests found: ``pytest
---cells FOLDER``). MACHINE ``simulated`` is for what comes from formulas alone: ``ranks``, the cost
-of negatives of all ranks, and ``kept``.
+``kept`` (Gram matrices saved or made again), ``scaling`` (growth with each size, and its figures),
+``checkpoint`` (peak of a step under activation checkpointing), ``quality_STUDY`` (``Delta_p`` of a
+study), ``static`` (what the compiler made of the kernels) and ``compatibility`` (what works on
+which backend, as the tests found: ``pytest --cells FOLDER``). MACHINE ``simulated`` is for what
+comes from formulas alone: ``ranks``, the cost of negatives of all ranks, and ``kept``.
 Where a document has no such markers nothing is written.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import distributed, kept, plots, targets
+from benchmarks import distributed, kept, plots, scaling, targets
 from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
@@ -45,6 +45,7 @@ BACKEND_TITLES = {
     "reference_compiled": "`torch.compile`",
     "factored": "factored",
     "factored_compiled": "factored, `torch.compile`",
+    "materialized": "plain PyTorch, all products",
     "eager": "eager",
     "native": "native",
     "triton": "Triton",
@@ -427,6 +428,48 @@ def checkpoint_table(found: dict) -> str:
     return _with_caption(markdown(header, lines), found | {"notes": []}, units)
 
 
+def scaling_table(found: dict) -> str:
+    """How time and memory grow with each size, and the figures of it."""
+    header = ["varied", "from, to", "contestant", "time", "at most", "the floor's"]
+    header += ["memory", "at most", "of the floor at the largest"]
+    if "gpu" in found["machine"]:
+        header.insert(1, "precision")
+    lines = []
+    for line in scaling.lines(found["rows"]):
+        first, last = line.rows[0], line.rows[-1]
+        cells = [
+            scaling.SWEEPS[line.sweep].axis,
+            f"{first['value']:,}, {last['value']:,}",
+            BACKEND_TITLES[line.backend],
+            _growth(line.time, line.expected.time),
+            str(line.expected.time),
+            _growth(line.floor),
+            _growth(line.memory, line.expected.memory),
+            str(line.expected.memory),
+            f"{100 * last['fraction']:.2g}%",
+        ]
+        if "gpu" in found["machine"]:
+            cells.insert(1, line.precision)
+        lines.append(cells)
+    folder = f"results/{found['machine']['name']}"
+    units = (
+        f"![Time]({folder}/scaling.svg)\n![Memory]({folder}/scaling_memory.svg)\n\n"
+        "The power of the varied size that time and memory grow with, fitted to the last half of "
+        "the sizes; bold where it is more than "
+        f"{scaling.TOLERANCE:g} above what is expected at most. Forward and backward of "
+        "rep_mtl_loss; of the contrast stage where samples are varied beyond a batch, its memory "
+        "without the anchors that it is given."
+    )
+    return _with_caption(markdown(header, lines), found, units)
+
+
+def _growth(power: float | None, most: int | None = None) -> str:
+    if power is None:
+        return ""
+    bold = "**" if most is not None and power > most + scaling.TOLERANCE else ""
+    return f"{bold}{power:.2f}{bold}"
+
+
 def static_table(found: dict) -> str:
     """A line per kernel and its modes that come out alike: the worst of all shapes and layouts."""
     targets = sorted({row["capability"] for row in found["rows"]})
@@ -505,6 +548,7 @@ TABLES: dict[str, tuple[str, Callable[[dict], str]]] = {
     "accuracy": ("quality_bench", accuracy_table),
     "kept": ("kept", kept_table),
     "checkpoint": ("kept", checkpoint_table),
+    "scaling": ("scaling", scaling_table),
     "static": ("static", static_table),
     "compatibility": ("compatibility", compatibility_table),
     "errors": ("kernels", errors_table),

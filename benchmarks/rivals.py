@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import reference
+from repmtl_kernels.backends import Everyone
 
 
 def csa_loss(
@@ -64,3 +65,26 @@ def gram(saliencies: Sequence[Tensor]) -> list[Tensor]:
         a, b = (x.mT, x) if x.shape[2] <= x.shape[1] else (x, x.mT)
         found.append(torch.bmm(a, b))
     return found
+
+
+def contrast(a: Tensor, everyone: Everyone | None, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """The contrast stage of anchors (T, B, C), with all of its products at once.
+
+    Returns the log-sum-exp (B,) and the gradient of everyone's mean (T, B, C).
+    """
+    a = a.detach().requires_grad_()
+    norm = torch.linalg.matrix_norm(torch.einsum("tbc,ubc->btu", a, a))
+    unit = a / norm.sqrt()[:, None]
+    others, first = (unit, 0) if everyone is None else everyone[:2]
+    (tasks, batch, _), total = unit.shape, others.shape[1]
+    rows, columns = (x.transpose(0, 1).flatten(0, 1) for x in (unit, others))
+    products = (rows @ columns.T).view(batch, tasks, total, tasks)
+    samples = torch.arange(total, device=a.device)
+    same = samples == first + torch.arange(batch, device=a.device)[:, None]
+    r = products.square().sum((1, 3)).div(temperature).masked_fill(same, float("-inf"))
+    logsumexp = r.logsumexp(1)
+    value = logsumexp.sum()
+    if everyone is not None:  # own samples in the others' sums
+        value = value + (r - everyone.gather(logsumexp.detach())).exp().sum()
+    (grad,) = torch.autograd.grad(value / total, a)
+    return logsumexp.detach(), grad

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks import floors, kernels, rivals
 from benchmarks.kernels import BFLOAT16, FAILURES, FLOAT32, PRECISIONS, TF32, Effort, Precision
-from benchmarks.memory import peak_extra_bytes
 from benchmarks.progress import say, track
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES, Shape
@@ -304,11 +303,7 @@ def _rows(
     for (name, graph), call in calls.items():
         timing = timings[name, graph]
         figures = {
-            "ms": timing.ms,
-            "spread": timing.spread,
-            "rounds": timing.rounds,
-            # A graph holds its memory all the time.
-            "peak_mb": None if graph else peak_extra_bytes(call, device) / 1e6,
+            **kernels.time_and_memory(call, timing, device, graph=graph),
             **kernels.rates(count, products, timing.ms, ceilings),
             "error": None,
         }

@@ -53,8 +53,15 @@ HEAD = {
             1536 + 4 * (48 + 24) + 6 * 64 * 2 + 4 * 6 * 2 * 8,
             6 * (2 * 36 * 16 + 2 * 2 * 128),
         ),
-        # 3 pairs of samples with 2 x 2 products of 8 channels; both ways for the gradient.
-        ("contrast", {"with_grad": True}, 4 * (3 * 48 + 3), 3 * 4 * 16 + 6 * 4 * 16),
+        # 3 pairs of samples with 2 x 2 products of 8 channels. Both ways for the gradient, in a
+        # pass that reads all anchors again, with their sums, pull and factor.
+        ("contrast", {"with_grad": False}, 4 * (48 + 3), 3 * 4 * 16),
+        (
+            "contrast",
+            {"with_grad": True},
+            4 * (48 + 3) + 4 * (48 + 3 + 2 * 48 + 3),
+            3 * 4 * 16 + 6 * 4 * 16,
+        ),
         ("saliency_grad", {}, 3 * 1536 + 6 * 64 * 2, 6 * 2 * 8 * 8 * 16),
     ],
 )
@@ -190,21 +197,34 @@ def test_parts_share_the_time_of_a_run():
     assert both == pytest.approx({"kernels": 0.45 / 0.55, "stages": 1.0})
 
 
-def test_a_part_from_a_function(tmp_path):
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("rates", [False, True])
+def test_a_part_from_a_function(rates, asked, tmp_path):
     told = {}
+    row = kernels.labels(
+        kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False), "eager", "forward"
+    )
+    row |= {"error": "no such kernel"}
 
-    def measure(device, ceilings, *, quick, deadline):
-        told.update(device=device, ceilings=ceilings, quick=quick, deadline=deadline)
-        return [{"a": 1}], ["a note"]
+    def measure(device, *ceilings, save=None, **options):
+        told.update(device=device, ceilings=ceilings, saves=save is not None, **options)
+        if save is not None:
+            save([row], [])
+            assert results.load(tmp_path, "scaling")["rows"] == [row]
+        return [row], ["a note"]
 
     run = parts.Run(
-        name="scaling", device=CPU, head=HEAD, folder=tmp_path, quick=True, asked=True,
+        name="scaling", device=CPU, head=HEAD, folder=tmp_path, quick=False, asked=asked,
         deadline=3.0, unclean=["busy"],
     )  # fmt: skip
-    assert parts.rows_of(measure, rates=True)(run) == []
-    assert told == {"device": CPU, "ceilings": HEAD["measured"], "quick": True, "deadline": 3.0}
+    broken = parts.rows_of(measure, rates=rates)(run)
+    ceilings = (HEAD["measured"],) if rates else ()
+    assert told == {
+        "device": CPU, "ceilings": ceilings, "saves": rates, "quick": not asked, "deadline": 3.0,
+    }  # fmt: skip
+    assert len(broken) == rates
     found = results.load(tmp_path, "scaling")
-    assert (found["rows"], found["notes"]) == ([{"a": 1}], ["busy", "a note"])
+    assert (found["rows"], found["notes"]) == ([row], ["busy", "a note"])
     assert found["commit"] == HEAD["commit"]
 
 
