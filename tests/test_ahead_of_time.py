@@ -30,7 +30,7 @@ HEAVY = ("_gram_kernel", "_gradient_kernel")
 SHARED_KILOBYTES = {80: 163, 90: 227, 100: 227}
 
 
-def compiled(capability: int) -> list[dict]:
+def compiled(capability: int, *options: str) -> list[dict]:
     """Rows of benchmarks.static_report; a process of its own, since this one may interpret.
 
     One for all modes and shapes: most kernels are the same for several of them.
@@ -38,9 +38,8 @@ def compiled(capability: int) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.static_report", "--json"]
     command += ["--capability", str(capability), "--layout", "contiguous"]
-    command += ["--disassemble", *HEAVY, "_statistics_kernel"]
     done = subprocess.run(
-        [*command, "--mode", *MODES, "--shape", *SHAPES],
+        [*command, *options],
         cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,
@@ -52,7 +51,8 @@ def compiled(capability: int) -> list[dict]:
 
 @pytest.mark.parametrize("capability", TENSOR_CORES)
 def test_kernels_compile_without_spills_and_with_wide_loads(capability: int):
-    rows = compiled(capability)
+    disassembled = ("--disassemble", *HEAVY, "_statistics_kernel")
+    rows = compiled(capability, "--mode", *MODES, "--shape", *SHAPES, *disassembled)
     for mode in MODES:
         kernels = {row["kernel"] for row in rows if row["mode"] == mode}
         assert len(kernels) >= 8, (mode, kernels)  # every stage is there
@@ -110,6 +110,15 @@ def by_kernel(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
         key = tuple(row[name] for name in ("kernel", "capability", "mode", "shape"))
         found.setdefault(key, []).append(row)
     return found
+
+
+@pytest.mark.parametrize("capability", [89, 120])
+def test_kernels_fit_into_consumer_gpus(capability: int):
+    """GeForce and workstation cards have less shared memory than those of data centres."""
+    largest = ("--mode", "bfloat16", "tf32", "--shape", "nyuv2", "vit1024", "--kernels", "losses")
+    rows = compiled(capability, *largest, "--disassemble", "none")
+    assert {row["kernel"] for row in rows} >= set(HEAVY)
+    assert max(row["shared_bytes"] for row in rows) <= 99 * 1024
 
 
 def test_what_is_worse_is_seen():
