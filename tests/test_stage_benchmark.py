@@ -274,7 +274,7 @@ def test_a_default_run_leaves_out_what_does_not_fit(monkeypatch, tmp_path, capsy
 def gpu_rows(ms: float) -> dict[str, list[dict]]:
     """Rows of what a GPU's first cases would give, all of them ``ms`` for ours, 0.1 for rivals."""
     figures = {
-        "ms": ms, "fraction": 0.95, "gbs": 3800.0, "peak_mb": 5.0, "gradient_error": 1e-6,
+        "ms": ms, "fraction": 0.95, "gbs": 3800.0, "peak_mb": 0.5, "gradient_error": 1e-6,
         "error": None,
     }  # fmt: skip
     rival = figures | {"ms": 0.1, "peak_mb": 10.0, "gradient_error": 1e-2}
