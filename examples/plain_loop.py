@@ -14,7 +14,7 @@ EPOCHS = 4
 
 torch.manual_seed(0)
 trunk, branches, loss_of = encoder(), nn.ModuleDict(heads()), loss_functions()
-criterion = RepMTL(lambda_tsr=0.01, lambda_csa=0.01)
+criterion = RepMTL(strength=0.03, tsr_floor=0.1, log_losses=True, log_offset=0.01)  # docs/tuning.md
 parameters = [*trunk.parameters(), *branches.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=5e-3)
 # CSA contrasts the samples of a batch: no batch of one at the end.
