@@ -484,7 +484,7 @@ def static_table(found: dict) -> str:
             ]
             modes.setdefault(_static_cells(per_target), []).append(mode)
         lines += [[f"`{kernel}`", ", ".join(m), *cells] for cells, m in modes.items()]
-    shapes = ", ".join(dict.fromkeys(row["shape"] for row in found["rows"]))
+    shapes = ", ".join(dict.fromkeys(shape for row in found["rows"] for shape in row["shapes"]))
     layouts = " and ".join(dict.fromkeys(row["layout"] for row in found["rows"]))
     v = found["versions"]
     names = ", ".join(f"sm_{target}" for target in targets)

@@ -273,8 +273,17 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "measured": {},
         }
-        results.save(results.RESULTS / "compiler", "static", head, rows)
+        results.save(results.RESULTS / "compiler", "static", head, merged(rows))
         report.refresh_documents()
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """Rows that differ in the shape alone become one, with ``shapes`` in place of ``shape``."""
+    shapes: dict[str, list[str]] = {}
+    for row in rows:
+        same = json.dumps({name: value for name, value in row.items() if name != "shape"})
+        shapes.setdefault(same, []).append(row["shape"])
+    return [{"shapes": list(dict.fromkeys(s)), **json.loads(row)} for row, s in shapes.items()]
 
 
 def _print_row(row: dict) -> None:

@@ -86,7 +86,12 @@ def worse_than(report: list[dict], rows: list[dict]) -> list[tuple]:
 
     After a change that is meant to be so: python -m benchmarks.static_report --everything
     """
-    before = by_kernel(row for row in report if row["layout"] == "contiguous")
+    before = by_kernel(
+        row | {"shape": shape}
+        for row in report
+        if row["layout"] == "contiguous"
+        for shape in row["shapes"]
+    )
     worse = []
     for kernel, now in by_kernel(rows).items():
         for resource, spare in (("registers", SPARE_REGISTERS), ("shared_bytes", 0)):
@@ -125,12 +130,13 @@ def test_what_is_worse_is_seen():
     row = {"kernel": "k", "capability": 90, "mode": "ieee", "shape": "s", "layout": "contiguous"}
     row |= {"registers": 100, "shared_bytes": 1024}
     row |= {"global_loads": {"128": 2}, "matrix_instructions": {"HGMMA": 1}}
-    assert not worse_than([row], [row, {**row, "registers": 104}])
-    assert not worse_than([row], [{**row, "global_loads": None}])
+    report = [{**row, "shapes": ["r", "s"]}]
+    assert not worse_than(report, [row, {**row, "registers": 104}])
+    assert not worse_than(report, [{**row, "global_loads": None}])
     for change in (
         {"registers": 105},
         {"shared_bytes": 1025},
         {"global_loads": {"128": 1, "32": 8}},
         {"matrix_instructions": {}},
     ):
-        assert len(worse_than([row], [{**row, **change}])) == 1
+        assert len(worse_than(report, [{**row, **change}])) == 1
