@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.distributed import amount
-from benchmarks.kernels import PRECISIONS, Call, Case, labels, make_inputs, rounded
+from benchmarks.kernels import Call, labels, make_inputs, rounded
+from benchmarks.line_up import PRECISIONS, Case
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.progress import markdown, say, track
 from benchmarks.shapes import SHAPES, Shape

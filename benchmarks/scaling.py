@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import floors, kernels, rivals
-from benchmarks.kernels import BFLOAT16, FAILURES, FLOAT32, TF32, Case, Effort, Precision
+from benchmarks import floors, kernels, line_up, rivals
+from benchmarks.kernels import FAILURES
+from benchmarks.line_up import BFLOAT16, FLOAT32, TF32, Case, Effort, Precision
 from benchmarks.progress import say, track
 from benchmarks.rotation import Rotating
 from benchmarks.shapes import SHAPES, Shape
@@ -360,7 +361,7 @@ def measure_point(
     point: Point, device: torch.device, ceilings: dict, effort: Effort, *, rival: bool
 ) -> list[dict]:
     """A row for each contestant; ``rival``: whether the plain PyTorch one takes part."""
-    with kernels.products_in(point.case.precision):
+    with line_up.products_in(point.case.precision):
         rows = _rows(point, device, ceilings, effort, rival)
     kernels.free(device)  # what points of other sizes can't use
     return rows

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import floors, kernels, rivals
-from benchmarks.kernels import BFLOAT16, FAILURES, FLOAT32, PRECISIONS, TF32, Effort, Precision
+from benchmarks import floors, kernels, line_up, rivals
+from benchmarks.kernels import FAILURES
+from benchmarks.line_up import BFLOAT16, FLOAT32, PRECISIONS, TF32, Effort, Precision
 from benchmarks.progress import say, track
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES, Shape
@@ -155,8 +156,8 @@ class Case:
     def __str__(self) -> str:
         return f"{self.shape.name} {self.precision.name} {self.layout}"
 
-    def of(self, variant: Variant) -> kernels.Case:
-        return kernels.Case(variant.stage, self.shape, self.precision, self.layout, False)
+    def of(self, variant: Variant) -> line_up.Case:
+        return line_up.Case(variant.stage, self.shape, self.precision, self.layout, False)
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
@@ -235,7 +236,7 @@ def measure_case(
     rows: list[dict] = []
     if time.monotonic() > deadline:
         return rows
-    with kernels.products_in(case.precision), torch.no_grad():
+    with line_up.products_in(case.precision), torch.no_grad():
         inputs = [
             [s.detach() for s in tensors]
             for tensors in kernels.make_inputs(case.of(case.variants[0]), device)

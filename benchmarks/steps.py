@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled_step import WholeStep
-from benchmarks.kernels import FAILURES, LAMBDA, Precision, rounded
+from benchmarks.kernels import FAILURES, LAMBDA, rounded
+from benchmarks.line_up import Precision
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.networks import NETWORKS, Model, Network, random_batch, task_loss
 from benchmarks.peers import (

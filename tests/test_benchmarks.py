@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is
 from benchmarks import (
     floors,
     kernels,
+    line_up,
     multimnist,
     networks,
     phases,
@@ -39,7 +40,7 @@ CPU = torch.device("cpu")
 BUILT = {"native"} & set(available_backends())
 SMALL = Shape("office49", 2, 3, 8, 4, 4, 3, "test")
 CEILINGS = {"copy_gbs": 30.0, "matmul_tflops": {"float32": 0.1}}
-EFFORT = kernels.Effort(seconds=0.01, min_rounds=2, max_rounds=2)
+EFFORT = line_up.Effort(seconds=0.01, min_rounds=2, max_rounds=2)
 HEAD = {
     "machine": {"name": "cpu-2core", "cpu": "A CPU", "cores": 2, "threads": 2},
     "versions": {"torch": "2.13.0"},
@@ -52,7 +53,7 @@ HEAD = {
 
 @pytest.fixture(scope="module")
 def kernel_rows() -> list[dict]:
-    case = kernels.Case("csa_loss", SMALL, kernels.PRECISIONS["cpu"][0], "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.PRECISIONS["cpu"][0], "contiguous", False)
     return kernels.measure_case(case, CPU, CEILINGS, EFFORT)
 
 
@@ -212,9 +213,9 @@ def test_kernel_rows_have_every_field(kernel_rows):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "stacked"])
-@pytest.mark.parametrize("function", kernels.FUNCTIONS)
+@pytest.mark.parametrize("function", line_up.FUNCTIONS)
 def test_every_function_and_layout_can_be_measured(function, layout):
-    case = kernels.Case(function, SMALL, kernels.PRECISIONS["cpu"][0], layout, False)
+    case = line_up.Case(function, SMALL, line_up.PRECISIONS["cpu"][0], layout, False)
     (saliencies,) = kernels.make_inputs(case, CPU)
     shapes = {"tokens": (3, 16, 8), "stacked": (2, 3, 8, 4, 4)}
     assert saliencies[0].shape == shapes.get(layout, (3, 8, 4, 4))
@@ -231,8 +232,8 @@ def test_every_function_and_layout_can_be_measured(function, layout):
 @pytest.mark.parametrize("function", ["csa_loss", "rep_mtl_loss"])
 def test_the_factored_rival_is_the_reference(function, layout, size):
     shape = Shape("office49", *size, 4, "test")
-    exact = kernels.Precision(torch.float64, "highest", "float64")
-    case = kernels.Case(function, shape, exact, layout, False)
+    exact = line_up.Precision(torch.float64, "highest", "float64")
+    case = line_up.Case(function, shape, exact, layout, False)
     (tensors,) = kernels.make_inputs(case, CPU)
     values, grads = [], []
     for form in (kernels.LITERAL, kernels.FACTORED_FORMS):
@@ -244,7 +245,7 @@ def test_the_factored_rival_is_the_reference(function, layout, size):
 
 
 def test_the_error_of_a_gradient_is_that_of_the_worst_task(monkeypatch):
-    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.FLOAT32, "contiguous", False)
     losses = kernels.contestants(case, CPU)
 
     def half_of_a_gradient(saliencies):
@@ -271,7 +272,7 @@ def test_a_case_too_large_to_be_judged_on_a_cpu_is_noted(monkeypatch):
     assert floors.literal_flops("csa_loss", SMALL) == 3 * 2 * (2 * 3 * 8 * 8 * 16)
     assert floors.literal_flops("tsr_loss", shape) == 0
     monkeypatch.setattr(kernels, "JUDGE_FLOPS", 0)
-    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.FLOAT32, "contiguous", False)
     monkeypatch.setattr(kernels, "cases", lambda *_: [case])
     monkeypatch.setattr(kernels, "QUICK", EFFORT)
     saved = []
@@ -286,11 +287,11 @@ def test_a_case_too_large_to_be_judged_on_a_cpu_is_noted(monkeypatch):
 def test_products_are_in_the_precision_of_the_case(monkeypatch):
     monkeypatch.setenv("REPMTL_FP32_PRECISION", "ieee")
     for precision, matmul, asked in (
-        (kernels.TF32, "high", None),
-        (kernels.TF32X3, "highest", "tf32x3"),
-        (kernels.BFLOAT16, "highest", None),
+        (line_up.TF32, "high", None),
+        (line_up.TF32X3, "highest", "tf32x3"),
+        (line_up.BFLOAT16, "highest", None),
     ):
-        with kernels.products_in(precision):
+        with line_up.products_in(precision):
             assert torch.get_float32_matmul_precision() == matmul
             assert os.environ.get("REPMTL_FP32_PRECISION") == asked
         assert torch.get_float32_matmul_precision() == "highest"
@@ -299,43 +300,43 @@ def test_products_are_in_the_precision_of_the_case(monkeypatch):
 
 def test_a_precision_of_the_triton_kernels_alone_is_theirs_alone():
     cuda = torch.device("cuda")
-    assert kernels.backends(kernels.TF32X3, cuda) == ["triton"]
-    assert kernels.backends(kernels.BFLOAT16, cuda)[:2] == ["eager", "triton"]
+    assert kernels.backends(line_up.TF32X3, cuda) == ["triton"]
+    assert kernels.backends(line_up.BFLOAT16, cuda)[:2] == ["eager", "triton"]
     assert floors.matmul_rate({"tf32": 300.0, "float32": 50.0}, "tf32x3") == 100
     assert floors.matmul_rate({"tf32": 300.0, "float32": 50.0}, "float32") == 50
 
 
 def test_every_case_of_a_gpu_is_measured_once():
-    planned = kernels.cases("cuda", quick=False)
+    planned = line_up.cases("cuda", quick=False)
     kinds = [(c.function, c.shape, c.precision, c.layout) for c in planned]
     assert len(set(kinds)) == len(kinds)
     expected = {
         (function, shape, precision, "contiguous")
-        for function in kernels.FUNCTIONS
+        for function in line_up.FUNCTIONS
         for shape in SHAPES.values()
-        for precision in kernels.PRECISIONS["cuda"]
-        if function != "tsr_loss" or precision not in (kernels.TF32, kernels.TF32X3)
+        for precision in line_up.PRECISIONS["cuda"]
+        if function != "tsr_loss" or precision not in (line_up.TF32, line_up.TF32X3)
     }
     assert expected <= set(kinds)
     layouts = {kind[3] for kind in set(kinds) - expected}
     assert layouts == {"channels_last", "tokens", "stacked"}
     # torch.compile is slow, so what decides comes before what does not.
-    first = len(kernels.TELLING)
+    first = len(line_up.TELLING)
     assert not any(case.compiled for case in planned[first:])
     everywhere = {
         case.shape.name
         for case in planned
-        if case.compiled and (case.function, case.precision) == ("rep_mtl_loss", kernels.BFLOAT16)
+        if case.compiled and (case.function, case.precision) == ("rep_mtl_loss", line_up.BFLOAT16)
     }
     assert everywhere == set(SHAPES)
-    quick = kernels.cases("cuda", quick=True)
+    quick = line_up.cases("cuda", quick=True)
     assert quick and not any(case.compiled for case in quick)
-    assert {case.shape.name for case in quick} == set(kernels.QUICK_SHAPES)
+    assert {case.shape.name for case in quick} == set(line_up.QUICK_SHAPES)
 
 
 def test_contestants_are_captured_ours_first(monkeypatch):
     """Of a failed capture there is a row, and the others are measured."""
-    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.FLOAT32, "contiguous", False)
     inputs = kernels.make_inputs(case, CPU)
     losses = kernels.contestants(case, CPU)
     losses[kernels.COMPILED] = partial(losses["reference"])
@@ -437,7 +438,7 @@ def test_a_graph_for_each_set_of_inputs(monkeypatch):
 
 
 def test_a_contestant_that_computes_something_else_is_called_out(monkeypatch):
-    case = kernels.Case("csa_loss", SMALL, kernels.PRECISIONS["cpu"][0], "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.PRECISIONS["cpu"][0], "contiguous", False)
     losses = kernels.contestants(case, CPU)
     losses["eager"] = lambda s, right=losses["eager"]: 1.1 * right(s)
     monkeypatch.setattr(kernels, "contestants", lambda *_: losses)
@@ -448,7 +449,7 @@ def test_a_contestant_that_computes_something_else_is_called_out(monkeypatch):
 
 
 def test_running_out_of_memory_is_a_row(monkeypatch):
-    case = kernels.Case("csa_loss", SMALL, kernels.PRECISIONS["cpu"][0], "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.PRECISIONS["cpu"][0], "contiguous", False)
     losses = kernels.contestants(case, CPU)
 
     def too_large(saliencies):
@@ -468,7 +469,7 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
 def test_cases_left_out_for_time_are_noted():
     rows, notes = kernels.measure(CPU, CEILINGS, quick=True, deadline=0.0)
     assert rows == []
-    assert len(notes) == len(kernels.cases("cpu", quick=True))
+    assert len(notes) == len(line_up.cases("cpu", quick=True))
 
 
 # --- MultiMNIST ---
@@ -568,7 +569,7 @@ SMALL_NETWORK = networks.Network(
 SMALL_OFFICE = networks.Network(
     "office", {"a": 3, "b": 3}, 3, 32, 32, encoder="resnet18", base=4, multi_input=True
 )
-SINGLE = kernels.Precision(torch.float32, "highest", "float32")
+SINGLE = line_up.Precision(torch.float32, "highest", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from cases import DEVICE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is not installed
 
-from benchmarks import floors, kernels, plots, report, results, rivals, scaling
+from benchmarks import floors, kernels, line_up, plots, report, results, rivals, scaling
 from benchmarks.shapes import Shape
 from repmtl_kernels import available_backends, backends
 
 CPU = torch.device("cpu")
 BACKENDS = ["eager", *sorted({"native"} & set(available_backends()))]
-EFFORT = kernels.Effort(0.0, 1, 1)
+EFFORT = line_up.Effort(0.0, 1, 1)
 CEILINGS = {"copy_gbs": 30.0, "matmul_tflops": {"float32": 0.1}}
 HEAD = {
     "machine": {"name": "cpu-2core", "cpu": "A CPU", "cores": 2, "threads": 2},
@@ -182,7 +182,7 @@ def test_triton_can_be_measured(sweep: str, tiny):
     if "triton" not in available_backends():
         pytest.skip("no Triton here")
     tiny.setattr(kernels, "backends", lambda *_: ["eager", "triton"])
-    point = scaling._point(TINY, sweep, 4, kernels.FLOAT32)
+    point = scaling._point(TINY, sweep, 4, line_up.FLOAT32)
     makers, exact = point.line_up(torch.device(DEVICE))
     assert list(makers) == ["materialized", "eager", "triton"]
     values = [make()().mean().item() for make in makers.values()]
@@ -197,7 +197,7 @@ def test_contestants_rotate_through_the_same_inputs(sweep: str, tiny):
     assert kernels.input_sets(1000, torch.device("cuda")) == 3
     assert kernels.input_sets(1, torch.device("cuda")) == kernels.MAX_INPUT_SETS
     tiny.setattr(kernels, "input_sets", lambda *_: 3)
-    makers, exact = scaling._point(TINY, sweep, 4, kernels.FLOAT32).line_up(CPU)
+    makers, exact = scaling._point(TINY, sweep, 4, line_up.FLOAT32).line_up(CPU)
     for make in makers.values():
         call = make()
         values = [call().mean().item() for _ in range(4)]
@@ -250,7 +250,7 @@ def test_who_computes_something_else_is_out_whoever_comes_before(tiny):
         return found | {"factored": lambda saliencies: 1.5 * found["factored"](saliencies)}
 
     tiny.setattr(kernels, "contestants", one_is_wrong)
-    point = scaling._point(TINY, "batch", 4, kernels.FLOAT32)
+    point = scaling._point(TINY, "batch", 4, line_up.FLOAT32)
     rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, rival=False)
     assert [(row["backend"], row["error"] is None) for row in rows] == [
         ("factored", False), *((name, True) for name in BACKENDS),
@@ -289,7 +289,7 @@ def test_a_rival_that_takes_too_long_is_left_out_with_a_note(tiny):
 
 
 def test_a_rival_that_does_not_fit_is_never_started(tiny):
-    point = scaling._point(TINY, "channels", 16, kernels.FLOAT32)
+    point = scaling._point(TINY, "channels", 16, line_up.FLOAT32)
     tiny.setattr(scaling, "total_bytes", lambda _: (point.rival_bytes - 1) / scaling.MEMORY_SHARE)
     rows, notes = measured()
     found = {(r["sweep"], r["value"]) for r in of_rivals(rows)}
@@ -321,7 +321,7 @@ def test_a_rival_that_fails_is_a_row_and_stops(tiny):
 def test_what_a_rival_takes_is_about_as_estimated(sweep: str):
     base, anchors = Shape("", 3, 4, 8, 7, 7, 4, ""), Shape("", 3, 4, 16, 1, 1, 4, "")
     plan = TINY._replace(base=base, anchors=anchors)
-    point = scaling._point(plan, sweep, 128, kernels.FLOAT32)
+    point = scaling._point(plan, sweep, 128, line_up.FLOAT32)
     rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, rival=True)
     (row,) = of_rivals(rows)
     assert 0.7 < row["peak_mb"] * 1e6 / point.rival_bytes < 1.4

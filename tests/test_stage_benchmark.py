@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is not installed
 
 from benchmarks import __main__ as parts
-from benchmarks import floors, kernels, plots, report, results, stages, targets
+from benchmarks import floors, kernels, line_up, plots, report, results, stages, targets
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels import _autograd, available_backends, backends, rep_mtl_loss
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 BUILT = {"native"} & set(available_backends())
 SMALL = Shape("office49", 2, 3, 8, 4, 4, 3, "test")
 CEILINGS = {"copy_gbs": 30.0, "matmul_tflops": {"float32": 0.1}}
-EFFORT = kernels.Effort(seconds=0.01, min_rounds=2, max_rounds=2)
+EFFORT = line_up.Effort(seconds=0.01, min_rounds=2, max_rounds=2)
 ALL = (*stages.MAIN, *stages.OTHER)
 HEAD = {
     "machine": {"name": "h200", "gpu": "NVIDIA H200"},
@@ -89,7 +89,7 @@ def test_stages_of_the_losses_have_at_least_their_work():
 @pytest.fixture(scope="module")
 def stage_rows() -> list[dict]:
     shape = Shape("nyuv2", 2, 3, 8, 4, 4, 3, "test")
-    case = stages.Case(ALL, shape, kernels.FLOAT32, "channels_last")
+    case = stages.Case(ALL, shape, line_up.FLOAT32, "channels_last")
     return stages.measure_case(case, CPU, CEILINGS, EFFORT, math.inf)
 
 
@@ -114,7 +114,7 @@ def test_stage_rows_have_every_field(stage_rows):
 @pytest.mark.parametrize("backend", ["eager", *BUILT])
 def test_stages_are_given_what_the_losses_give_them(backend):
     """The gradient that the last stage writes is that of the loss."""
-    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False)
+    case = line_up.Case("csa_loss", SMALL, line_up.FLOAT32, "contiguous", False)
     (tensors,) = kernels.make_inputs(case, CPU)
     losses = rep_mtl_loss(
         tensors, lambda_tsr=1, lambda_csa=1, csa_temperature=stages.TEMPERATURE, backend=backend
@@ -138,7 +138,7 @@ def test_a_backend_that_fails_is_a_row_and_the_others_are_measured(monkeypatch):
         return right(backend, saliencies)
 
     monkeypatch.setattr(stages, "work_of", work_of)
-    case = stages.Case((stages.GRAM,), SMALL, kernels.FLOAT32, "contiguous")
+    case = stages.Case((stages.GRAM,), SMALL, line_up.FLOAT32, "contiguous")
     rows = stages.measure_case(case, CPU, CEILINGS, EFFORT, math.inf)
     assert {row["backend"] for row in rows if row["error"]} == {"eager"}
     assert {row["backend"] for row in rows if not row["error"]} == {"bmm", *BUILT}
@@ -153,7 +153,7 @@ def test_stages_left_out_for_time_are_noted():
     found = {**HEAD, "notes": notes, "rows": []}
     caption = report.stages_table(found).splitlines()[-1]
     assert caption.endswith(f"; {len(notes) - 10} more are in the result file.")
-    case = stages.Case(ALL, SMALL, kernels.FLOAT32, "contiguous")
+    case = stages.Case(ALL, SMALL, line_up.FLOAT32, "contiguous")
     assert stages.measure_case(case, CPU, CEILINGS, EFFORT, deadline=0.0) == []
 
 
@@ -169,11 +169,11 @@ def test_every_stage_is_measured_once(device_type):
     shapes = [shape.scaled(device_type) for shape in SHAPES.values()]
     for variant in ALL:
         for shape in shapes:
-            for precision in kernels.PRECISIONS[device_type]:
+            for precision in line_up.PRECISIONS[device_type]:
                 for layout in stages.LAYOUTS:
                     kind = variant.stage, variant.name, shape, precision, layout
                     expected = variant.reads_saliencies or kind[3:] == (
-                        kernels.PRECISIONS[device_type][0], "contiguous"
+                        line_up.PRECISIONS[device_type][0], "contiguous"
                     )  # fmt: skip
                     if expected and (layout == "contiguous" or shape.positions > 1):
                         assert kind in kinds
@@ -202,7 +202,7 @@ def test_parts_share_the_time_of_a_run():
 def test_a_part_from_a_function(rates, asked, tmp_path):
     told = {}
     row = kernels.labels(
-        kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", False), "eager", "forward"
+        line_up.Case("csa_loss", SMALL, line_up.FLOAT32, "contiguous", False), "eager", "forward"
     )
     row |= {"error": "no such kernel"}
 
@@ -280,7 +280,7 @@ def gpu_rows(ms: float) -> dict[str, list[dict]]:
     rival = figures | {"ms": 0.1, "peak_mb": 10.0, "gradient_error": 1e-2}
     ours = ("eager", "native", "triton")
     found: dict[str, list[dict]] = {"kernels": [], "stages": []}
-    for case in kernels.cases("cuda", quick=False)[: len(kernels.TELLING)]:
+    for case in line_up.cases("cuda", quick=False)[: len(line_up.TELLING)]:
         names = ["reference", *ours]
         names += ["factored"] * (case.function in kernels.FACTORED_FORMS)
         names += ["reference_compiled", "factored_compiled"] * case.compiled

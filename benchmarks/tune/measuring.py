@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import floors
-from benchmarks.kernels import CACHE_FACTOR, MAX_INPUT_SETS, Effort, rounded
+from benchmarks.kernels import CACHE_FACTOR, MAX_INPUT_SETS, rounded
+from benchmarks.line_up import Effort
 from benchmarks.timing import Timing, side_by_side
 from benchmarks.tune.candidates import shown
 from benchmarks.tune.cases import Case, precision_of, stage_of
