@@ -86,8 +86,10 @@ def model_and_data(make, dtype: torch.dtype, width: int = 6):
     model = nn.ModuleDict({"encoder": encoder, **heads}).to(DEVICE, dtype)
     losses = {"segmentation": nn.functional.cross_entropy, "depth": nn.functional.mse_loss}
     x = torch.randn(3, 3, 6, 7, device=DEVICE, dtype=dtype)
+    # As probabilities: the loss of class numbers has no deterministic form on CUDA.
+    classes = torch.randint(4, (3, 4, 5), device=DEVICE)
     targets = {
-        "segmentation": torch.randint(4, (3, 4, 5), device=DEVICE),
+        "segmentation": nn.functional.one_hot(classes, 4).movedim(-1, 1).to(dtype),
         "depth": torch.randn(3, 1, 4, 5, device=DEVICE, dtype=dtype),
     }
     return model, losses, x, targets
