@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -28,7 +29,8 @@ def graphed(call: Rotating, device: torch.device) -> Rotating:
     """The same as CUDA graphs, one for each set of inputs, so that replays rotate as calls do.
 
     A replay returns what its capture returned, with the replay's values. Everything has to have run
-    once: what compiles can't be captured. Raises what the capture raises.
+    once: what compiles can't be captured. Raises what the capture raises, and before it a
+    RuntimeError for a call that waits for the device, which would make the capture fail.
     """
     pool = torch.cuda.graph_pool_handle()
     stream = _side_stream(device)
@@ -36,15 +38,49 @@ def graphed(call: Rotating, device: torch.device) -> Rotating:
     captured = []
     # torch.cuda.graph leaves its stream current where a capture fails; this one restores ours.
     with torch.cuda.stream(stream):
-        for inputs in call.sets:  # a library takes workspaces for a new stream
-            call.run(inputs)
+        with synchronisation_refused():
+            for inputs in call.sets:  # a library takes workspaces for a new stream
+                call.run(inputs)
         for inputs in call.sets:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                result = call.run(inputs)
-            captured.append((graph, result))
+            captured.append(_captured(call.run, inputs, pool, stream))
     torch.cuda.current_stream(device).wait_stream(stream)
     return Rotating(_replay, captured)
+
+
+@contextlib.contextmanager
+def synchronisation_refused() -> Iterator[None]:
+    """What waits for the device within the block raises a RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _captured(
+    run: Callable[[Inputs], object], inputs: Inputs, pool: tuple, stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, object]:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = run(inputs)
+    except Exception:
+        _forget_capture(graph, pool, stream)
+        raise
+    return graph, result
+
+
+def _forget_capture(graph: torch.cuda.CUDAGraph, pool: tuple, stream: torch.cuda.Stream) -> None:
+    """PyTorch does not clean up after a capture that failed: each later capture and empty_cache
+    would fail, and random numbers of the default generator."""
+    # What fails here as well is of no interest beside the failure that brought us here.
+    with contextlib.suppress(RuntimeError):
+        graph.reset()
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    with contextlib.suppress(RuntimeError):  # the generator leaves it with a capture that ends well
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            torch.zeros(1, device=stream.device)
 
 
 @functools.cache

@@ -375,13 +375,18 @@ def test_contestants_are_captured_ours_first(monkeypatch):
 
 def test_a_graph_for_each_set_of_inputs(monkeypatch):
     """With a stand-in for CUDA: what runs where and when."""
-    log, device = [], {"stream": "default", "capturing": None}
+    log, device = [], {"stream": "default", "capturing": None, "sync": "default"}
 
     class Graph:
         def replay(self):
             log.append(("replay", self.inputs, device["stream"]))
 
+        def reset(self):
+            log.append("reset")
+
     class Stream:
+        device, device_index = "cpu", 0
+
         def wait_stream(self, other):
             log.append(("wait", other))
 
@@ -394,8 +399,8 @@ def test_a_graph_for_each_set_of_inputs(monkeypatch):
             device["stream"] = before
 
     class Capture:
-        def __init__(self, graph, pool, stream):
-            assert (pool, stream) == ("pool", side)
+        def __init__(self, graph, *, stream, pool=None):
+            assert stream is side and pool in ("pool", None)
             self.graph = graph
 
         def __enter__(self):
@@ -407,8 +412,11 @@ def test_a_graph_for_each_set_of_inputs(monkeypatch):
                 raise RuntimeError("capture invalidated")
 
     def run(inputs):
+        if inputs == "waits" and device["sync"] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
         if inputs == "unfit" and device["capturing"]:
-            raise ValueError("synchronises")
+            raise ValueError("can't be captured")
+        assert (device["sync"] == "error") == (not device["capturing"])
         if device["capturing"]:
             device["capturing"].inputs = inputs
         log.append(("captured" if device["capturing"] else "ran", inputs, device["stream"]))
@@ -418,9 +426,13 @@ def test_a_graph_for_each_set_of_inputs(monkeypatch):
     stand_ins = {
         "graph_pool_handle": lambda: "pool", "Stream": lambda _: side, "stream": stream,
         "current_stream": lambda _: current, "CUDAGraph": Graph, "graph": Capture,
+        "set_sync_debug_mode": lambda mode: device.update(sync=mode),
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    for name in ("endAllocateToPool", "releasePool"):
+        stand_in = partial(lambda *arguments: log.append(arguments), name)
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", stand_in, raising=False)
     monkeypatch.setattr(rotation, "_side_stream", rotation._side_stream.__wrapped__)
     replay = rotation.graphed(rotation.Rotating(run, ["a", "b"]), torch.device("cuda"))
     assert log == [
@@ -432,9 +444,17 @@ def test_a_graph_for_each_set_of_inputs(monkeypatch):
     log.clear()
     assert [replay() for _ in range(3)] == ["result of a", "result of b", "result of a"]
     assert log == [("replay", name, "default") for name in "aba"]
+    log.clear()
     with pytest.raises(RuntimeError, match="invalidated"):
         rotation.graphed(rotation.Rotating(run, ["unfit"]), torch.device("cuda"))
-    assert device["stream"] == "default"
+    assert device == {"stream": "default", "capturing": None, "sync": "default"}
+    # The allocator is told that the capture is over.
+    left = ["reset", ("endAllocateToPool", 0, "pool"), ("releasePool", 0, "pool")]
+    assert log == [("wait", current), ("ran", "unfit", side), *left]
+    log.clear()
+    with pytest.raises(RuntimeError, match="synchronizing"):  # no capture is begun
+        rotation.graphed(rotation.Rotating(run, ["waits"]), torch.device("cuda"))
+    assert log == [("wait", current)] and device["sync"] == "default"
 
 
 def test_a_contestant_that_computes_something_else_is_called_out(monkeypatch):
