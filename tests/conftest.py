@@ -97,6 +97,7 @@ def poisoned_memory():
 def default_precision():
     """Float32 products at full precision, and the choice of backend to the test."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # convolutions have tf32 unless told otherwise
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("REPMTL_BACKEND", raising=False)
         patch.delenv("REPMTL_FP32_PRECISION", raising=False)

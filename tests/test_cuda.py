@@ -1,5 +1,6 @@
 """What only a CUDA device can show: capture, streams, devices, no synchronisation, large sizes."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ import torch
 from cases import LOSSES, Case, value_and_grads
 from torch import nn
 
+from benchmarks.rotation import Rotating, graphed, synchronisation_refused
 from repmtl_kernels import RepMTL, _native, csa_loss, rep_mtl_loss, tsr_loss
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = torch.device("cuda")
 GIB = 1 << 30
 KERNELS = [
     "triton",
@@ -38,13 +41,10 @@ def test_no_synchronisation(backend: str, case: Case):
     tensors = case.make(torch.float32)
     _step(tensors, backend)  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronisation_refused():
         _step(tensors, backend)
         csa_loss(tensors, backend=backend).backward()
         tsr_loss(tensors, backend=backend).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cell("CUDA graph of the losses, forward and backward")
@@ -53,21 +53,14 @@ def test_no_synchronisation(backend: str, case: Case):
 @pytest.mark.parametrize("case", [Case(3, 4, 64, (7, 7)), Case(2, 2, 96, (12, 12))], ids=str)
 def test_capture_in_a_cuda_graph(backend: str, dtype: torch.dtype, case: Case):
     tensors = case.make(dtype)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            _step(tensors, backend)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total, grads = _step(tensors, backend)
+    _step(tensors, backend)  # compiles
+    replay = graphed(Rotating(partial(_step, backend=backend), [tensors]), DEVICE)
     for seed in (1, 2):
         fresh = case.make(dtype, seed=seed)
         with torch.no_grad():
             for t, f in zip(tensors, fresh, strict=True):
                 t.copy_(f)
-        graph.replay()
+        total, grads = replay()
         expected, expected_grads = _step(fresh, backend)
         if backend in ("eager", "reference"):  # cuBLAS may choose another algorithm
             torch.testing.assert_close((total, grads), (expected, expected_grads))
@@ -100,20 +93,14 @@ def test_capture_of_a_training_step(backend: str, dtype: torch.dtype | None):
             criterion,
             partial(_train, encoder, heads, criterion, scaler, optimizer, x, y, dtype),
         )
-    for _, _, step in runs.values():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        runs["captured"][2]()
+    for how, steps in (("eager", 3), ("captured", 2)):  # before a capture comes one more step
+        for _ in range(steps):
+            runs[how][2]()
+    replay = graphed(Rotating(lambda _: runs["captured"][2](), [None]), DEVICE)
     for new_x, new_y in zip(batches, labels, strict=True):
         x.copy_(new_x)
         y.copy_(new_y)
-        graph.replay()
+        replay()
         runs["eager"][2]()
         found, expected = (runs[how][1].last for how in ("captured", "eager"))
         for name in ("total", "tsr", "csa", "regularizer", "ratio"):
@@ -178,11 +165,25 @@ def test_another_device_than_the_current_one(backend: str, current: int):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def most_of_the_memory(tmp_path_factory):
+    """For one test at a time: all processes of pytest-xdist share the device."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with open(folder / "memory.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_more_than_2_to_the_31_elements(backend: str):
     """Offsets are int64: samples beyond 2^31 elements are read and written as the first."""
     shape = (2, 64, 3 << 23)
-    needed = 2 * 4 * 2 * (2 * 64 * (3 << 23)) + 8 * GIB  # two tasks, gradients, and both swapped
+    # Two tasks, gradients, and both swapped; three float32 samples of one task.
+    needed = 2 * 4 * 2 * (2 * 64 * (3 << 23)) + 20 * GIB
     if backend == "native":
         needed += 24 * GIB  # a scaled copy and a float32 product of one task
     if torch.cuda.mem_get_info()[0] < needed:
