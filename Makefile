@@ -56,7 +56,8 @@ bench-quick: $(BENCH_STAMP) ## a short benchmark; its results are not kept
 
 # INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
 # The benchmark runs even if tests fail; the exit status tells of both. Tests spend their time in
-# the compiler, so they run in parallel where pytest-xdist is installed.
+# the compiler, so they run in parallel where pytest-xdist is installed: handed out one by one, or
+# the first of 16 processes would have all of the tests that are first, and with one thread each.
 gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 9 minutes: make gpu OUT=DIR
 	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
 	@command -v "$(PYTHON_GPU)" >/dev/null || \
@@ -73,8 +74,10 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	if command -v nvcc >/dev/null; then export REPMTL_REQUIRE_NATIVE=1; fi; \
 	timeout -s INT -k 5 60 "$(PYTHON_GPU)" setup.py -q build_ext --inplace \
 		|| failed="$$failed build($$?)"; \
-	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; print("-n", min(16, os.cpu_count()))' 2>/dev/null); \
-	timeout -s INT -k 5 220 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
+	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; \
+		print("-n", min(16, os.cpu_count()), "--maxschedchunk", 1)' 2>/dev/null); \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+		timeout -s INT -k 15 210 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
 		--junitxml="$(OUT)/tests.xml" --cells "$(OUT)" || failed="$$failed tests($$?)"; \
 	timeout -s INT -k 5 260 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \
 		|| failed="$$failed benchmark($$?)"; \
