@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -256,18 +257,21 @@ def main() -> None:
             say(f"\nleft out for time: {name} (python -m benchmarks --only {name})")
             continue
         say(f"\n{part.title}")
-        broken += part.measure(
-            Run(
-                name=name,
-                device=device,
-                head=head,
-                folder=folder,
-                quick=options.quick,
-                asked=options.only is not None,
-                deadline=deadline,
-                unclean=unclean,
-            )
+        run = Run(
+            name=name,
+            device=device,
+            head=head,
+            folder=folder,
+            quick=options.quick,
+            asked=options.only is not None,
+            deadline=deadline,
+            unclean=unclean,
         )
+        try:
+            broken += part.measure(run)
+        except Exception as error:  # noqa: BLE001 -- the other parts are worth having
+            traceback.print_exc()
+            broken.append(f"{name}: {kernels.described(error)}")
     plots.draw(folder)
     reached = targets.table(folder)
     if reached is not None:

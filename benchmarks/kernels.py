@@ -44,6 +44,8 @@ CACHE_FACTOR = 2
 MAX_INPUT_SETS = 16
 # A contestant whose loss is further from the judge's than this computes something else.
 AGREEMENT = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# What compiling the rivals of a case may take; with less time left they are left out of it.
+COMPILE_SECONDS = {"cpu": 0, "cuda": 45}
 # FLOPs of the judge, the literal equations in float64, that are not too many for a CPU.
 JUDGE_FLOPS = 3e10
 
@@ -79,7 +81,17 @@ def measure(
             notes.append(f"left out for time: {case}")
             say(notes[-1])
             continue
-        rows += measure_case(case, device, ceilings, effort)
+        if case.compiled and time.monotonic() + COMPILE_SECONDS[device.type] > deadline:
+            notes.append(f"left out for time: torch.compile in {case}")
+            say(notes[-1])
+            case = replace(case, compiled=False)
+        try:
+            rows += measure_case(case, device, ceilings, effort)
+        except torch.OutOfMemoryError as error:  # not of one contestant: their errors are rows
+            notes.append(f"left out: {case}: {described(error)}")
+            say(notes[-1])
+            free(device)
+            continue
         if save is not None:
             save(rows, notes)
     measured = [row for row in rows if row["error"] is None]

@@ -218,7 +218,13 @@ def measure(
     notes: list[str] = []
     effort = QUICK if quick and device.type == "cpu" else EFFORTS[device.type]
     for case in track(cases(device.type, quick), "stages"):
-        found = measure_case(case, device, ceilings, effort, deadline)
+        try:
+            found = measure_case(case, device, ceilings, effort, deadline)
+        except torch.OutOfMemoryError as error:  # not of one contestant: their errors are rows
+            notes.append(f"left out: {case}: {kernels.described(error)}")
+            say(notes[-1])
+            kernels.free(device)
+            continue
         rows += found
         done = {(row["function"], row["variant"]) for row in found}
         if left := len(case.variants) - len(done):

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -466,6 +467,26 @@ def test_a_contestant_that_computes_something_else_is_called_out(monkeypatch):
     assert {r["backend"] for r in rows if r["ms"] is None} == {"eager"}
     assert len(kernels.broken(rows)) == len(kernels.DIRECTIONS)
     assert "eager: computes something else" in kernels.broken(rows)[0]
+
+
+def test_a_case_that_does_not_fit_or_has_no_time_to_compile_is_noted(monkeypatch):
+    case = kernels.Case("csa_loss", SMALL, kernels.FLOAT32, "contiguous", True)
+    measured = []
+
+    def measure_case(case, *_):
+        measured.append(case)
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    monkeypatch.setattr(kernels, "cases", lambda *_: [case])
+    monkeypatch.setattr(kernels, "measure_case", measure_case)
+    monkeypatch.setitem(kernels.COMPILE_SECONDS, "cpu", 1000)
+    fits = {"quick": True, "deadline": time.monotonic() + 2000}
+    assert kernels.measure(CPU, CEILINGS, **fits) == (
+        [], [f"left out: {case}: OutOfMemoryError: tried to allocate 1 TiB"]
+    )  # fmt: skip
+    _, notes = kernels.measure(CPU, CEILINGS, quick=True, deadline=time.monotonic() + 500)
+    assert notes[0] == f"left out for time: torch.compile in {case}"
+    assert [case.compiled for case in measured] == [True, False]
 
 
 def test_running_out_of_memory_is_a_row(monkeypatch):

@@ -157,6 +157,16 @@ def test_stages_left_out_for_time_are_noted():
     assert stages.measure_case(case, CPU, CEILINGS, EFFORT, deadline=0.0) == []
 
 
+def test_a_case_that_does_not_fit_is_noted(monkeypatch):
+    def measure_case(*_):
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    monkeypatch.setattr(stages, "measure_case", measure_case)
+    rows, notes = stages.measure(CPU, CEILINGS, quick=True, deadline=math.inf)
+    assert rows == [] and len(notes) == len(stages.cases("cpu", quick=True))
+    assert notes[0].endswith("float32 contiguous: OutOfMemoryError: tried to allocate 1 TiB")
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_every_stage_is_measured_once(device_type):
     planned = stages.cases(device_type, quick=False)
@@ -228,13 +238,15 @@ def test_a_part_from_a_function(rates, asked, tmp_path):
     assert found["commit"] == HEAD["commit"]
 
 
-def run_main(monkeypatch, *arguments: str, least: float = 0.0) -> list[parts.Run]:
+def run_main(monkeypatch, *arguments: str, least: float = 0.0, measure=None) -> list[parts.Run]:
     """``python -m benchmarks`` with parts that measure nothing."""
     runs = []
 
-    def measure(run):
+    def keep(run):
         runs.append(run)
         return []
+
+    measure = measure or keep
 
     stand_ins = {
         "first": parts.Part(measure, "FIRST", 0.5, ("cpu",)),
@@ -247,6 +259,19 @@ def run_main(monkeypatch, *arguments: str, least: float = 0.0) -> list[parts.Run
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", *arguments])
     parts.main()
     return runs
+
+
+def test_a_part_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def measure(run):
+        ran.append(run.name)
+        return 1 / 0 if run.name == "first" else []
+
+    with pytest.raises(SystemExit, match="first: ZeroDivisionError: division by zero"):
+        run_main(monkeypatch, "--out", str(tmp_path), measure=measure)
+    assert ran == ["first", "second"]
+    assert "in measure" in capsys.readouterr().err
 
 
 def test_only_takes_several_parts(monkeypatch, tmp_path):
