@@ -1,4 +1,5 @@
-# CPU: make test, make bench. CUDA machine that has PyTorch, Triton and pytest: make gpu OUT=DIR.
+# CPU: make test, make bench.
+# CUDA machine with PyTorch, Triton, pytest and hypothesis: make gpu OUT=DIR.
 
 # The interpreter that makes the virtual environment, and where it goes.
 PYTHON ?= python3
@@ -58,15 +59,15 @@ bench-quick: $(BENCH_STAMP) ## a short benchmark; its results are not kept
 # The benchmark runs even if tests fail; the exit status tells of both. Tests spend their time in
 # the compiler, so they run in parallel where pytest-xdist is installed: handed out one by one, or
 # the first of 16 processes would have all of the tests that are first, and with one thread each.
-gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 9 minutes: make gpu OUT=DIR
+gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 10 minutes: make gpu OUT=DIR
 	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
 	@command -v "$(PYTHON_GPU)" >/dev/null || \
 		{ echo "make gpu: no '$(PYTHON_GPU)' here: set PYTHON_GPU" >&2; exit 2; }
-	@"$(PYTHON_GPU)" -c 'import sys, torch, triton; \
+	@"$(PYTHON_GPU)" -c 'import hypothesis, pytest, sys, torch, triton; \
 		torch.cuda.is_available() or sys.exit("PyTorch %s sees no CUDA device" % torch.__version__); \
 		print("%s, PyTorch %s, Triton %s" \
 			% (torch.cuda.get_device_name(), torch.__version__, triton.__version__))' || \
-		{ echo "make gpu: needs CUDA, PyTorch and Triton in '$(PYTHON_GPU)'" >&2; exit 2; }
+		{ echo "make gpu: needs CUDA, PyTorch, Triton, pytest and hypothesis in '$(PYTHON_GPU)'" >&2; exit 2; }
 	@mkdir -p "$(OUT)"
 	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
 	export TORCH_CUDA_ARCH_LIST=$$("$(PYTHON_GPU)" -c \

@@ -207,7 +207,11 @@ def chosen(only: Sequence[str] | None, device_type: str) -> dict[str, float]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measures this machine.",
+        epilog="parts: " + "; ".join(part.title for part in PARTS.values()),
+    )
     parser.add_argument(
         "--quick", action="store_true",
         help="under two minutes: fewer shapes, rounds and steps; its results are not kept, they "
@@ -249,6 +253,10 @@ def main() -> None:
     say(f"  commit {head['commit'][:10]}{', with changes' if head['dirty'] else ''}")
     busy = head["machine"]["busy_cores_before"] or 0
     unclean = [f"other processes kept {busy:g} cores busy at the start"] if busy > BUSY else []
+    if tiles := os.environ.get("REPMTL_TILES"):
+        unclean.append(
+            f"the Triton kernels had tiles of one's own, REPMTL_TILES={Path(tiles).name}"
+        )
     say("".join(f"  WARNING: {note}: these times are not clean\n" for note in unclean))
     broken: list[str] = []
     for name, share in chosen(options.only, device.type).items():

@@ -16,6 +16,7 @@ Where a document has no such markers nothing is written.
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 from collections.abc import Callable
@@ -101,6 +102,10 @@ FASTEST = ("rep_mtl_second_order", "rep_mtl")
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=raw
+    ).parse_args()
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         for path in plots.draw(folder):
             say(f"plot: {path.relative_to(ROOT)}")

@@ -1,4 +1,4 @@
-"""Result files: ``kernels.json`` and ``steps.json`` in one folder per machine."""
+"""Result files: one for each part, in one folder per machine."""
 
 from __future__ import annotations
 

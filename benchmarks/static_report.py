@@ -231,14 +231,17 @@ KERNELS = {"losses": compile_stages, "batch_norm": compile_batch_norm}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
     parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=CAPABILITIES)
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument(
-        "--disassemble", nargs="+", metavar="NAME", help="only these kernels; default: all"
+        "--disassemble",
+        nargs="+",
+        metavar="NAME",
+        help="count the loads and matrix instructions of these kernels alone; default: of all",
     )
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
     parser.add_argument(

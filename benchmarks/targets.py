@@ -237,7 +237,8 @@ def table(folder: Path) -> str | None:
     )
     return (
         f"{markdown(header, lines)}\n\n{met} of {len(TARGETS)} targets are met, {missed} are not, "
-        f"{len(TARGETS) - met - missed} were not measured. The worst of a target's cases counts. "
+        f"{len(TARGETS) - met - missed} were not measured; the bounds are those of "
+        "an H200. The worst of a target's cases counts. "
         f"{measured[0]['machine']['gpu']}; {where}."
     )
 

@@ -101,6 +101,7 @@ def default_precision():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("REPMTL_BACKEND", raising=False)
         patch.delenv("REPMTL_FP32_PRECISION", raising=False)
+        patch.delenv("REPMTL_TILES", raising=False)
         yield
 
 

@@ -35,7 +35,9 @@ def compiled(capability: int, *options: str) -> list[dict]:
 
     One for all modes and shapes: most kernels are the same for several of them.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "REPMTL_TILES")
+    }
     command = [sys.executable, "-m", "benchmarks.static_report", "--json"]
     command += ["--capability", str(capability), "--layout", "contiguous"]
     done = subprocess.run(

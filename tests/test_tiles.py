@@ -128,6 +128,10 @@ GOOD = {"kernel": "gram", "kinds": ["ieee"], "tile": Tile(64, 64, 16, 4, 3)._asd
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"row": [1, 2], "capabilty": [90, 90]},
+            r"no keys but those of Rule; got \['capabilty', 'row",
+        ),
         ({"kernel": "grim"}, "kernel: expected one of gram, gradient, pull, statistics; got 'grim"),
         ({"kinds": ["bf16"]}, "kinds: expected some of 16-bit, tf32"),
         ({"kinds": []}, "kinds: expected some of"),

@@ -94,8 +94,6 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--capability: expected --compile-only; measured is the GPU that is there")
     if options.workers < 1:
         parser.error(f"--workers: expected at least 1; got {options.workers}")
-    if options.write and not options.write.parent.is_dir():
-        parser.error(f"--write: expected a file in a folder that exists; got {options.write}")
     try:
         options.sizes = [shape_of_size(*size) for size in options.size]
     except ValueError as error:
@@ -167,6 +165,7 @@ def tune(
     def save() -> None:
         results.save(folder, "tiles", head, rows, notes=notes)
         if write is not None:
+            write.parent.mkdir(parents=True, exist_ok=True)
             write.write_text(_tiles.as_json((*rules, *kept)))
 
     def leave_out(case: Case, why: str) -> None:

@@ -27,7 +27,7 @@ KERNELS = {
     "pull": "_gradient_pull_kernel",
 }
 # The largest shapes decide, so they are the first in every mode.
-TELLING = ("nyuv2", "cityscapes")
+LARGEST = ("nyuv2", "cityscapes")
 OTHERS = ("vit1024", "vit196", "office49", "office1")
 PRECISION = "REPMTL_FP32_PRECISION"
 
@@ -161,4 +161,4 @@ def shape_of_size(tasks: int, batch: int, channels: int, positions: int) -> Shap
 
 
 def shapes_named(names: Sequence[str]) -> list[Shape]:
-    return [SHAPES[name] for name in (*TELLING, *OTHERS) if name in names]
+    return [SHAPES[name] for name in (*LARGEST, *OTHERS) if name in names]

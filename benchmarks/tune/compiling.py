@@ -23,7 +23,9 @@ from repmtl_kernels.backends.triton import _tiles
 from repmtl_kernels.backends.triton._tiles import Request, Sweep, Tile
 
 # Bytes that one block may have; of other GPUs the launch tells.
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10} | dict.fromkeys(
+    (86, 89, 120), 99 << 10
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +69,10 @@ def _check(name: str, good: bool, expected: str, got: object) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """``tile`` for a kernel on operands of some kinds, sizes and GPUs; bounds are inclusive."""
+    """``tile`` for a kernel on operands of some kinds, sizes and GPUs; bounds are inclusive.
+
+    ``rows`` and ``depth`` are those of the operand, not of the tile.
+    """
 
     kernel: str
     kinds: tuple[str, ...]  # of KINDS; statistics of float32 are "ieee"
@@ -112,8 +115,8 @@ class Rule:
         )
 
 
-# What fits without register spills and in the shared memory of the smallest target: 99 KB for 8.6,
-# 8.9 and 12.x.
+# What fits without register spills (of channels_last saliencies, up to 16 bytes in float32) and in
+# the shared memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
 RULES = (
     # Tiles of 128 waste 25 to 48 % of the work up to about 600 rows.
     Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(601, ANY)),
@@ -220,6 +223,8 @@ def own_rules() -> tuple[Rule, ...]:
 
 
 def _rule(found: dict) -> Rule:
+    unknown = found.keys() - {field.name for field in fields(Rule)}
+    _check("rule", not unknown, "no keys but those of Rule", sorted(unknown))
     kernel = found["kernel"]
     _check("kernel", kernel in KERNELS, f"one of {', '.join(KERNELS)}", kernel)
     bounds = {k: tuple(found[k]) for k in ("rows", "depth", "capability") if k in found}
@@ -236,12 +241,17 @@ def as_json(rules: Iterable[Rule]) -> str:
 def capability_of(device: torch.device) -> int:
     """90 for compute capability 9.0, 0 under the interpreter."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
+        return _capability_of_cuda(device)
     if INTERPRET:
         return 0
     # Compiled for a GPU that is not here: a stand-in for the driver knows which.
     return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache  # host time of every launch
+def _capability_of_cuda(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _padded(size: int) -> int:
