@@ -29,8 +29,9 @@ ANY = 1 << 62
 class Tile(NamedTuple):
     """Of a matrix product: what one program writes, and how.
 
-    gram: ``rows`` x ``columns`` of the Gram matrix; ``columns`` is a multiple of ``rows``, and the
-    same on the C side. gradient: of ``X``, ``R x K``. pull: channels x tasks, as many as there are.
+    gram: ``rows`` x ``columns`` of the Gram matrix; ``columns`` is a multiple of ``rows``, and not
+    used on the C side, where tiles are square. gradient: of ``X``, ``R x K``. pull: channels x
+    tasks, as many as there are.
     """
 
     rows: int
