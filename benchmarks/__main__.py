@@ -29,6 +29,7 @@ from benchmarks import (
     steps,
     targets,
 )
+from benchmarks.findings import described
 from benchmarks.machine import describe, slug
 from benchmarks.progress import say
 from benchmarks.quality import config
@@ -279,7 +280,7 @@ def main() -> None:
             broken += part.measure(run)
         except Exception as error:  # noqa: BLE001 -- the other parts are worth having
             traceback.print_exc()
-            broken.append(f"{name}: {kernels.described(error)}")
+            broken.append(f"{name}: {described(error)}")
     plots.draw(folder)
     reached = targets.table(folder)
     if reached is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import repmtl_kernels
 from benchmarks import floors, rivals
+from benchmarks.findings import Findings, described, free
 from benchmarks.line_up import (
     FLOAT32,
     FULL,
@@ -74,27 +75,19 @@ def measure(
     deadline: ``time.monotonic()`` after which no further case starts.
     save: is called with the rows and notes of each case as it comes, so that none is lost.
     """
-    rows: list[dict] = []
-    notes: list[str] = []
+    findings = Findings(save)
     effort = QUICK if quick else FULL[device.type]
     for case in track(cases(device.type, quick), "kernels"):
         if time.monotonic() > deadline:
-            notes.append(f"left out for time: {case}")
-            say(notes[-1])
+            findings.note(f"left out for time: {case}")
             continue
         if case.compiled and time.monotonic() + COMPILE_SECONDS[device.type] > deadline:
-            notes.append(f"left out for time: torch.compile in {case}")
-            say(notes[-1])
+            findings.note(f"left out for time: torch.compile in {case}")
             case = replace(case, compiled=False)
-        try:
-            rows += measure_case(case, device, ceilings, effort)
-        except torch.OutOfMemoryError as error:  # not of one contestant: their errors are rows
-            notes.append(f"left out: {case}: {described(error)}")
-            say(notes[-1])
-            free(device)
-            continue
-        if save is not None:
-            save(rows, notes)
+        run = partial(measure_case, case, device, ceilings, effort)
+        if findings.measured(case, run, device) is not None:
+            findings.save()
+    rows, notes = findings.rows, findings.notes
     measured = [row for row in rows if row["error"] is None]
     unjudged = [
         f"{row['function']} {row['shape']}" for row in measured if row["gradient_error"] is None
@@ -161,12 +154,6 @@ def time_and_memory(
         # A graph holds its memory all the time.
         "peak_mb": None if graph else peak_extra_bytes(call, device) / 1e6,
     }
-
-
-def free(device: torch.device) -> None:
-    """Gives memory back that no tensor has."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
@@ -359,11 +346,6 @@ def directions(backend: str, device: torch.device) -> Sequence[str]:
     """A direction is a compilation of its own: on a GPU only the one that training needs."""
     once = device.type == "cuda" and backend in (COMPILED, FACTORED_COMPILED)
     return DIRECTIONS[1:] if once else DIRECTIONS
-
-
-def described(error: BaseException) -> str:
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first_line}"
 
 
 def disagreement(precision: Precision, backend: str, value: float, expected: float) -> str | None:

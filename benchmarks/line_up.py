@@ -162,14 +162,23 @@ def _cuda_cases() -> list[Case]:
 def products_in(precision: Precision) -> Iterator[None]:
     """Float32 products of PyTorch and of the Triton kernels in this precision."""
     before = torch.get_float32_matmul_precision()
-    asked = os.environ.pop(FP32_PRECISION, None)
     torch.set_float32_matmul_precision(precision.matmul)
-    if precision == TF32X3:
-        os.environ[FP32_PRECISION] = precision.name
+    try:
+        with triton_products_in(precision.name if precision == TF32X3 else None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def triton_products_in(precision: str | None) -> Iterator[None]:
+    """Float32 products of the Triton kernels alone; None or nothing: as PyTorch's."""
+    asked = os.environ.pop(FP32_PRECISION, None)
+    if precision is not None:
+        os.environ[FP32_PRECISION] = precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
         os.environ.pop(FP32_PRECISION, None)
         if asked is not None:
             os.environ[FP32_PRECISION] = asked

@@ -25,14 +25,16 @@ class Rotating(Generic[Inputs]):
         return self.run(next(self._turn))
 
 
-def graphed(call: Rotating, device: torch.device) -> Rotating:
+def graphed(call: Rotating, device: torch.device, pool: tuple[int, int] | None = None) -> Rotating:
     """The same as CUDA graphs, one for each set of inputs, so that replays rotate as calls do.
 
     A replay returns what its capture returned, with the replay's values. Everything has to have run
     once: what compiles can't be captured. Raises what the capture raises, and before it a
     RuntimeError for a call that waits for the device, which would make the capture fail.
+
+    pool: memory that graphs share whose results nobody reads; default: some of its own.
     """
-    pool = torch.cuda.graph_pool_handle()
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     captured = []

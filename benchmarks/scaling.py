@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import floors, kernels, line_up, rivals
+from benchmarks.findings import Findings, described, free
 from benchmarks.kernels import FAILURES
 from benchmarks.line_up import BFLOAT16, FLOAT32, TF32, Case, Effort, Precision
 from benchmarks.progress import say, track
@@ -285,32 +286,24 @@ def measure(
     deadline: ``time.monotonic()`` after which no further point starts.
     save: is called with the rows and notes of each point as it comes, so that none is lost.
     """
-    rows: list[dict] = []
-    notes: list[str] = []
+    findings = Findings(save)
     stops = Stops(PLANS[device.type].rival_ms, MEMORY_SHARE * total_bytes(device))
     effort = QUICK if quick else EFFORTS[device.type]
     for point in track(points(device.type, quick), "scaling"):
         if time.monotonic() > deadline:
-            notes.append(f"left out for time: {point}")
-            say(notes[-1])
+            findings.note(f"left out for time: {point}")
             continue
         without = stops.before(point)
         for note in without or ():
-            notes.append(note)
-            say(note)
-        try:
-            found = measure_point(point, device, ceilings, effort, rival=without is None)
-        except torch.OutOfMemoryError as error:  # the inputs alone
-            notes.append(f"left out: {point}: {kernels.described(error)}")
-            say(notes[-1])
-            kernels.free(device)
+            findings.note(note)
+        run = partial(measure_point, point, device, ceilings, effort, rival=without is None)
+        found = findings.measured(point, run, device)
+        if found is None:  # the inputs alone
             continue
         stops.see(point, found)
-        rows += found
         say(summary_line(point, found))
-        if save is not None:
-            save(rows, notes)
-    return rows, notes
+        findings.save()
+    return findings.rows, findings.notes
 
 
 class Stops:
@@ -363,7 +356,7 @@ def measure_point(
     """A row for each contestant; ``rival``: whether the plain PyTorch one takes part."""
     with line_up.products_in(point.case.precision):
         rows = _rows(point, device, ceilings, effort, rival)
-    kernels.free(device)  # what points of other sizes can't use
+    free(device)  # what points of other sizes can't use
     return rows
 
 
@@ -381,8 +374,8 @@ def _rows(
             call = make()
             value = call().mean().item()
         except FAILURES as failure:
-            errors[name] = kernels.described(failure)
-            kernels.free(device)
+            errors[name] = described(failure)
+            free(device)
             continue
         if wrong := kernels.disagreement(precision, name, value, exact):
             errors[name] = wrong

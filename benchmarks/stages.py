@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import floors, kernels, line_up, rivals
+from benchmarks.findings import Findings, described, free
 from benchmarks.kernels import FAILURES
 from benchmarks.line_up import BFLOAT16, FLOAT32, PRECISIONS, TF32, Effort, Precision
 from benchmarks.progress import say, track
@@ -214,25 +215,19 @@ def measure(
     deadline: ``time.monotonic()`` after which no further stage starts.
     save: is called with the rows and notes of each case as it comes, so that none is lost.
     """
-    rows: list[dict] = []
-    notes: list[str] = []
+    findings = Findings(save)
     effort = QUICK if quick and device.type == "cpu" else EFFORTS[device.type]
     for case in track(cases(device.type, quick), "stages"):
-        try:
-            found = measure_case(case, device, ceilings, effort, deadline)
-        except torch.OutOfMemoryError as error:  # not of one contestant: their errors are rows
-            notes.append(f"left out: {case}: {kernels.described(error)}")
-            say(notes[-1])
-            kernels.free(device)
+        run = partial(measure_case, case, device, ceilings, effort, deadline)
+        found = findings.measured(case, run, device)
+        if found is None:
             continue
-        rows += found
         done = {(row["function"], row["variant"]) for row in found}
         if left := len(case.variants) - len(done):
-            notes.append(f"left out for time: {left} of {len(case.variants)} stages of {case}")
-            say(notes[-1])
-        elif save is not None:
-            save(rows, notes)
-    return rows, notes
+            findings.note(f"left out for time: {left} of {len(case.variants)} stages of {case}")
+        else:
+            findings.save()
+    return findings.rows, findings.notes
 
 
 def measure_case(
@@ -252,13 +247,13 @@ def measure_case(
             try:
                 works[backend] = [work_of(backend, tensors) for tensors in inputs]
             except FAILURES as error:
-                errors[backend] = kernels.described(error)
+                errors[backend] = described(error)
         for variant in case.variants:
             if time.monotonic() > deadline:
                 break
             found = _rows(case, variant, works, inputs, device, ceilings, effort)
             found += [_failed(case, variant, name, False, why) for name, why in errors.items()]
-            kernels.free(device)
+            free(device)
             say(f"{case} {variant}: {_shown(found)}")
             rows += found
     return rows
@@ -301,7 +296,7 @@ def _rows(
             if graph := device.type == "cuda":
                 calls[name, True] = graphed(call, device)
         except FAILURES as error:
-            rows.append(_failed(case, variant, name, graph, kernels.described(error)))
+            rows.append(_failed(case, variant, name, graph, described(error)))
     timings = side_by_side(calls, device, **effort._asdict())
     products = case.precision
     if not variant.reads_saliencies and products.dtype != torch.float32:

@@ -12,13 +12,13 @@ import datetime
 import functools
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks import report, results
+from benchmarks.line_up import triton_products_in
 from benchmarks.machine import git_state, versions
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels import backends
@@ -161,13 +162,17 @@ MODES = {
 }
 
 
+def products_of(mode: str) -> AbstractContextManager[None]:
+    """Within the block the Triton kernels' float32 products are those of ``mode``."""
+    return triton_products_in(MODES[mode][1] or "")
+
+
 def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> list:
     """Compiles what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code."""
     stages = backends.load("triton")
-    dtype, precision = MODES[mode]
-    os.environ["REPMTL_FP32_PRECISION"] = precision or ""
+    dtype, _ = MODES[mode]
     saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
-    with compiled_instead_of_launched(capability) as compiled:
+    with products_of(mode), compiled_instead_of_launched(capability) as compiled:
         statistics = stages.statistics(saliencies, positions=True, channels=True)
         for over in ("tasks", "space"):
             for normalizer in ("abs", "softmax"):

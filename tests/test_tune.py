@@ -18,8 +18,9 @@ if find_spec("triton") is None:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # benchmarks is not installed
 
+from benchmarks.line_up import FP32_PRECISION
 from benchmarks.shapes import SHAPES
-from benchmarks.static_report import MODES
+from benchmarks.static_report import MODES, products_of
 from benchmarks.timing import Timing
 from benchmarks.tune import __main__ as program
 from benchmarks.tune import cases, compiling, measuring
@@ -113,7 +114,7 @@ def test_most_telling_first_and_nothing_twice():
 def test_the_stage_of_a_case_asks_for_its_tile(kernel: str, mode: str, layout: str):
     case = Case(kernel, SMALL, mode, layout)
     (stage,) = measuring._stages(case, 1, WHERE)
-    with cases.precision_of(mode), _tiles.trying({kernel: TRIED[kernel][0]}) as given:
+    with products_of(mode), _tiles.trying({kernel: TRIED[kernel][0]}) as given:
         found = measuring._result(stage)
     of_kernel = {request: tile for request, tile in given.items() if request.kernel == kernel}
     assert list(of_kernel.values()) == [TRIED[kernel][0]]
@@ -128,10 +129,10 @@ def test_the_stage_of_a_case_asks_for_its_tile(kernel: str, mode: str, layout: s
 
 
 def test_the_precision_of_products_is_restored(monkeypatch):
-    monkeypatch.setenv(cases.PRECISION, "tf32x3")
-    with cases.precision_of("bfloat16"):
-        assert os.environ[cases.PRECISION] == ""
-    assert os.environ[cases.PRECISION] == "tf32x3"
+    monkeypatch.setenv(FP32_PRECISION, "tf32x3")
+    with products_of("bfloat16"):
+        assert os.environ[FP32_PRECISION] == ""
+    assert os.environ[FP32_PRECISION] == "tf32x3"
 
 
 # --- compiling ---

@@ -111,7 +111,6 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device; with --compile-only it does without")
     device = torch.device("cuda")
-    major, minor = torch.cuda.get_device_capability(device)
     say(f"machine {slug(device)}: measuring its copy and matrix-product rates")
     head = describe(device)
     say(f"  {head['machine']}\n  {head['versions']}\n  {head['measured']}")
@@ -119,7 +118,7 @@ def main() -> None:
     tune(
         planned,
         device,
-        10 * major + minor,
+        _tiles.capability_of(device),
         head,
         folder=folder,
         write=options.write,

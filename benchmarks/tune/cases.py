@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.static_report import MODES, saliency
+from benchmarks.static_report import MODES, products_of, saliency
 from benchmarks.tune.candidates import candidates
 from repmtl_kernels import backends
 from repmtl_kernels.backends import Anchors, CSAGradient, Gram
@@ -29,7 +27,6 @@ KERNELS = {
 # The largest shapes decide, so they are the first in every mode.
 LARGEST = ("nyuv2", "cityscapes")
 OTHERS = ("vit1024", "vit196", "office49", "office1")
-PRECISION = "REPMTL_FP32_PRECISION"
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Case:
 
     @property
     def candidates(self) -> tuple[Tile | Sweep, ...]:
-        with precision_of(self.mode):
+        with products_of(self.mode):
             operand = _operand(self.shape, self.dtype)
         kind = operand.precision
         if self.kernel == "statistics" and kind != "16-bit":
@@ -89,20 +86,6 @@ def _is_new(case: Case, found: list[Case]) -> bool:
 def _operand(shape: Shape, dtype: torch.dtype) -> Operand:
     size = (shape.batch, shape.channels, shape.positions)
     return Operand.of(torch.empty(size, dtype=dtype, device="meta"))
-
-
-@contextlib.contextmanager
-def precision_of(mode: str) -> Iterator[None]:
-    """Within the block float32 products are those of ``mode``."""
-    before = os.environ.get(PRECISION)
-    os.environ[PRECISION] = MODES[mode][1] or ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[PRECISION]
-        else:
-            os.environ[PRECISION] = before
 
 
 def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor | None]]:

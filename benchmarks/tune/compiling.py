@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from triton.errors import TritonError
 
-from benchmarks.static_report import compiled_instead_of_launched, inspect
-from benchmarks.tune.cases import KERNELS, Case, precision_of, stage_of
+from benchmarks.static_report import compiled_instead_of_launched, inspect, products_of
+from benchmarks.tune.cases import KERNELS, Case, stage_of
 from repmtl_kernels.backends.triton import _tiles
 from repmtl_kernels.backends.triton._tiles import Request, Sweep, Tile
 
@@ -93,7 +93,7 @@ def compile_one(job: Job, capability: int) -> Compiled:
     only = None if job.tile is None else name
     try:
         with (
-            precision_of(case.mode),
+            products_of(case.mode),
             compiled_instead_of_launched(capability, only) as kernels,
             _tiles.trying(tiles) as given,
         ):

@@ -15,11 +15,13 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import floors
-from benchmarks.kernels import CACHE_FACTOR, MAX_INPUT_SETS, rounded
+from benchmarks.kernels import input_sets, rounded
 from benchmarks.line_up import Effort
+from benchmarks.rotation import Rotating, graphed
+from benchmarks.static_report import products_of
 from benchmarks.timing import Timing, side_by_side
 from benchmarks.tune.candidates import shown
-from benchmarks.tune.cases import Case, precision_of, stage_of
+from benchmarks.tune.cases import Case, stage_of
 from benchmarks.tune.compiling import Compiled
 from repmtl_kernels.backends.triton import _tiles
 from repmtl_kernels.backends.triton._tiles import Rule, Sweep, Tile
@@ -51,8 +53,8 @@ def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> l
     """
     left_out = {c: c.error for c in compiled if c.error and not c.is_baseline}
     calls: dict[Compiled, Callable[[], object]] = {}
-    sets = input_sets(case, device)
-    with precision_of(case.mode), torch.no_grad():
+    sets = input_sets(case.shape.elements * case.dtype.itemsize, device)
+    with products_of(case.mode), torch.no_grad():
         stages = _stages(case, sets, device)
         pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         expected = None
@@ -60,10 +62,12 @@ def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> l
             if candidate in left_out:
                 continue
             tiles = {case.kernel: candidate.tile}
-            call = partial(_run, stages, tiles)
+            call = partial(_run, tiles)
             try:
-                expected = _checked(candidate, partial(_run, stages[:1], tiles), expected)
-                calls[candidate] = call if pool is None else _graph_of(call, pool)
+                expected = _checked(candidate, partial(call, stages[:1]), expected)
+                # As a CUDA graph: launches take as long as small kernels, and are the same for all.
+                every = Rotating(call, [stages])
+                calls[candidate] = every if pool is None else graphed(every, device, pool)
             except OutOfResources as error:
                 left_out[candidate] = str(error)
                 if candidate.is_baseline:  # nothing to compare with
@@ -79,15 +83,6 @@ def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> l
     ]
 
 
-def input_sets(case: Case, device: torch.device) -> int:
-    """Enough sets of inputs that the device's cache does not hold the next one."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    set_bytes = case.shape.elements * case.dtype.itemsize
-    return min(MAX_INPUT_SETS, 1 + CACHE_FACTOR * cache // set_bytes)
-
-
 def _stages(case: Case, sets: int, device: torch.device) -> list[Callable[[], Sequence]]:
     generator = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=generator, device=device)
@@ -95,7 +90,7 @@ def _stages(case: Case, sets: int, device: torch.device) -> list[Callable[[], Se
 
 
 def _run(
-    stages: Sequence[Callable[[], Sequence]], tiles: Mapping[str, Tile | Sweep]
+    tiles: Mapping[str, Tile | Sweep], stages: Sequence[Callable[[], Sequence]]
 ) -> Sequence[Tensor | None]:
     """The stages one after the other with these tiles; what the last one computes."""
     with _tiles.trying(tiles):
@@ -130,15 +125,6 @@ def _checked(
                 f"largest, {allowed:g} is rounding"
             )
     return expected or found
-
-
-def _graph_of(call: Callable[[], object], pool: tuple[int, int]) -> Callable[[], None]:
-    """The call as a CUDA graph, without its launches: they take as long as small kernels, and are
-    the same for all tiles. It must have run before; its results are gone with the next graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    return graph.replay
 
 
 def _each(timing: Timing, sets: int) -> Timing:
@@ -203,13 +189,10 @@ def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
 
 def floor_ms(case: Case, ceilings: dict) -> float:
     """Of the stage that launches the kernel."""
-    rates = ceilings["matmul_tflops"]
-    if case.mode == "ieee":
-        rate, tiling = rates["float32"], floors.EXACT
-    else:
-        tiling = floors.TENSOR_CORES
-        rate = rates["tf32" if case.mode.startswith("tf32") else "bfloat16"]
-        rate /= 3 if case.mode == "tf32x3" else 1  # three products for each
+    # Both 16-bit dtypes have one rate.
+    precision = {"ieee": "float32", "float16": "bfloat16"}.get(case.mode, case.mode)
+    rate = floors.matmul_rate(ceilings["matmul_tflops"], precision)
+    tiling = floors.EXACT if case.mode == "ieee" else floors.TENSOR_CORES
     count = partial(floors.forward_passes, "csa_loss")
     if case.kernel in ("gradient", "pull"):
         count = partial(floors.backward_passes, "csa_loss")
