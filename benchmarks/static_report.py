@@ -50,9 +50,11 @@ class KernelReport:
     spill_bytes: int  # local memory of one thread
     shared_bytes: int
     warps: int
-    # Both None where the instructions were not read.
+    # None where the instructions were not read.
     global_loads: dict[str, int] | None  # width in bits -> instructions, LDG and LDGSTS
     matrix_instructions: dict[str, int] | None  # HGMMA, UTCHMMA, HMMA
+    # Whether each HGMMA waits for the one before: ptxas may decide so for all of a kernel.
+    serial: bool | None
 
 
 class _AheadOfTimeDriver:
@@ -105,7 +107,7 @@ def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelRepo
     with _cubin_file(kernel.asm["cubin"]) as cubin:
         usage = _cuobjdump("--dump-resource-usage", cubin)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    loads, matrix = _instructions(kernel.asm["cubin"]) if instructions else (None, None)
+    read = _instructions(kernel.asm["cubin"]) if instructions else (None, None, None)
     return KernelReport(
         kernel=kernel.metadata.name,
         capability=capability,
@@ -113,13 +115,12 @@ def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelRepo
         spill_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
         shared_bytes=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
-        global_loads=loads,
-        matrix_instructions=matrix,
+        **dict(zip(("global_loads", "matrix_instructions", "serial"), read, strict=True)),
     )
 
 
 @functools.cache  # shapes and modes have kernels in common
-def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
+def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int], bool]:
     with _cubin_file(cubin) as file:
         sass = _cuobjdump("--dump-sass", file)
     loads = Counter(
@@ -127,7 +128,10 @@ def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
         for load in re.findall(r"\b(?:LDG|LDGSTS|UTMALDG)\.[\w.]*", sass)
     )
     matrix = Counter(re.findall(r"\b(HGMMA|QGMMA|UTC\w*MMA|HMMA|IMMA|DMMA)\b", sass))
-    return dict(sorted(loads.items())), dict(sorted(matrix.items()))
+    # Products in flight together share one scoreboard, which the last of them names.
+    groups = [" gsb" in product for product in re.findall(r"\bHGMMA\.[^;]*;", sass)]
+    serial = len(groups) > 0 and all(groups)
+    return dict(sorted(loads.items())), dict(sorted(matrix.items())), serial
 
 
 def _width(load: str) -> str:
@@ -300,7 +304,8 @@ def _print_row(row: dict) -> None:
     print(
         f"sm_{row['capability']} {row['mode']:9} {row['shape']:10} {row['layout']:13} "
         f"{row['kernel']:28} regs {row['registers']:3} spill {row['spill_bytes']} "
-        f"shared {row['shared_bytes']:6} warps {row['warps']} loads[{loads}] {matrix}",
+        f"shared {row['shared_bytes']:6} warps {row['warps']} loads[{loads}] {matrix}"
+        f"{' one at a time' if row['serial'] else ''}",
         flush=True,
     )
 

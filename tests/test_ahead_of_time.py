@@ -69,6 +69,7 @@ def test_kernels_compile_without_spills_and_with_wide_loads(capability: int):
     for row in heavy:
         names = "".join(row["matrix_instructions"])
         assert (TENSOR_CORES[capability] in names) == (row["mode"] != "ieee"), row
+        assert not row["serial"], row
     reading = [row for row in rows if row["kernel"] == "_statistics_kernel"]
     assert {(row["mode"], row["shape"]) for row in reading} == set(itertools.product(MODES, SHAPES))
     for row in reading:

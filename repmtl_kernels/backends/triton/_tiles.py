@@ -116,20 +116,20 @@ class Rule:
         )
 
 
-# What fits without register spills (of channels_last saliencies, up to 16 bytes in float32) and in
-# the shared memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
+# What fits without register spills (up to 16 bytes of channels_last saliencies) and in the shared
+# memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
 RULES = (
     # Tiles of 128 waste 25 to 48 % of the work up to about 600 rows.
     Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(601, ANY)),
     Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), False, (601, ANY), capability=(90, 119)),
     Rule("gram", ("16-bit",), Tile(64, 64, 64, 4, 3, 168), odd=False),
-    Rule("gram", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3, 224), odd=False),
+    Rule("gram", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3, 255), odd=False),
     Rule("gram", ("ieee",), Tile(64, 64, 16, 4, 3, 255), odd=False),
     # Odd rows are loaded element by element, with a pointer each.
     Rule("gram", ("16-bit",), Tile(32, 32, 32, 4, 3), odd=True, rows=(1, 32)),
     Rule("gram", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
-    Rule("gram", KINDS, Tile(32, 32, 16, 4, 3), odd=True, rows=(1, 32)),
-    Rule("gram", KINDS, Tile(64, 64, 16, 8, 3), odd=True),
+    Rule("gram", KINDS, Tile(32, 32, 16, 4, 3, 128), odd=True, rows=(1, 32)),
+    Rule("gram", KINDS, Tile(64, 64, 16, 8, 3, 128), odd=True),
     Rule("gradient", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(65, ANY)),
     Rule("gradient", ("tf32",), Tile(128, 128, 32, 8, 3), odd=False, rows=(65, ANY)),
     Rule("gradient", ("16-bit",), Tile(16, 256, 16, 8, 3), rows=(1, 16)),

@@ -182,6 +182,7 @@ def _gradient_pull_kernel(
 ):
     """Grid: (sample and in it the tile of channels, task of the group)."""
     positions, channels = N_DIV * N_ALIGN, C_DIV * C_ALIGN
+    tl.assume(positions > 0)  # as in the Gram kernel
     tiles = tl.cdiv(channels, BLOCK)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     sample = pick(group, tl.program_id(1)) * batch + b
@@ -295,6 +296,7 @@ def _gradient_kernel(
     """Grid: (sample and in it the tile of ``X``, task of the group)."""
     rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
     channels, positions = (depth, rows) if N_SIDE else (rows, depth)
+    tl.assume(rows > 0)  # as in the Gram kernel
     row_tiles = tl.cdiv(rows, BLOCK_R)
     tiles = row_tiles * tl.cdiv(depth, BLOCK_K)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles

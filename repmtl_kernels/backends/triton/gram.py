@@ -196,11 +196,17 @@ def _gram_kernel(
     """Grid: (sample and in it the row of tiles and strip of columns, task of the group)."""
     rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
     channels = depth if N_SIDE else rows
+    # Else ptxas has each HGMMA wait for the one before, for a loop that might not run.
+    tl.assume(depth > 0)
     pairs = RATIO * (strips * (strips + 1) // 2)
     b, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
     i, j = _tile_pair(pair, strips, RATIO)
     has_diagonal = i // RATIO == j
     sample = pick(group, tl.program_id(1)) * batch + b
+    if RATIO > 1:
+        if i >= tiles:  # the last row of the last square may not exist
+            tl.store(squares + sample * pairs + pair, 0.0)
+            return
 
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
     r_i = i * BLOCK + tl.arange(0, BLOCK)
@@ -221,15 +227,15 @@ def _gram_kernel(
     if SCALING == "needed":
         safe = (factor <= SAFE_SCALE) & (factor >= 1 / SAFE_SCALE)
         wanted = tl.where(safe, wanted, 2)
-    # The last row of the last square may not exist.
-    end = tl.where(i < tiles, depth, 0) if RATIO > 1 else depth
     acc = tl.zeros((BLOCK, BLOCK * RATIO), tl.float32)
     v = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for loop in tl.static_range(3 if SCALING == "needed" else 2):
         if wanted == loop:
             SCALED: tl.constexpr = loop == 2 or SCALING == "always"
             STEP: tl.constexpr = DEPTH if loop < 2 else 16
-            for start in tl.range(0, end, STEP, num_stages=STAGES if loop < 2 else 1):
+            acc = tl.zeros((BLOCK, BLOCK * RATIO), tl.float32)
+            v = tl.zeros((BLOCK, COLUMNS), tl.float32)
+            for start in tl.range(0, depth, STEP, num_stages=STAGES if loop < 2 else 1):
                 k = start + tl.arange(0, STEP)
                 inside_k = k < depth
                 offsets = row_offsets(k, layout, FORM, not N_SIDE)
@@ -295,7 +301,7 @@ def _gram_kernel(
                 )
                 part_i = parts + (i * tasks * rows + r_j)[:, None]
                 tl.store(part_i, y, mask=inside_j[:, None] & (task < tasks))
-    elif has_diagonal & (i < tiles):
+    elif has_diagonal:
         v_sum = (join_columns(v) if SPLIT else v) * rest
         tl.store(positives + sample * tiles + i, tl.sum(v_sum * v_sum))
         if projection is not None:
