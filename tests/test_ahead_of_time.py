@@ -30,7 +30,7 @@ HEAVY = ("_gram_kernel", "_gradient_kernel")
 SHARED_KILOBYTES = {80: 163, 90: 227, 100: 227}
 
 
-def compiled(capability: int, *options: str) -> list[dict]:
+def compiled(capability: int, *options: str, **variables: str) -> list[dict]:
     """Rows of benchmarks.static_report; a process of its own, since this one may interpret.
 
     One for all modes and shapes: most kernels are the same for several of them.
@@ -43,7 +43,7 @@ def compiled(capability: int, *options: str) -> list[dict]:
     done = subprocess.run(
         [*command, *options],
         cwd=Path(__file__).parents[1],
-        env=environment,
+        env=environment | variables,
         capture_output=True,
         text=True,
     )
@@ -127,6 +127,26 @@ def test_kernels_fit_into_consumer_gpus(capability: int):
     rows = compiled(capability, *largest, "--disassemble", "none")
     assert {row["kernel"] for row in rows} >= set(HEAVY)
     assert max(row["shared_bytes"] for row in rows) <= 99 * 1024
+
+
+@pytest.mark.parametrize("shape", ["nyuv2", "vit1024"])
+def test_tiles_that_tma_copies_have_all_products_in_flight(tmp_path, shape: str):
+    from repmtl_kernels.backends.triton import _tiles
+    from repmtl_kernels.backends.triton._tiles import Rule, Tile
+
+    table = tmp_path / "tiles.json"
+    tile = Tile(128, 256, 64, 8, 3, tma=True)
+    table.write_text(_tiles.as_json(Rule(k, ("16-bit",), tile) for k in ("gram", "gradient")))
+    options = ("--mode", "bfloat16", "--shape", shape, "--kernels", "losses")
+    for capability in (80, 90, 100):
+        rows = compiled(
+            capability, *options, "--disassemble", *HEAVY, **{_tiles.VARIABLE: str(table)}
+        )
+        heavy = [row for row in rows if row["kernel"] in HEAVY]
+        assert {row["kernel"] for row in heavy} == set(HEAVY)
+        for row in heavy:
+            assert ("tma" in row["global_loads"]) == (capability >= 90), row
+            assert not row["serial"], row
 
 
 def test_what_is_worse_is_seen():

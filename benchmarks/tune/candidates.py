@@ -1,6 +1,7 @@
 """Which tiles are tried, as data: by kernel, kind of number and size.
 
-Those that spill registers on sm_90 are left out already; on another GPU more of them may.
+Those that spill registers on sm_90 are left out already; on another GPU more of them may. The most
+promising of the largest shapes come first.
 """
 
 from __future__ import annotations
@@ -22,27 +23,32 @@ class Candidates(NamedTuple):
 
 CANDIDATES = (
     Candidates("gram", ("16-bit",), False, (33, ANY), (
-        Tile(128, 128, 64, 8, 2),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 8, 4),
-        Tile(128, 128, 128, 8, 2),
-        Tile(128, 256, 64, 8, 2),
         Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, tma=True),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3, tma=True),
         Tile(128, 256, 64, 8, 4),
+        Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(128, 256, 64, 16, 3, tma=True),
+        Tile(128, 128, 64, 8, 4),
+        Tile(128, 128, 64, 8, 4, tma=True),
+        Tile(128, 128, 128, 8, 2),
         Tile(64, 128, 64, 4, 3),
+        Tile(64, 128, 64, 4, 3, tma=True),
         Tile(64, 128, 64, 4, 4),
-        Tile(64, 256, 64, 4, 3),
         Tile(64, 256, 64, 8, 3),
         Tile(64, 64, 64, 4, 3),
         Tile(64, 64, 64, 4, 4),
-        Tile(64, 64, 128, 4, 3),
     )),
     Candidates("gram", ("tf32",), False, (33, ANY), (
-        Tile(128, 128, 32, 8, 2),
         Tile(128, 128, 32, 8, 3),
-        Tile(128, 128, 32, 8, 4),
-        Tile(128, 128, 64, 8, 2),
+        Tile(128, 128, 32, 8, 3, tma=True),
         Tile(64, 256, 32, 8, 3),
+        Tile(64, 256, 32, 8, 3, tma=True),
+        Tile(128, 128, 32, 8, 2),
+        Tile(128, 128, 32, 8, 4),
+        Tile(128, 128, 32, 8, 4, tma=True),
+        Tile(128, 128, 64, 8, 2),
         Tile(64, 128, 32, 4, 3),
         Tile(64, 128, 32, 4, 4),
         Tile(64, 128, 32, 8, 3),
@@ -103,15 +109,16 @@ CANDIDATES = (
         Tile(16, 16, 128, 4, 3),
     )),
     Candidates("gradient", ("16-bit",), False, (33, ANY), (
-        Tile(128, 128, 64, 8, 2),
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 256, 64, 8, 3, tma=True),
         Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3, tma=True),
+        Tile(128, 256, 64, 8, 4),
+        Tile(128, 256, 64, 8, 4, tma=True),
+        Tile(256, 128, 64, 8, 3),
+        Tile(256, 128, 64, 8, 3, tma=True),
         Tile(128, 128, 64, 8, 4),
         Tile(128, 128, 128, 8, 2),
-        Tile(128, 128, 64, 4, 3),
-        Tile(128, 256, 64, 8, 2),
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 256, 64, 8, 4),
-        Tile(256, 128, 64, 8, 3),
         Tile(64, 128, 64, 4, 3),
         Tile(64, 128, 64, 4, 4),
         Tile(64, 256, 64, 8, 3),
@@ -119,13 +126,15 @@ CANDIDATES = (
         Tile(64, 64, 64, 4, 4),
     )),
     Candidates("gradient", ("tf32",), False, (33, ANY), (
-        Tile(128, 128, 32, 8, 2),
+        Tile(128, 256, 32, 8, 3),
+        Tile(128, 256, 32, 8, 3, tma=True),
         Tile(128, 128, 32, 8, 3),
+        Tile(128, 128, 32, 8, 3, tma=True),
+        Tile(128, 256, 32, 8, 2),
+        Tile(256, 128, 32, 8, 3),
+        Tile(128, 128, 32, 8, 2),
         Tile(128, 128, 32, 8, 4),
         Tile(128, 128, 64, 8, 2),
-        Tile(128, 256, 32, 8, 2),
-        Tile(128, 256, 32, 8, 3),
-        Tile(256, 128, 32, 8, 3),
         Tile(64, 128, 32, 4, 3),
         Tile(64, 128, 32, 4, 4),
         Tile(64, 128, 32, 8, 3),
@@ -248,6 +257,7 @@ def shown(tile: Tile | Sweep) -> str:
     """For the reader: ``128x256x64 8 warps 3 stages``."""
     if isinstance(tile, Tile):
         text = f"{tile.rows}x{tile.columns}x{tile.depth} {tile.warps} warps {tile.stages} stages"
+        text += " TMA" if tile.tma else ""
     else:
         text = f"{tile.deep} deep, {tile.most_rows} rows, {tile.programs} programs"
         text += f" {tile.warps} warps"

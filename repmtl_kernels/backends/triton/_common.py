@@ -95,15 +95,15 @@ class TaskGroup(NamedTuple):
     geometry: Geometry
 
 
-def task_groups(views: Sequence[Tensor | None]) -> Iterator[TaskGroup]:
-    """The tasks (None is left out) in groups of equal strides and at most ``MAX_TASKS``."""
+def task_groups(views: Sequence[Tensor | None], most: int = MAX_TASKS) -> Iterator[TaskGroup]:
+    """The tasks (None is left out) in groups of equal strides and at most ``most``."""
     by_stride: dict[tuple, list[int]] = {}
     for t, view in enumerate(views):
         if view is not None:
             by_stride.setdefault((geometry(view), view.data_ptr() % 16 == 0), []).append(t)
     for (layout, _), tasks in by_stride.items():
-        for i in range(0, len(tasks), MAX_TASKS):
-            part = tuple(tasks[i : i + MAX_TASKS])
+        for i in range(0, len(tasks), most):
+            part = tuple(tasks[i : i + most])
             yield TaskGroup(part, tuple(views[t] for t in part), layout)
 
 

@@ -40,6 +40,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # of the software pipeline
     registers: int | None = None  # of a thread, at most; None: as the compiler likes
+    tma: bool = False  # whether TMA copies what gram and gradient multiply, where it can
 
     def within(self, rows: int, columns: int, depth: int = ANY) -> Tile:
         """No larger than the power of two that holds the sizes, nor smaller than matrix units."""
@@ -96,6 +97,8 @@ class Rule:
             if name == "tile.registers":
                 good = value is None or 16 <= value <= 255
                 _check(name, good, "null or a number from 16 to 255", value)
+            elif name == "tile.tma":
+                _check(name, value in (True, False), "true or false", value)
             elif name in ("tile.stages", "tile.programs"):
                 _check(name, value >= 1, "a positive number", value)
             else:
@@ -119,9 +122,10 @@ class Rule:
 # What fits without register spills (up to 16 bytes of channels_last saliencies) and in the shared
 # memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
 RULES = (
-    # Tiles of 128 waste 25 to 48 % of the work up to about 600 rows.
-    Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(601, ANY)),
-    Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), False, (601, ANY), capability=(90, 119)),
+    # Tiles of 64 read each row twice as often from the L2 cache, more than it can give; up to about
+    # 320 rows those of 128 have more padding than that.
+    Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(321, ANY)),
+    Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), False, (321, ANY), capability=(90, 119)),
     Rule("gram", ("16-bit",), Tile(64, 64, 64, 4, 3, 168), odd=False),
     Rule("gram", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3, 255), odd=False),
     Rule("gram", ("ieee",), Tile(64, 64, 16, 4, 3, 255), odd=False),

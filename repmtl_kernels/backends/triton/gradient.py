@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repmtl_kernels.backends import CSAGradient
+from repmtl_kernels.backends.triton import _tma
 from repmtl_kernels.backends.triton._common import (
     TRITON_3_6,
     launch,
@@ -26,6 +27,7 @@ from repmtl_kernels.backends.triton._operand import (
     task_vectors,
 )
 from repmtl_kernels.backends.triton._tiles import capability_of
+from repmtl_kernels.backends.triton._tma import chosen, load_block
 
 
 def saliency_grad(
@@ -42,14 +44,21 @@ def saliency_grad(
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = triton.cdiv(operand.rows, tile.rows) * triton.cdiv(operand.depth, tile.columns)
     parts = 2 if operand.is_split else 1
+    matrix = csa.gram.matrix.flatten(0, 1)
     # Triton 3.6 can't pipeline two products with one rounded operand on Blackwell.
     unrounded = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
-    for group, target in _paired_groups(saliencies, outputs):
+    for group, target in _paired_groups(saliencies, outputs, _tma.most_tasks(tile)):
+        views = tuple(saliencies[t] for t in target.tasks)
+        x = _tma.matrices(views, operand, tile)
+        if not _tma.readable(matrix):
+            x = None
         launch(
             _gradient_kernel,
             (tiles * batch, len(target.tasks)),
             anchors.device,
-            tuple(saliencies[t] for t in target.tasks),
+            views,
+            *_tma.descriptors(x, tile.depth, tile.columns),
+            _tma.descriptors(x and [matrix], tile.rows, tile.depth)[0],
             group.layout,
             target.tensors,
             target.geometry.layout,
@@ -75,6 +84,7 @@ def saliency_grad(
             ROUND=operand.rounds(group.form, along_rows=True) and not unrounded,
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
+            ROWS_LAST=x is not None and _tma.rows_last(x[0]),
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -82,11 +92,12 @@ def saliency_grad(
         )
 
 
-def _paired_groups(saliencies, outputs):
+def _paired_groups(saliencies, outputs, most: int):
     """Geometry of the saliencies and the group of outputs, over tasks of which both are equal."""
     wanted = [s if o is not None else None for s, o in zip(saliencies, outputs, strict=True)]
     for group in task_groups(wanted):
-        for target in task_groups([o if t in group.tasks else None for t, o in enumerate(outputs)]):
+        inner = [o if t in group.tasks else None for t, o in enumerate(outputs)]
+        for target in task_groups(inner, most):
             yield group.geometry, target
 
 
@@ -262,6 +273,11 @@ def _add_outer(left, right, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _gradient_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
+    x_0,  # TMA descriptors of DEPTH x BLOCK_K of X, one a task; or None
+    x_1,
+    x_2,
+    x_3,
+    matrix_blocks,  # the same of BLOCK_R x DEPTH of the matrix; or None
     layout,
     outputs,  # as the saliencies
     target_layout,
@@ -290,6 +306,7 @@ def _gradient_kernel(
     ROUND: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ROWS_LAST: tl.constexpr,  # what TMA copies lies in memory row by row of X^T
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -301,8 +318,8 @@ def _gradient_kernel(
     tiles = row_tiles * tl.cdiv(depth, BLOCK_K)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     sample = pick(group, tl.program_id(1)) * batch + b
-    r = (tile % row_tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
-    k = (tile // row_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_r, first_k = (tile % row_tiles) * BLOCK_R, (tile // row_tiles) * BLOCK_K
+    r, k = first_r + tl.arange(0, BLOCK_R), first_k + tl.arange(0, BLOCK_K)
     inside_r, inside_k = r < rows, k < depth
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
     x_columns = (x + row_offsets(k, layout, FORM, not N_SIDE))[None, :]
@@ -310,6 +327,8 @@ def _gradient_kernel(
     anchors += b * channels
     anchor_stride = tl.cast(batch, tl.int64) * channels
 
+    if x_0 is not None:
+        x_blocks = chosen(x_0, x_1, x_2, x_3, tl.program_id(1))
     factor = tl.load(scale + sample)
     # Unscaled saliencies: elements of the matrix and of anchors are of order 1.
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
@@ -317,12 +336,20 @@ def _gradient_kernel(
     for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
         q = start + tl.arange(0, DEPTH)
         inside_q = q < rows
-        g = tl.load(matrix_rows + q[None, :], mask=inside_r[:, None] & inside_q[None, :], other=0.0)
-        x_q = tl.load(
-            x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
-            mask=inside_q[:, None] & inside_k[None, :],
-            other=0.0,
-        )
+        if x_0 is not None:
+            g = load_block(matrix_blocks, sample, first_r, start, BLOCK_R, DEPTH, False)
+            x_q = load_block(x_blocks, b, start, first_k, DEPTH, BLOCK_K, ROWS_LAST)
+        else:
+            g = tl.load(
+                matrix_rows + q[None, :],
+                mask=inside_r[:, None] & inside_q[None, :],
+                other=0.0,
+            )
+            x_q = tl.load(
+                x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
+                mask=inside_q[:, None] & inside_k[None, :],
+                other=0.0,
+            )
         if ROUND:
             x_q = round_tf32(x_q)
         acc = matmul(g, x_q, acc, PRECISION)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repmtl_kernels.backends import Gram
+from repmtl_kernels.backends.triton import _tma
 from repmtl_kernels.backends.triton._common import launch, pick, stride_of, task_groups
 from repmtl_kernels.backends.triton._operand import (
     Operand,
@@ -23,6 +24,7 @@ from repmtl_kernels.backends.triton._operand import (
     task_columns,
     task_vectors,
 )
+from repmtl_kernels.backends.triton._tma import chosen, load_block
 
 # Saliencies with max |S| in [2^-40, 2^40] need no scaling before they are multiplied: a product
 # that float32 flushes to zero is below 2^-44 of the largest.
@@ -47,14 +49,17 @@ def gram(
         partial = () if operand.n_side else (tiles,)
         projection = anchors.new_empty(tasks, batch, *partial, tasks, operand.rows)
         matrix = saliencies[0].new_empty(tasks, batch, operand.rows, operand.rows)
-    for group in task_groups(saliencies):
+    for group in task_groups(saliencies, _tma.most_tasks(tile)):
         form = group.geometry.form
+        x = _tma.matrices(group.tensors, operand, tile)
         launch(
             _gram_kernel,
             # The pairs of tiles of a sample are neighbours: they share it in the L2 cache.
             (pairs * batch, len(group.tasks)),
             anchors.device,
             group.tensors,
+            *_tma.descriptors(x, tile.rows, tile.depth),
+            *_tma.descriptors(x if ratio > 1 else None, tile.rows * ratio, tile.depth),
             group.tasks,
             group.geometry.layout,
             scale,
@@ -78,6 +83,7 @@ def gram(
             ROUND=operand.rounds(form, along_rows=False),
             BLOCK=tile.rows,
             RATIO=ratio,
+            ROWS_LAST=x is not None and _tma.rows_last(x[0]),
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -164,6 +170,14 @@ def _times_anchors(
 @triton.jit
 def _gram_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
+    near_0,  # TMA descriptors of BLOCK x DEPTH of X, one a task; or None
+    near_1,
+    near_2,
+    near_3,
+    wide_0,  # of (BLOCK * RATIO) x DEPTH; or None
+    wide_1,
+    wide_2,
+    wide_3,
     group,  # numbers of the tasks
     layout,
     scale,  # (T, B)
@@ -190,6 +204,7 @@ def _gram_kernel(
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
     RATIO: tl.constexpr,
+    ROWS_LAST: tl.constexpr,  # what TMA copies lies in memory row by row of X^T
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -209,8 +224,9 @@ def _gram_kernel(
             return
 
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
-    r_i = i * BLOCK + tl.arange(0, BLOCK)
-    r_j = j * (BLOCK * RATIO) + tl.arange(0, BLOCK * RATIO)
+    WIDE: tl.constexpr = BLOCK * RATIO
+    first_i, first_j = i * BLOCK, j * WIDE
+    r_i, r_j = first_i + tl.arange(0, BLOCK), first_j + tl.arange(0, WIDE)
     inside_i, inside_j = r_i < rows, r_j < rows
     rows_i = (x + row_offsets(r_i, layout, FORM, N_SIDE))[:, None]
     rows_j = (x + row_offsets(r_j, layout, FORM, N_SIDE))[None, :]
@@ -227,21 +243,32 @@ def _gram_kernel(
     if SCALING == "needed":
         safe = (factor <= SAFE_SCALE) & (factor >= 1 / SAFE_SCALE)
         wanted = tl.where(safe, wanted, 2)
-    acc = tl.zeros((BLOCK, BLOCK * RATIO), tl.float32)
+    if near_0 is not None:
+        near = chosen(near_0, near_1, near_2, near_3, tl.program_id(1))
+        wide = near
+        if wide_0 is not None:
+            wide = chosen(wide_0, wide_1, wide_2, wide_3, tl.program_id(1))
+    acc = tl.zeros((BLOCK, WIDE), tl.float32)
     v = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for loop in tl.static_range(3 if SCALING == "needed" else 2):
         if wanted == loop:
             SCALED: tl.constexpr = loop == 2 or SCALING == "always"
             STEP: tl.constexpr = DEPTH if loop < 2 else 16
-            acc = tl.zeros((BLOCK, BLOCK * RATIO), tl.float32)
+            TMA: tl.constexpr = near_0 is not None and not SCALED
+            acc = tl.zeros((BLOCK, WIDE), tl.float32)
             v = tl.zeros((BLOCK, COLUMNS), tl.float32)
             for start in tl.range(0, depth, STEP, num_stages=STAGES if loop < 2 else 1):
                 k = start + tl.arange(0, STEP)
                 inside_k = k < depth
                 offsets = row_offsets(k, layout, FORM, not N_SIDE)
-                x_i = tl.load(
-                    rows_i + offsets[None, :], mask=inside_i[:, None] & inside_k[None, :], other=0.0
-                )
+                if TMA:
+                    x_i = load_block(near, b, first_i, start, BLOCK, STEP, ROWS_LAST)
+                else:
+                    x_i = tl.load(
+                        rows_i + offsets[None, :],
+                        mask=inside_i[:, None] & inside_k[None, :],
+                        other=0.0,
+                    )
                 if ROUND:
                     x_i = round_tf32(x_i)
                 if SCALED:
@@ -249,11 +276,14 @@ def _gram_kernel(
                 if loop == 0 and RATIO == 1:
                     x_j = tl.trans(x_i)
                 else:
-                    x_j = tl.load(
-                        rows_j + offsets[:, None],
-                        mask=inside_k[:, None] & inside_j[None, :],
-                        other=0.0,
-                    )
+                    if TMA:
+                        x_j = tl.trans(load_block(wide, b, first_j, start, WIDE, STEP, ROWS_LAST))
+                    else:
+                        x_j = tl.load(
+                            rows_j + offsets[:, None],
+                            mask=inside_k[:, None] & inside_j[None, :],
+                            other=0.0,
+                        )
                     if ROUND:
                         x_j = round_tf32(x_j)
                     if SCALED:
@@ -273,7 +303,7 @@ def _gram_kernel(
         tl.store(squares + sample * pairs + pair, weight * tl.sum(acc * acc))
         in_lower, in_upper = inside_j, inside_j
     else:
-        tile_j = j * RATIO + tl.arange(0, BLOCK * RATIO) // BLOCK
+        tile_j = j * RATIO + tl.arange(0, WIDE) // BLOCK
         weight = tl.where(tile_j == i, 1.0, tl.where(tile_j < i, 2.0, 0.0))
         tl.store(squares + sample * pairs + pair, tl.sum(tl.sum(acc * acc, 0) * weight))
         in_lower, in_upper = inside_j & (tile_j <= i), inside_j & (tile_j < i)
