@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DEVICE, LOSSES, Case, judge, relative_error, value_and_grads
+from cases import DEVICE, DTYPES, LOSSES, Case, judge, relative_error, value_and_grads
 from torch._subclasses import FakeTensorMode
 
 from repmtl_kernels import _native, csa_loss, reference, tsr_loss
@@ -34,7 +34,7 @@ SEVERAL_UNITS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", SEVERAL_UNITS, ids=str)
 def test_several_units_of_work(case: Case, dtype: torch.dtype):
     saliencies = canonical_tasks([t.detach() for t in case.make(dtype)], False, case.channel_dim)

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from cases import DEVICE, LOSSES, Case, judge, relative_error, value_and_grads
+from cases import DEVICE, DTYPES, LOSSES, Case, judge, relative_error, value_and_grads
 
 from repmtl_kernels import _native, csa_loss, rep_mtl_loss
 from repmtl_kernels._saliency import canonical_tasks
@@ -37,7 +37,7 @@ ANY = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ANY, ids=str)
 def test_every_way_through_the_kernels(case: Case, dtype: torch.dtype):
     # One task has no TSR: its entropy is 0.
