@@ -46,6 +46,9 @@ class Config(NamedTuple):
     with_grad: bool
     group: str  # name of the process group whose samples are negatives; empty: this process alone
     recompute: bool  # the Gram matrices in the backward, instead of saving them
+    # For the ranks of a group to compare; the losses are multiplied by the caller.
+    lambda_tsr: float = 0.0
+    lambda_csa: float = 0.0
 
 
 class Saved(NamedTuple):
@@ -222,6 +225,8 @@ def _meet(config: Config, saliencies: Sequence[Tensor]) -> Peers:
         normalizer=NORMALIZERS.index(config.normalizer),
         tsr_temperature=config.tsr_temperature,
         tsr_floor=config.tsr_floor,
+        lambda_tsr=config.lambda_tsr,
+        lambda_csa=config.lambda_csa,
     )
     return _distributed.meet(config.group, facts, saliencies)
 

@@ -102,6 +102,8 @@ class Facts(NamedTuple):
     normalizer: int
     tsr_temperature: float
     tsr_floor: float
+    lambda_tsr: float
+    lambda_csa: float
 
 
 class Options(NamedTuple):

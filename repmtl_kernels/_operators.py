@@ -18,7 +18,7 @@ from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks
 _CONFIG = (
     "str backend, bool tsr, bool csa, bool stacked, int channel_dim, str over, str normalizer, "
     "float tsr_temperature, float tsr_floor, float csa_temperature, float eps, bool with_grad, "
-    "str group, bool recompute"
+    "str group, bool recompute, float lambda_tsr, float lambda_csa"
 )
 
 

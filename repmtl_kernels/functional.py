@@ -301,6 +301,9 @@ def rep_mtl_loss(
             with_grad=_grad_wanted(operands),
             group=group_name,
             recompute=memory == "recompute",
+            # Without a group a compiled graph does not depend on them.
+            lambda_tsr=float(lambda_tsr) if group_name else 0.0,
+            lambda_csa=float(lambda_csa) if group_name else 0.0,
         )
         tsr, csa = evaluate(config, operands, present)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)

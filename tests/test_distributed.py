@@ -288,6 +288,9 @@ def check_what_is_wrong_is_told_to_every_rank(rank: int) -> None:
         reference.csa_loss(good, group="world")
     with pytest.raises(ValueError, match="the same tsr_floor on every rank; got 0, 0.5 by rank"):
         rep_mtl_loss(good, group="world", tsr_floor=0.5 * rank)
+    for name in ("lambda_tsr", "lambda_csa"):
+        with pytest.raises(ValueError, match=f"the same {name} on every rank; got 1, 2 by rank"):
+            rep_mtl_loss(good, group="world", **{name: 1 + rank})
     with pytest.raises(ValueError, match="the same over on every rank; got tasks, space by rank"):
         rep_mtl_loss(good, group="world", over="space" if rank else "tasks")
     with pytest.raises(ValueError, match="the same loss, csa_loss or rep_mtl_loss,"):
