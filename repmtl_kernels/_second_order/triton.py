@@ -24,7 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends.triton._common import TRITON_3_6, alignment, launch
+from repmtl_kernels.backends.triton._common import (
+    TRITON_3_6,
+    alignment,
+    cdiv,
+    launch,
+    next_power_of_2,
+)
 
 WARPS = 4
 # Left to itself, the compiler spills a few registers for more occupancy on sm_100.
@@ -559,28 +565,28 @@ class _Walk:
         widest = 512 // itemsize  # one warp of 16-byte loads
         if channel_columns:
             # One cache line: of many blocks of channels, each can have many positions.
-            wide = min(widest // 4, triton.next_power_of_2(columns))
-            high = min(rows * widest // wide, triton.next_power_of_2(outer))
-            row_tiles, steps = 1, triton.cdiv(outer, high)
-            positions, self.blocks = high, triton.cdiv(self.channels, wide)
+            wide = min(widest // 4, next_power_of_2(columns))
+            high = min(rows * widest // wide, next_power_of_2(outer))
+            row_tiles, steps = 1, cdiv(outer, high)
+            positions, self.blocks = high, cdiv(self.channels, wide)
         else:
             # Less than a warp where that would leave more than a quarter of the lanes idle.
             widths = [w for w in (widest, widest // 2, widest // 4) if w < 2 * columns]
             wide = min(
-                widths or [triton.next_power_of_2(columns)],
-                key=lambda w: (max(3 * triton.cdiv(columns, w) * w, 4 * columns), -w),
+                widths or [next_power_of_2(columns)],
+                key=lambda w: (max(3 * cdiv(columns, w) * w, 4 * columns), -w),
             )
-            high = min(rows * widest // wide, triton.next_power_of_2(self.channels))
-            row_tiles = triton.cdiv(columns, wide)
+            high = min(rows * widest // wide, next_power_of_2(self.channels))
+            row_tiles = cdiv(columns, wide)
             steps = outer * row_tiles
-            positions, self.blocks = wide, triton.cdiv(self.channels, high)
+            positions, self.blocks = wide, cdiv(self.channels, high)
         chunk = max(DEEP, MIN_POSITIONS // positions)
         while (
             2 * chunk * positions <= MAX_POSITIONS
-            and self.blocks * triton.cdiv(steps, 2 * chunk) >= PROGRAMS
+            and self.blocks * cdiv(steps, 2 * chunk) >= PROGRAMS
         ):
             chunk *= 2
-        self.chunks = triton.cdiv(steps, chunk)
+        self.chunks = cdiv(steps, chunk)
         self._sizes = (outer, self.channels, columns // align, row_tiles, self.blocks)
         self._constants = {
             "LENGTH_ALIGN": align,
@@ -612,7 +618,7 @@ class _Walk:
     def finish(self, kernel, *tensors: Tensor | None, **constants: bool) -> None:
         launch(
             kernel,
-            (triton.cdiv(self.channels, FINISH_CHANNELS),),
+            (cdiv(self.channels, FINISH_CHANNELS),),
             self.device,
             *tensors,
             self.channels,

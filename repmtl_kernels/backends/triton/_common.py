@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -49,6 +50,15 @@ def fp32_precision() -> str:
     return precision
 
 
+# Triton's own of these two cost the host as much as a small launch.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 class Geometry(NamedTuple):
     """Strides of a ``(B, C, *spatial)`` view as kernels take them.
 
@@ -63,8 +73,14 @@ class Geometry(NamedTuple):
 
 
 def geometry(view: Tensor) -> Geometry:
+    return _geometry(view.shape, view.stride())
+
+
+@functools.lru_cache(maxsize=1024)  # host time of every launch
+def _geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
+    batch, channel, *of_positions = stride
     sizes, strides = [], []
-    for size, stride in zip(view.shape[2:], view.stride()[2:], strict=True):
+    for size, stride in zip(shape[2:], of_positions, strict=True):
         if size == 1:
             continue
         if sizes and strides[-1] == size * stride:  # row-major neighbours are one dimension
@@ -75,7 +91,7 @@ def geometry(view: Tensor) -> Geometry:
             strides.append(stride)
     dims = max(1, len(sizes))
     sizes += [1] * (3 - len(sizes))
-    strides = [view.stride(0), view.stride(1), *strides, *[0] * (3 - len(strides))]
+    strides = [batch, channel, *strides, *[0] * (3 - len(strides))]
     unit = sum(1 << i for i, stride in enumerate(strides) if stride == 1)
     align = alignment(*(stride for stride in strides if stride != 1))
     scaled = [1 if stride == 1 else stride // align for stride in strides]

@@ -19,6 +19,7 @@ from repmtl_kernels.backends.triton import _common
 from repmtl_kernels.backends.triton._common import (
     alignment,
     fp32_precision,
+    next_power_of_2,
     position_offsets,
     stride_of,
 )
@@ -84,7 +85,7 @@ class Operand(NamedTuple):
 
 def task_columns(tasks: int, parts: int) -> int:
     """Columns for ``parts`` values of each task: at least the 16 that matrix units want."""
-    return max(16, parts * triton.next_power_of_2(tasks))
+    return max(16, parts * next_power_of_2(tasks))
 
 
 @triton.jit

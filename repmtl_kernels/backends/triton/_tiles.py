@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from repmtl_kernels.backends.triton._common import INTERPRET
+from repmtl_kernels.backends.triton._common import INTERPRET, next_power_of_2
 
 VARIABLE = "REPMTL_TILES"
 # 16-bit numbers, and float32 by `input_precision` of its products.
@@ -260,4 +260,4 @@ def _capability_of_cuda(device: torch.device) -> int:
 
 
 def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(size))

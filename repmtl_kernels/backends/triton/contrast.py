@@ -10,7 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from repmtl_kernels.backends import Anchors, Contrast, Everyone
-from repmtl_kernels.backends.triton._common import INTERPRET, alignment, fp32_precision, launch
+from repmtl_kernels.backends.triton._common import (
+    INTERPRET,
+    alignment,
+    cdiv,
+    fp32_precision,
+    launch,
+    next_power_of_2,
+)
 from repmtl_kernels.backends.triton.statistics import power_of_two
 
 # Tiles of products that fill a large GPU: two for each multiprocessor.
@@ -253,11 +260,11 @@ class _Plan(NamedTuple):
 
 
 def _plan(tasks: int, batch: int, total: int, channels: int) -> _Plan:
-    task_block = triton.next_power_of_2(tasks)
+    task_block = next_power_of_2(tasks)
     for side in SIDES:
         side = max(side, task_block)
         samples = side // task_block
-        rows, tiles = triton.cdiv(batch, samples), triton.cdiv(total, samples)
+        rows, tiles = cdiv(batch, samples), cdiv(total, samples)
         if rows * tiles >= TILES:
             break
     room = max(BUFFER, tasks * total * channels)
@@ -280,7 +287,7 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     align = alignment(channels)
     unit, factor = torch.empty_like(a), a.new_empty(batch)
     pull = torch.empty_like(a) if with_grad else None
-    block = max(16, triton.next_power_of_2(tasks))  # the least that a matrix product takes
+    block = max(16, next_power_of_2(tasks))  # the least that a matrix product takes
     launch(
         _contrast_anchor_kernel,
         (batch,),
@@ -360,7 +367,7 @@ def contrast(
             similarity.shape[1],
             total,
             temperature,
-            WIDE=min(1024, triton.next_power_of_2(total)),
+            WIDE=min(1024, next_power_of_2(total)),
         )
     if not with_grad:
         return Contrast(logsumexp, None)
@@ -369,7 +376,7 @@ def contrast(
     grad = torch.empty_like(unit)
     k_side = max(plan.task_block, min(plan.side, GRADIENT_SIDE))
     gradient_wide = GRADIENT_ELEMENTS // max(k_side, GRADIENT_SIDE)
-    blocks = triton.cdiv(channels, gradient_wide)
+    blocks = cdiv(channels, gradient_wide)
     for first in starts:
         count = min(plan.at_once, plan.rows - first)
         if not whole:  # the weights of the gradient need every sample's logsumexp first

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from repmtl_kernels.backends import Entropy
-from repmtl_kernels.backends.triton._common import launch
+from repmtl_kernels.backends.triton._common import cdiv, launch, next_power_of_2
 
 WARPS = 4
 # Elements of a block: 8 for each thread.
@@ -157,16 +157,16 @@ def entropy(
     constants = {"SOFTMAX": normalizer == "softmax", "WITH_GRAD": with_grad, "num_warps": WARPS}
     if over == "tasks":
         length = batch * positions
-        task_block = triton.next_power_of_2(tasks)
+        task_block = next_power_of_2(tasks)
         wide = max(1, BLOCK // task_block)
-        programs = triton.cdiv(length, wide)
+        programs = cdiv(length, wide)
         sizes = (length,)
         constants.update(TASKS=tasks, TASK_BLOCK=task_block, WIDE=wide)
         kernel = _entropy_over_tasks_kernel
     else:
         programs = tasks * batch
         sizes = programs, positions
-        constants.update(WIDE=min(BLOCK, triton.next_power_of_2(positions)))
+        constants.update(WIDE=min(BLOCK, next_power_of_2(positions)))
         kernel = _entropy_over_space_kernel
     parts = torch.empty(programs, dtype=torch.float32, device=x.device)
     launch(kernel, (programs,), x.device, x, grad, parts, *sizes, *numbers, **constants)

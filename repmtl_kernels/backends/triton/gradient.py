@@ -10,7 +10,9 @@ from repmtl_kernels.backends import CSAGradient
 from repmtl_kernels.backends.triton import _tma
 from repmtl_kernels.backends.triton._common import (
     TRITON_3_6,
+    cdiv,
     launch,
+    next_power_of_2,
     pick,
     stride_of,
     task_groups,
@@ -42,7 +44,7 @@ def saliency_grad(
     anchor_grad = _anchor_grad(saliencies, csa, operand)
     tile = operand.tile("gradient", anchors.device)
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
-    tiles = triton.cdiv(operand.rows, tile.rows) * triton.cdiv(operand.depth, tile.columns)
+    tiles = cdiv(operand.rows, tile.rows) * cdiv(operand.depth, tile.columns)
     parts = 2 if operand.is_split else 1
     matrix = csa.gram.matrix.flatten(0, 1)
     # Triton 3.6 can't pipeline two products with one rounded operand on Blackwell.
@@ -108,10 +110,10 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -
     if operand.n_side:
         pulled = _pulled_anchors(saliencies, csa, operand)
     anchor_grad = csa.anchors.unit.new_empty(tasks, batch, channels)
-    block = min(1024, triton.next_power_of_2(channels))
+    block = min(1024, next_power_of_2(channels))
     launch(
         _gradient_anchor_kernel,
-        (triton.cdiv(channels, block) * batch, tasks),
+        (cdiv(channels, block) * batch, tasks),
         anchor_grad.device,
         pulled,
         csa.rank,
@@ -143,7 +145,7 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
         form = group.geometry.form
         launch(
             _gradient_pull_kernel,
-            (triton.cdiv(channels, tile.rows) * batch, len(group.tasks)),
+            (cdiv(channels, tile.rows) * batch, len(group.tasks)),
             anchors.device,
             group.tensors,
             group.tasks,

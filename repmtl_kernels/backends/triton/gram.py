@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repmtl_kernels.backends import Gram
 from repmtl_kernels.backends.triton import _tma
-from repmtl_kernels.backends.triton._common import launch, pick, stride_of, task_groups
+from repmtl_kernels.backends.triton._common import cdiv, launch, pick, stride_of, task_groups
 from repmtl_kernels.backends.triton._operand import (
     Operand,
     join_columns,
@@ -39,8 +39,8 @@ def gram(
     operand = Operand.of(saliencies[0])
     tile = operand.tile("gram", anchors.device).within(operand.rows, operand.rows)
     ratio = tile.columns // tile.rows if operand.n_side else 1
-    tiles = triton.cdiv(operand.rows, tile.rows)
-    strips = triton.cdiv(tiles, ratio)
+    tiles = cdiv(operand.rows, tile.rows)
+    strips = cdiv(tiles, ratio)
     pairs = ratio * (strips * (strips + 1) // 2)
     squares = anchors.new_empty(tasks, batch, pairs)
     positives = anchors.new_empty(tasks, batch, tiles if operand.n_side else pairs)

@@ -15,7 +15,9 @@ from repmtl_kernels.backends.triton._common import (
     Geometry,
     TaskGroup,
     alignment,
+    cdiv,
     launch,
+    next_power_of_2,
     pick,
     position_offsets,
     stride_of,
@@ -198,7 +200,7 @@ def _write_group(
     kind = "16-bit" if size == 2 else "ieee"
     sweep = tile_of("statistics", kind, odd, rows, columns, first.device)
     deep, high, wide, chunk = _tile(sweep, samples, rows, columns, size)
-    chunks, tiles = triton.cdiv(rows, chunk), triton.cdiv(columns, wide)
+    chunks, tiles = cdiv(rows, chunk), cdiv(columns, wide)
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
     column_parts = column_means and empty(samples, chunks, columns)
     row_parts = row_means and empty(samples, tiles, rows)
@@ -230,8 +232,8 @@ def _write_group(
         num_warps=sweep.warps,
         maxnreg=sweep.registers,
     )
-    column_blocks = triton.cdiv(columns, FINISH_COLUMNS) if column_means else 0
-    blocks = column_blocks + (triton.cdiv(rows, FINISH_COLUMNS) if row_means else 0)
+    column_blocks = cdiv(columns, FINISH_COLUMNS) if column_means else 0
+    blocks = column_blocks + (cdiv(rows, FINISH_COLUMNS) if row_means else 0)
     launch(
         _statistics_finish_kernel,
         (samples * blocks,),
@@ -272,14 +274,14 @@ def _tile(
     widest = 512 // element_size
     widths = [w for w in (widest, widest // 2, widest // 4) if w < 2 * columns]
     wide = min(
-        widths or [triton.next_power_of_2(columns)],
-        key=lambda w: (max(3 * triton.cdiv(columns, w) * w, 4 * columns), -w),
+        widths or [next_power_of_2(columns)],
+        key=lambda w: (max(3 * cdiv(columns, w) * w, 4 * columns), -w),
     )
-    high = min(sweep.warps * widest // wide, triton.next_power_of_2(rows))
-    deep = min(sweep.deep, triton.next_power_of_2(triton.cdiv(rows, high)))
+    high = min(sweep.warps * widest // wide, next_power_of_2(rows))
+    deep = min(sweep.deep, next_power_of_2(cdiv(rows, high)))
     chunk = deep * high
-    per_row = samples * triton.cdiv(columns, wide)
+    per_row = samples * cdiv(columns, wide)
     most_rows = min(rows, sweep.most_rows)
-    while 2 * chunk <= most_rows and per_row * triton.cdiv(rows, 2 * chunk) >= sweep.programs:
+    while 2 * chunk <= most_rows and per_row * cdiv(rows, 2 * chunk) >= sweep.programs:
         chunk *= 2
     return deep, high, wide, chunk
