@@ -178,20 +178,41 @@ def test_inputs_and_saved_tensors_are_not_written(backend: str):
     assert all(torch.equal(t.detach(), b) for t, b in zip(tensors, before, strict=True))
 
 
+# Gradients of the last two are differences of almost equal terms: they show a product that cuts off
+# more than the others.
+SALIENCIES = {
+    "normal": lambda x: x,
+    "bfloat16": lambda x: x.bfloat16().float(),
+    "positive": lambda x: (x - x.min()) / (x.max() - x.min()),
+    "constant": lambda x: x.mean(-1, keepdim=True) + 0.01 * x,
+}
+
+
+@pytest.mark.parametrize("kind", SALIENCIES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 96, (7, 7)),
+        Case(3, 2, 128, (8, 8)),
+        Case(3, 2, 128, (8, 8), "channels_last"),
+        Case(2, 2, 48, (8, 12)),
+        Case(2, 2, 48, (8, 12), "channels_last"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-def test_reduced_precision_of_float32_products(precision: str, monkeypatch):
+def test_reduced_precision_of_float32_products(precision: str, case: Case, kind: str, monkeypatch):
     """tf32x3 is as good as float32; tf32 within its 10 bits."""
     if "triton" not in BACKENDS:
         pytest.skip("needs the Triton backend")
     monkeypatch.setenv("REPMTL_FP32_PRECISION", precision)
-    case = Case(2, 3, 96, (7, 7))
-    tensors = case.make(torch.float32)
+    tensors = [SALIENCIES[kind](t.detach()).requires_grad_() for t in case.make(torch.float32)]
     exact, exact_grads = value_and_grads(
         reference.csa_loss, case, [t.detach().double().requires_grad_() for t in tensors]
     )
     value, grads = value_and_grads(LOSSES[1].public, case, tensors, backend="triton")
-    bound = 1e-5 if precision == "tf32x3" else 2e-3
-    assert abs(value.item() - exact.item()) < bound
+    bound = 1e-5 if precision == "tf32x3" else 1e-3
+    assert abs(value.item() - exact.item()) < bound / 5
     for g, e in zip(grads, exact_grads, strict=True):
         assert (g.double() - e).norm() <= bound * e.norm()
 

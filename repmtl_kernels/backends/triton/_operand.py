@@ -62,8 +62,8 @@ class Operand(NamedTuple):
 
     @property
     def is_split(self) -> bool:
-        """Whether float32 factors of ``X`` come in two 16-bit parts (:func:`split_columns`)."""
-        return self.dtype != torch.float32
+        """Whether float32 factors of ``X`` come in two parts (:func:`split_columns`)."""
+        return self.precision in ("16-bit", "tf32")
 
     @property
     def storage_factor(self) -> float:
@@ -76,8 +76,8 @@ class Operand(NamedTuple):
             return float16_gram_factor(self.depth)
         return 2.0 ** -math.floor(math.log2(self.depth))
 
-    def rounds(self, form: tuple[int, int, int], *, along_rows: bool) -> bool:
-        """Whether products that sum along the rows (or columns) of ``X`` use :func:`round_tf32`."""
+    def passes_registers(self, form: tuple[int, int, int], *, along_rows: bool) -> bool:
+        """Whether products that sum along the rows (or columns) of ``X`` use :func:`touched`."""
         dims, _, unit = form
         axis = 1 + dims if self.n_side == along_rows else 1
         return self.precision == "tf32" and not unit >> axis & 1
@@ -99,25 +99,49 @@ def row_offsets(index, layout, FORM: tl.constexpr, N_SIDE: tl.constexpr):
 
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32."""
+    """``acc + a @ b`` in float32.
+
+    In tf32 ``X`` goes into every product as it is and is cut off there, by the matrix units: alike
+    in all of them, it is as if the saliencies were other ones. All else has to be more exact than
+    TF32, for the gradient is a small difference of large terms.
+    """
     if INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+        if PRECISION == "tf32":
+            a = _cut_off(a)
+            b = _cut_off(b)
     return tl.dot(a, b, acc, input_precision="ieee" if PRECISION == "16-bit" else PRECISION)
 
 
 @triton.jit
-def round_tf32(x):
-    """``x`` rounded to TF32, for operands that are not contiguous along the sum.
+def _cut_off(x):
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
-    Such float32 operands have to be transposed for the matrix units. Left alone, the compiler does
-    it by copying 4 bytes at a time; touched on their way, they are copied 16 bytes at a time.
+
+@triton.jit
+def round_tf32(x):
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True) + 4096
+        return tl.where(x - x == 0, _cut_off(bits.to(tl.float32, bitcast=True)), x)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def touched(x):
+    """``x``, for float32 operands that are not contiguous along the sum.
+
+    They have to be transposed for the matrix units. Left alone, the compiler does it by copying 4
+    bytes at a time; touched on their way, they are copied 16 bytes at a time.
     """
     if INTERPRET:
         return x
     else:
         return tl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -142,11 +166,11 @@ def task_vectors(
 
 @triton.jit
 def split_columns(v, DTYPE: tl.constexpr):
-    """Pairs of equal columns to a value in DTYPE and what that lost.
+    """Pairs of equal columns to a value in DTYPE (float32: in TF32) and what that lost.
 
     Rounding anchors to 16 bits alone changes the similarity by up to 1.8e-2.
     """
-    high = v.to(DTYPE)
+    high = round_tf32(v) if DTYPE == tl.float32 else v.to(DTYPE)
     low = (v - high.to(tl.float32)).to(DTYPE)
     return tl.where((tl.arange(0, v.shape[1]) % 2 == 0)[None, :], high, low)
 

@@ -22,11 +22,11 @@ from repmtl_kernels.backends.triton._operand import (
     join_columns,
     matmul,
     repeat_columns,
-    round_tf32,
     row_offsets,
     split_columns,
     task_columns,
     task_vectors,
+    touched,
 )
 from repmtl_kernels.backends.triton._tiles import capability_of
 from repmtl_kernels.backends.triton._tma import chosen, load_block
@@ -47,8 +47,8 @@ def saliency_grad(
     tiles = cdiv(operand.rows, tile.rows) * cdiv(operand.depth, tile.columns)
     parts = 2 if operand.is_split else 1
     matrix = csa.gram.matrix.flatten(0, 1)
-    # Triton 3.6 can't pipeline two products with one rounded operand on Blackwell.
-    unrounded = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
+    # Triton 3.6 can't pipeline two products with one touched operand on Blackwell.
+    untouched = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
     for group, target in _paired_groups(saliencies, outputs, _tma.most_tasks(tile)):
         views = tuple(saliencies[t] for t in target.tasks)
         x = _tma.matrices(views, operand, tile)
@@ -83,7 +83,7 @@ def saliency_grad(
             PARTS=parts,
             COLUMNS=task_columns(tasks, parts),
             PRECISION=operand.precision,
-            ROUND=operand.rounds(group.form, along_rows=True) and not unrounded,
+            TOUCH=operand.passes_registers(group.form, along_rows=True) and not untouched,
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
             ROWS_LAST=x is not None and _tma.rows_last(x[0]),
@@ -160,7 +160,7 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
             PARTS=parts,
             COLUMNS=task_columns(tasks, parts),
             PRECISION=operand.precision,
-            ROUND=operand.rounds(form, along_rows=True),
+            TOUCH=operand.passes_registers(form, along_rows=True),
             BLOCK=tile.rows,
             DEPTH=tile.depth,
             STAGES=tile.stages,
@@ -188,7 +188,7 @@ def _gradient_pull_kernel(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROUND: tl.constexpr,
+    TOUCH: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
@@ -211,8 +211,8 @@ def _gradient_pull_kernel(
             mask=(c < channels)[:, None] & (n < positions)[None, :],
             other=0.0,
         )
-        if ROUND:
-            s = round_tf32(s)
+        if TOUCH:
+            s = touched(s)
         v = task_vectors(projection, positions, n, positions, tasks, COLUMNS, PARTS)
         acc = matmul(s, split_columns(v, s.dtype) if PARTS == 2 else v, acc, PRECISION)
     # Products with V, which is of order 1, leave room to scale them afterwards.
@@ -257,17 +257,17 @@ def _gradient_anchor_kernel(
 
 
 @triton.jit
-def _add_outer(left, right, acc, PRECISION: tl.constexpr):
-    """``acc + left @ right^T`` of float32; 16-bit: of pairs of equal columns, as bfloat16 parts.
+def _add_outer(left, right, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + left @ right^T`` of float32; PARTS 2: of pairs of equal columns, as bfloat16 parts.
 
     Full float32 products would need a second accumulator. The sum with the much larger ``acc`` is
-    a small difference: no factor may be rounded to 16 bits.
+    a small difference: no factor may be rounded to 16 bits, or to TF32.
     """
-    if PRECISION == "16-bit":
+    if PARTS == 2:
         right = tl.trans(split_columns(right, tl.bfloat16))
         high = left.to(tl.bfloat16)
-        acc = matmul(high, right, acc, PRECISION)
-        return matmul((left - high.to(tl.float32)).to(tl.bfloat16), right, acc, PRECISION)
+        acc = matmul(high, right, acc, "16-bit")
+        return matmul((left - high.to(tl.float32)).to(tl.bfloat16), right, acc, "16-bit")
     else:
         return matmul(left, tl.trans(right), acc, PRECISION)
 
@@ -305,7 +305,7 @@ def _gradient_kernel(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROUND: tl.constexpr,
+    TOUCH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS_LAST: tl.constexpr,  # what TMA copies lies in memory row by row of X^T
@@ -352,8 +352,8 @@ def _gradient_kernel(
                 mask=inside_q[:, None] & inside_k[None, :],
                 other=0.0,
             )
-        if ROUND:
-            x_q = round_tf32(x_q)
+        if TOUCH:
+            x_q = touched(x_q)
         acc = matmul(g, x_q, acc, PRECISION)
         if not N_SIDE:
             u = task_vectors(anchors, anchor_stride, q, rows, tasks, COLUMNS, PARTS)
@@ -370,7 +370,7 @@ def _gradient_kernel(
         right = (repeat_columns(join_columns(w)) if PARTS == 2 else w) * factor
     # Scaled in an order in which 2^100 does not overflow.
     grad = acc * factor * (tl.load(curl + sample) * unit)
-    grad = _add_outer(left * tl.load(rank + sample), right, grad, PRECISION)
+    grad = _add_outer(left * tl.load(rank + sample), right, grad, PARTS, PRECISION)
     of_channel = anchor_grad + sample * channels
     if N_SIDE:
         grad = grad * factor + tl.load(of_channel + k, mask=inside_k, other=0.0)[None, :]

@@ -23,6 +23,7 @@ from repmtl_kernels.backends.triton._operand import (
     split_columns,
     task_columns,
     task_vectors,
+    touched,
 )
 from repmtl_kernels.backends.triton._tma import chosen, load_block
 
@@ -80,7 +81,7 @@ def gram(
             COLUMNS=task_columns(tasks, 2 if operand.is_split else 1),
             SCALING=_scaling(operand),
             PRECISION=operand.precision,
-            ROUND=operand.rounds(form, along_rows=False),
+            TOUCH=operand.passes_registers(form, along_rows=False),
             BLOCK=tile.rows,
             RATIO=ratio,
             ROWS_LAST=x is not None and _tma.rows_last(x[0]),
@@ -153,8 +154,8 @@ def _times_anchors(
         u = split_columns(u, tl.bfloat16)
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        y = matmul(tl.trans(high) if TRANSPOSED else high, u, y, PRECISION)
-        y = matmul(tl.trans(low) if TRANSPOSED else low, u, y, PRECISION)
+        y = matmul(tl.trans(high) if TRANSPOSED else high, u, y, "16-bit")
+        y = matmul(tl.trans(low) if TRANSPOSED else low, u, y, "16-bit")
         return join_columns(y)
     elif PRECISION == "ieee":  # without matrix units a product would hold all of x once more
         column = tl.arange(0, COLUMNS)[None, :]
@@ -201,7 +202,7 @@ def _gram_kernel(
     COLUMNS: tl.constexpr,
     SCALING: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROUND: tl.constexpr,
+    TOUCH: tl.constexpr,
     BLOCK: tl.constexpr,
     RATIO: tl.constexpr,
     ROWS_LAST: tl.constexpr,  # what TMA copies lies in memory row by row of X^T
@@ -269,8 +270,8 @@ def _gram_kernel(
                         mask=inside_i[:, None] & inside_k[None, :],
                         other=0.0,
                     )
-                if ROUND:
-                    x_i = round_tf32(x_i)
+                if TOUCH:
+                    x_i = touched(x_i)
                 if SCALED:
                     x_i = (x_i.to(tl.float32) * factor).to(x_i.dtype)
                 if loop == 0 and RATIO == 1:
@@ -284,8 +285,8 @@ def _gram_kernel(
                             mask=inside_k[:, None] & inside_j[None, :],
                             other=0.0,
                         )
-                    if ROUND:
-                        x_j = round_tf32(x_j)
+                    if TOUCH:
+                        x_j = touched(x_j)
                     if SCALED:
                         x_j = (x_j.to(tl.float32) * factor).to(x_j.dtype)
                 acc = matmul(x_i, x_j, acc, PRECISION)
@@ -308,7 +309,8 @@ def _gram_kernel(
         tl.store(squares + sample * pairs + pair, tl.sum(tl.sum(acc * acc, 0) * weight))
         in_lower, in_upper = inside_j & (tile_j <= i), inside_j & (tile_j < i)
     if matrix is not None:
-        g = (acc * multiple).to(matrix.dtype.element_ty)
+        g = acc * multiple
+        g = round_tf32(g) if PRECISION == "tf32" else g.to(matrix.dtype.element_ty)
         matrix += sample * rows * rows
         lower = matrix + r_i.to(tl.int64)[:, None] * rows + r_j[None, :]
         tl.store(lower, g, mask=inside_i[:, None] & in_lower[None, :])
