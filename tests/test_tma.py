@@ -122,6 +122,18 @@ def test_views_that_tma_cannot_read_are_read_without(used, case: Case):
     assert_same(found, expected, TOLERANCE[torch.bfloat16])
 
 
+def test_a_gram_matrix_that_tma_cannot_read_is_read_without(monkeypatch):
+    found: list[bool] = []
+    real = _tma.readable
+    monkeypatch.setattr(_tma, "readable", lambda x: found.append(real(x)) or found[-1])
+    case = Case(2, 2, 40, (5, 7), "channels_last")
+    values = case.make(torch.bfloat16)
+    expected = losses_and_gradients(case, values, TILES[0], tma=False)
+    found.clear()
+    assert_same(losses_and_gradients(case, values, TILES[0], tma=True), expected, 1e-4)
+    assert sorted(set(found)) == [False, True]  # the matrix, and the saliencies
+
+
 def test_what_tma_reads():
     aligned = torch.empty(2, 32, 64, dtype=torch.bfloat16, device=DEVICE)
     assert _tma.readable(aligned) and _tma.readable(aligned.mT)

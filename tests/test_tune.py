@@ -169,6 +169,15 @@ def test_a_crash_of_the_compiler_ends_its_job_alone(compiling_processes):
     assert good.tile == _tiles._find(*good.request)
 
 
+@pytest.mark.parametrize("tasks", [5, 9])
+def test_tasks_of_several_launches_compile(compiling_processes, tasks: int):
+    case = Case("gram", shape_of_size(tasks, 2, 64, 64), "bfloat16", "contiguous")
+    tile = Tile(64, 64, 32, 4, 2, tma=True)
+    one, two = compiling_processes([Job(case, None), Job(case, tile)], CAPABILITY, 1)
+    assert one.error is None and two.error is None and one.hash != two.hash
+    assert len(two.hash.split()) == -(-tasks // 4)
+
+
 def test_nothing_is_begun_after_the_deadline():
     jobs = [Job(Case("gram", SMALL, "ieee", "contiguous"), None)] * 3
     assert compiling.compile_all(jobs, CAPABILITY, 2, until=0) == [None] * 3
@@ -239,7 +248,15 @@ def test_a_wrong_candidate_is_told_by_name(monkeypatch, kernel: str, wrong: floa
     assert str(error.value).startswith(f"{case}: {program.shown(bad)} ")
 
 
-def test_a_candidate_that_can_not_run_is_left_out(monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        measuring.OutOfResources(300000, 232448, "shared memory"),
+        RuntimeError("Failed to create tensor map descriptor: invalid argument"),
+    ],
+    ids=["shared memory", "tensor map"],
+)
+def test_a_candidate_that_can_not_run_is_left_out(monkeypatch, error: Exception):
     case = Case("gram", SMALL, "bfloat16", "contiguous")
     good, large = TRIED["gram"]
     whole = measuring.stage_of
@@ -249,7 +266,7 @@ def test_a_candidate_that_can_not_run_is_left_out(monkeypatch):
 
         def limited():
             if _tiles._trial.tiles["gram"] == large:
-                raise measuring.OutOfResources(300000, 232448, "shared memory")
+                raise error
             return stage()
 
         return limited
@@ -261,11 +278,21 @@ def test_a_candidate_that_can_not_run_is_left_out(monkeypatch):
     found = measuring.measure(case, [first, second, spilled], WHERE)
     assert [m.candidate for m in found] == [first, second, spilled]
     assert [m.timing is None for m in found] == [False, True, True]
-    assert "shared memory" in found[1].error and found[2].error == spilled.error
+    assert found[1].error == str(error) and found[2].error == spilled.error
     rows = measuring.rows_of(found, HEAD["measured"])
     assert [row["error"] for row in rows] == [None, found[1].error, spilled.error]
-    # The tables' tile is too large for this GPU: there is nothing to compare with.
-    (only,) = measuring.measure(case, [replace(second, is_baseline=True), first], WHERE)
+
+
+def test_without_the_tables_tile_nothing_is_measured(monkeypatch):
+    case = Case("gram", SMALL, "bfloat16", "contiguous")
+    good, large = TRIED["gram"]
+
+    def too_large():
+        raise measuring.OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setattr(measuring, "stage_of", lambda case, make: too_large)
+    line_up = [_compiled(case, large, first=True), _compiled(case, good)]
+    (only,) = measuring.measure(case, line_up, WHERE)
     assert only.timing is None and "shared memory" in only.error
 
 
@@ -372,7 +399,8 @@ def test_tuned_tiles_are_those_that_the_kernels_take(
         assert _tiles._find(kernel, kind, False, *sizes, CAPABILITY + 10) != best
 
 
-def test_a_case_that_does_not_fit_or_has_no_time_is_noted(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, WrongResultError])
+def test_a_case_that_fails_or_has_no_time_is_noted(tmp_path, monkeypatch, capsys, error):
     large, good, late = planned = [
         Case("statistics", shape_of_size(2, 2, 48, n), "bfloat16", "contiguous") for n in (9, 8, 7)
     ]
@@ -385,7 +413,7 @@ def test_a_case_that_does_not_fit_or_has_no_time_is_noted(tmp_path, monkeypatch,
     def measure(case, compiled, device):
         now[0] += 6.0
         if case == large:
-            raise torch.OutOfMemoryError("CUDA out of memory.\nMore")
+            raise error("What happened.\nMore")
         return [Measured(c, Timing(1.0, 0.0, 5)) for c in compiled]
 
     monkeypatch.setattr(program, "compile_all", compile_all)
@@ -396,7 +424,7 @@ def test_a_case_that_does_not_fit_or_has_no_time_is_noted(tmp_path, monkeypatch,
     written = json.loads((tmp_path / "tiles.json").read_text())
     assert [row["shape"] for row in written["rows"]] == [good.shape.name]
     assert written["notes"][-2:] == [
-        f"left out: {large}: CUDA out of memory.",
+        f"left out: {large}: What happened.",
         f"left out: {late}: no time",
     ]
     assert all(note in capsys.readouterr().out for note in written["notes"][-1:])

@@ -22,6 +22,7 @@ from benchmarks.tune.compiling import Compiled, Job, compile_all
 from benchmarks.tune.measuring import (
     GAIN,
     Measured,
+    WrongResultError,
     compilations,
     faster_rules,
     measure,
@@ -178,7 +179,7 @@ def tune(
                 continue
             try:
                 measured.append(measure(case, line_up, device))
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, WrongResultError) as error:
                 leave_out(case, str(error).partition("\n")[0])
                 continue
             new = rows_of(measured[-1], head["measured"])

@@ -43,7 +43,7 @@ class Compiled:
     is_baseline: bool
     error: str | None = None
     request: Request | None = None
-    hash: str | None = None  # of the kernel: equal ones are the same program
+    hash: str | None = None  # of its kernels: equal ones are the same program
     registers: int | None = None
     spill_bytes: int | None = None
     shared_bytes: int | None = None
@@ -102,18 +102,21 @@ def compile_one(job: Job, capability: int) -> Compiled:
         lines = str(error).strip().splitlines() or [""]
         return _failed(job, f"{type(error).__name__}: {lines[0]}")
     ((request, tile),) = ((r, t) for r, t in given.items() if r.kernel == case.kernel)
-    (kernel,) = (k for k in kernels.values() if k.metadata.name == name)
-    made = inspect(kernel, capability, instructions=False)
+    # Many tasks take several launches, a variant each.
+    variants = [k for k in kernels.values() if k.metadata.name == name]
+    made = [inspect(k, capability, instructions=False) for k in variants]
+    spill_bytes = max(m.spill_bytes for m in made)
+    shared_bytes = max(m.shared_bytes for m in made)
     return Compiled(
         case,
         tile,
         job.tile is None,
-        _why_not(made.spill_bytes, made.shared_bytes, capability),
+        _why_not(spill_bytes, shared_bytes, capability),
         request,
-        kernel.hash,
-        made.registers,
-        made.spill_bytes,
-        made.shared_bytes,
+        " ".join(sorted(k.hash for k in variants)),
+        max(m.registers for m in made),
+        spill_bytes,
+        shared_bytes,
     )
 
 
