@@ -107,7 +107,9 @@ def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelRepo
     with _cubin_file(kernel.asm["cubin"]) as cubin:
         usage = _cuobjdump("--dump-resource-usage", cubin)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    read = _instructions(kernel.asm["cubin"]) if instructions else (None, None, None)
+    loads = matrix = serial = None
+    if instructions:
+        loads, matrix, serial = _instructions(kernel.asm["cubin"])
     return KernelReport(
         kernel=kernel.metadata.name,
         capability=capability,
@@ -115,7 +117,9 @@ def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelRepo
         spill_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
         shared_bytes=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
-        **dict(zip(("global_loads", "matrix_instructions", "serial"), read, strict=True)),
+        global_loads=loads,
+        matrix_instructions=matrix,
+        serial=serial,
     )
 
 

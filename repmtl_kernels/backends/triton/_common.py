@@ -77,8 +77,8 @@ def geometry(view: Tensor) -> Geometry:
 
 
 @functools.lru_cache(maxsize=1024)  # host time of every launch
-def _geometry(shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
-    batch, channel, *of_positions = stride
+def _geometry(shape: tuple[int, ...], every: tuple[int, ...]) -> Geometry:
+    batch, channel, *of_positions = every
     sizes, strides = [], []
     for size, stride in zip(shape[2:], of_positions, strict=True):
         if size == 1:

@@ -115,12 +115,23 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def matmul_in_parts(a, b, acc, TRANSPOSED: tl.constexpr):
+    """``acc + a @ b`` (TRANSPOSED: ``a^T @ b``) of float32 ``a`` as two bfloat16 parts."""
+    high = a.to(tl.bfloat16)
+    acc = matmul(tl.trans(high) if TRANSPOSED else high, b, acc, "16-bit")
+    low = (a - high.to(tl.float32)).to(tl.bfloat16)  # here: before, it takes more registers
+    return matmul(tl.trans(low) if TRANSPOSED else low, b, acc, "16-bit")
+
+
+@triton.jit
 def _cut_off(x):
+    """float32 without its lower 13 bits: what the matrix units make of it in TF32."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def round_tf32(x):
+    """float32 to the nearest number in TF32."""
     if INTERPRET:
         bits = x.to(tl.int32, bitcast=True) + 4096
         return tl.where(x - x == 0, _cut_off(bits.to(tl.float32, bitcast=True)), x)

@@ -21,6 +21,7 @@ from repmtl_kernels.backends.triton._operand import (
     Operand,
     join_columns,
     matmul,
+    matmul_in_parts,
     repeat_columns,
     row_offsets,
     split_columns,
@@ -46,13 +47,13 @@ def saliency_grad(
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = cdiv(operand.rows, tile.rows) * cdiv(operand.depth, tile.columns)
     parts = 2 if operand.is_split else 1
-    matrix = csa.gram.matrix.flatten(0, 1)
     # Triton 3.6 can't pipeline two products with one touched operand on Blackwell.
     untouched = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
     for group, target in _paired_groups(saliencies, outputs, _tma.most_tasks(tile)):
         views = tuple(saliencies[t] for t in target.tasks)
         x = _tma.matrices(views, operand, tile)
-        if not _tma.readable(matrix):
+        matrix = csa.gram.matrix.flatten(0, 1) if x else None
+        if x and not _tma.readable(matrix):
             x = None
         launch(
             _gradient_kernel,
@@ -265,9 +266,7 @@ def _add_outer(left, right, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """
     if PARTS == 2:
         right = tl.trans(split_columns(right, tl.bfloat16))
-        high = left.to(tl.bfloat16)
-        acc = matmul(high, right, acc, "16-bit")
-        return matmul((left - high.to(tl.float32)).to(tl.bfloat16), right, acc, "16-bit")
+        return matmul_in_parts(left, right, acc, False)
     else:
         return matmul(left, tl.trans(right), acc, PRECISION)
 

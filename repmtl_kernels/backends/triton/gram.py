@@ -18,6 +18,7 @@ from repmtl_kernels.backends.triton._operand import (
     Operand,
     join_columns,
     matmul,
+    matmul_in_parts,
     round_tf32,
     row_offsets,
     split_columns,
@@ -151,12 +152,7 @@ def _times_anchors(
     y = tl.zeros((x.shape[0], COLUMNS), tl.float32)
     u = task_vectors(anchors, stride, index, size, tasks, COLUMNS, 2 if SPLIT else 1)
     if SPLIT:  # two bfloat16 parts of x need fewer registers than float32 products
-        u = split_columns(u, tl.bfloat16)
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        y = matmul(tl.trans(high) if TRANSPOSED else high, u, y, "16-bit")
-        y = matmul(tl.trans(low) if TRANSPOSED else low, u, y, "16-bit")
-        return join_columns(y)
+        return join_columns(matmul_in_parts(x, split_columns(u, tl.bfloat16), y, TRANSPOSED))
     elif PRECISION == "ieee":  # without matrix units a product would hold all of x once more
         column = tl.arange(0, COLUMNS)[None, :]
         for task in range(tasks):
@@ -212,7 +208,8 @@ def _gram_kernel(
     """Grid: (sample and in it the row of tiles and strip of columns, task of the group)."""
     rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
     channels = depth if N_SIDE else rows
-    # Else ptxas has each HGMMA wait for the one before, for a loop that might not run.
+    # Else ptxas (its note C7515) has each HGMMA wait for the one before, for a loop that might not
+    # run.
     tl.assume(depth > 0)
     pairs = RATIO * (strips * (strips + 1) // 2)
     b, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
@@ -256,6 +253,7 @@ def _gram_kernel(
             SCALED: tl.constexpr = loop == 2 or SCALING == "always"
             STEP: tl.constexpr = DEPTH if loop < 2 else 16
             TMA: tl.constexpr = near_0 is not None and not SCALED
+            # Its own, not those of the branch before: the same note of ptxas.
             acc = tl.zeros((BLOCK, WIDE), tl.float32)
             v = tl.zeros((BLOCK, COLUMNS), tl.float32)
             for start in tl.range(0, depth, STEP, num_stages=STAGES if loop < 2 else 1):
