@@ -17,8 +17,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # Another TORCH is another stamp, so that it is installed and not passed over.
 TORCH_KEY := $(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_KEY)
-TEST_STAMP := $(VENV)/.extra-test
-BENCH_STAMP := $(VENV)/.extra-bench
+PACKAGE_STAMP := $(VENV)/.package
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test lint bench bench-quick gpu clean
@@ -30,29 +29,30 @@ help: ## this list
 $(TORCH_STAMP):
 	@echo "virtual environment: $(VENV), from $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
-	@rm -f $(VENV)/.torch-* $(TEST_STAMP) $(BENCH_STAMP)
+	@rm -f $(VENV)/.torch-* $(PACKAGE_STAMP)
 	@echo "installing: $(TORCH)"
 	@$(PIP) install $(TORCH)
 	@touch $@
 
-$(VENV)/.extra-%: $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
-	@echo "installing: repmtl-kernels, editable, with what '$*' needs"
-	@$(PIP) install -e ".[$*]"
+# All extras at once: each install of its own would compile csrc again.
+$(PACKAGE_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
+	@echo "installing: repmtl-kernels, editable, with what tests and benchmarks need"
+	@$(PIP) install -e ".[test,bench]"
 	@touch $@
 
-venv: $(TEST_STAMP) ## the virtual environment, with the package and the test tools in it
+venv: $(PACKAGE_STAMP) ## the virtual environment, with the package and all that tests and benchmarks need
 
-test: lint $(BENCH_STAMP) ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
+test: lint ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
 	@OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
 
-lint: $(TEST_STAMP) ## ruff check and ruff format --check
+lint: $(PACKAGE_STAMP) ## ruff check and ruff format --check
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-bench: $(BENCH_STAMP) ## the full benchmark of this machine, into benchmarks/results/
+bench: $(PACKAGE_STAMP) ## the full benchmark of this machine, into benchmarks/results/
 	@$(BIN)/python -m benchmarks
 
-bench-quick: $(BENCH_STAMP) ## a short benchmark; its results are not kept
+bench-quick: $(PACKAGE_STAMP) ## a short benchmark; its results are not kept
 	@$(BIN)/python -m benchmarks --quick
 
 # INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
@@ -88,5 +88,5 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	echo "make gpu: tests and benchmark done; results in $(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
-	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.extra-*
+	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so .pytest_cache .ruff_cache .hypothesis $(PACKAGE_STAMP)
 	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -32,7 +32,7 @@ TILES = [
 # a launch takes.
 CASES = [
     Case(1, 2, 128, (8, 8)),
-    Case(3, 2, 136, (8, 11)),
+    Case(2, 2, 136, (8, 11)),
     Case(2, 2, 136, (8, 11), "channels_last"),
     Case(2, 2, 72, (4, 24), "stacked"),
     Case(2, 2, 40, (8, 13), "channels_last"),
