@@ -351,6 +351,14 @@ def test_a_study_with_a_mistake(study_file, old, new, message):
         config.study(study_file)
 
 
+def test_an_empty_value_of_a_grid_has_a_name(study_file):
+    grid = '"pretraining.kind" = ["", "rotation"]'
+    study_file.write_text(
+        study_file.read_text().replace('"training.label_fraction" = [0.6, 1.0]', grid)
+    )
+    assert list(config.study(study_file).datasets) == ["small [kind=none]", "small [kind=rotation]"]
+
+
 def test_committed_studies_are_sound():
     pytest.importorskip("torchjd")
     paths = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))

@@ -191,7 +191,7 @@ def _variants(settings: dict, grid: dict[str, list]) -> Iterator[tuple[str, dict
 
 
 def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or "none"
 
 
 def _check_settings(file: str, settings: dict) -> None:
