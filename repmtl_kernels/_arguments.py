@@ -30,10 +30,14 @@ def check_plain(name: str, value: Tensor) -> None:
 
 
 def check_saliencies(
-    saliencies: Tensor | Sequence[Tensor], channel_dim: int, name: str = "saliencies"
+    saliencies: Tensor | Sequence[Tensor],
+    channel_dim: int,
+    name: str = "saliencies",
+    names: Sequence[str] = (),
 ) -> tuple[Tensor, ...]:
     """The operands: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
 
+    ``name`` is what messages call the argument, ``names`` its T tensors where not by their index.
     Raises ``TypeError`` or ``ValueError`` for anything that the losses are not defined on.
     """
     if isinstance(saliencies, Tensor):
@@ -48,16 +52,17 @@ def check_saliencies(
         operands = tuple(saliencies)
         if not operands:
             raise ValueError(f"{name}: expected at least one task, got an empty sequence")
-        for t, s in enumerate(operands):
+        names = names or [f"{name}[{t}]" for t in range(len(operands))]
+        for name_of_s, s in zip(names, operands, strict=True):
             if not isinstance(s, Tensor):
-                raise TypeError(f"{name}[{t}]: expected a Tensor, got {type(s).__name__}")
-            check_plain(f"{name}[{t}]", s)
+                raise TypeError(f"{name_of_s}: expected a Tensor, got {type(s).__name__}")
+            check_plain(name_of_s, s)
         first = operands[0]
-        for t, s in enumerate(operands):
+        for name_of_s, s in zip(names, operands, strict=True):
             for what in ("shape", "dtype", "device", "layout"):
                 if getattr(s, what) != getattr(first, what):
                     raise ValueError(
-                        f"{name}[{t}]: every task must have the {what} of task 0, "
+                        f"{name_of_s}: every task must have the {what} of {names[0]}, "
                         f"{_show(getattr(first, what))}; got {_show(getattr(s, what))}"
                     )
         if not 2 <= first.ndim <= 5:
@@ -164,20 +169,24 @@ def check_csa_options(
 
 
 ONE_SAMPLE = (
-    "saliencies: CSA contrasts a sample with the other samples of the batch and needs at least 2; "
+    "CSA contrasts a sample with the other samples of the batch and needs at least 2; "
     "got B = 1. Use a larger batch, drop the last short batch (DataLoader(drop_last=True)), or use "
     "TSR alone (tsr_loss; lambda_csa=0 in RepMTL)."
 )
 
 
 def check_csa_batch(
-    operands: Sequence[Tensor], stacked: bool, present: Tensor | None, group: str
+    operands: Sequence[Tensor],
+    stacked: bool,
+    present: Tensor | None,
+    group: str,
+    name: str = "saliencies",
 ) -> None:
     """``group``: the name of the one whose other ranks may have samples; empty without."""
     shape = operands[0].shape
     tasks, batch = (shape[0], shape[1]) if stacked else (len(operands), shape[0])
     if batch == 1 and not group:
-        raise ValueError(ONE_SAMPLE)
+        raise ValueError(f"{name}: {ONE_SAMPLE}")
     check_present(present, tasks, batch, operands[0].device)
 
 

@@ -61,8 +61,9 @@ def named_losses(
         if absent and loss is None:
             continue
         if not isinstance(loss, Tensor):
+            hint = ". For a task that is absent from this batch, pass None" if absent else ""
             raise TypeError(
-                f"losses[{task!r}]: expected a scalar Tensor, got {type(loss).__name__}"
+                f"losses[{task!r}]: expected a scalar Tensor, got {type(loss).__name__}{hint}"
             )
         check_plain(f"losses[{task!r}]", loss)
         if loss.ndim != 0:
@@ -198,18 +199,21 @@ def take_saliencies(
             raise ValueError(
                 f"losses[{task!r}]: does not depend on {name}. Pass the very tensor that the head "
                 "of this task was given, not a copy of it; and it must not have been written in "
-                "place since, e.g. by ReLU(inplace=True)" + _if_compiled(loss)
+                "place since, e.g. by ReLU(inplace=True). A term that has no saliency, such as a "
+                "penalty on weights, is added to the total instead" + _if_compiled(z, loss)
             )
         saliencies.append(saliency)
     return saliencies
 
 
-def _if_compiled(loss: Tensor) -> str:
-    if loss.grad_fn is None or "CompiledFunction" not in loss.grad_fn.name():
+def _if_compiled(z: Tensor, loss: Tensor) -> str:
+    nodes = [value.grad_fn for value in (z, loss) if value.grad_fn is not None]
+    if not any("CompiledFunction" in node.name() for node in nodes):
         return ""
     return (
-        ". This loss is the result of a torch.compile region: if the representation is computed "
-        "in the same region, no gradient passes between the two. Compile the encoder alone"
+        ". A torch.compile region gave one of the two: no gradient passes between results of the "
+        "same region, so where the encoder is compiled together with heads or losses, compile the "
+        "encoder alone"
     )
 
 

@@ -143,7 +143,8 @@ class RepMTL(_Loss):
             TSR and CSA do not depend on it, and the total is not scaled; with ``"softmax"`` or
             ``eps`` the scale is divided out in float32. Where scaled saliencies overflow the total
             is NaN, and the scaler skips that step as any other with infinite gradients. Without it
-            watch ``last.underflow``.
+            watch ``last.underflow``. ``copy.deepcopy`` keeps it; a pickled criterion has a copy:
+            set ``criterion.scaler`` to the one that you update.
         every: apply the regulariser on every ``every``-th call in training mode, the first
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
             R1): with ``strength`` the mean over all calls is ``rho``.
@@ -378,13 +379,13 @@ class RepMTL(_Loss):
 
         On every step, so that a batch that the regulariser can't take doesn't pass for a while.
         """
-        zs = [z for _, z in representations]
-        first = check_saliencies(zs, self.channel_dim, "representation")[0]
+        names, zs = zip(*representations, strict=True)
+        first = check_saliencies(zs, self.channel_dim, "representation", names)[0]
         check_present(present, len(losses), first.shape[0], first.device)
         if present is not None and len(zs) < len(losses):
             present = torch.stack(present_of(present.unbind(), losses))
         if self.lambda_csa:
-            check_csa_batch(zs, False, present, group)
+            check_csa_batch(zs, False, present, group, "representation")
         return present
 
     def _weights(self, losses: TaskLosses) -> Sequence[float]:

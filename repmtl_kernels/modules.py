@@ -30,8 +30,10 @@ class _Loss(nn.Module):
             setattr(self, name, value)
 
     def __deepcopy__(self, memo: dict) -> _Loss:
-        if (group := getattr(self, "group", None)) is not None:
-            memo[id(group)] = group  # one for the whole process, and a ProcessGroup has no copy
+        # One for the whole process: a ProcessGroup has no copy, and nobody would update a scaler's.
+        for shared in (getattr(self, "group", None), getattr(self, "scaler", None)):
+            if shared is not None:
+                memo.setdefault(id(shared), shared)
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))

@@ -280,7 +280,7 @@ def test_weight_of_zero_turns_its_loss_off(
 def test_batch_of_one_needs_csa_off(network: Network) -> None:
     z = network.encoder(network.images()[:1])
     losses = network.losses(z, [y[:1] for y in network.targets()])
-    with pytest.raises(ValueError, match="at least 2; got B = 1"):
+    with pytest.raises(ValueError, match="^representation: .* at least 2; got B = 1"):
         RepMTL()(losses, z)
     criterion = RepMTL(0.9, lambda_csa=0)
     saliencies = task_saliencies(losses, z)
@@ -533,6 +533,14 @@ def test_copies_are_independent(network: Network, duplicate) -> None:
     assert repr(other) == repr(criterion)
 
 
+def test_a_copy_has_the_same_scaler() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    holder = nn.ModuleDict({"criterion": RepMTL(scaler=scaler), "head": nn.Linear(2, 2)})
+    assert copy.deepcopy(holder)["criterion"].scaler is scaler
+    other, criterion = copy.deepcopy((scaler, holder["criterion"]))  # copied before: that one
+    assert other is not scaler and criterion.scaler is other
+
+
 @pytest.mark.parametrize("log_losses", (False, True))
 @pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode, torch.enable_grad))
 def test_evaluation_mode(network: Network, mode, log_losses: bool) -> None:
@@ -737,7 +745,7 @@ BAD = {
     "independent": (
         lambda losses, z: ({"a": losses[0], "c": losses[1].detach().requires_grad_().exp()}, z),
         ValueError,
-        r"losses\['c'\]: does not depend on representation\. Pass the very tensor",
+        r"losses\['c'\]: does not depend on representation\. Pass the very tensor.* penalty on",
     ),
     "a leaf": (
         lambda losses, z: ([losses[0], torch.ones((), requires_grad=True)], z),
@@ -859,7 +867,15 @@ def test_message_for_a_compiled_step(network: Network) -> None:
         return z, network.losses(z, network.targets())
 
     z, losses = forward(network.images())
-    with pytest.raises(ValueError, match=r"torch.compile region.* Compile the encoder alone"):
+    for given in (losses, [loss.square() for loss in losses]):  # also: the losses made outside
+        with pytest.raises(ValueError, match=r"torch.compile region.* compile the encoder alone"):
+            RepMTL()(given, z)
+
+
+def test_message_for_a_number_in_place_of_an_absent_loss(network: Network) -> None:
+    z = network.encoder(network.images())
+    losses = [*network.losses(z, network.targets())[:-1], 0.0]
+    with pytest.raises(TypeError, match=r"losses\[2\]: .* got float\. For a task .* pass None"):
         RepMTL()(losses, z)
 
 
@@ -932,10 +948,13 @@ def test_message_for_bad_options_set_later(network: Network, name: str, value) -
 def test_message_for_representations_of_different_shapes(network: Network) -> None:
     z = [network.encoder(network.images()[: BATCH - t]) for t in range(TASKS)]
     losses = [head(x).square().mean() for head, x in zip(network.heads, z, strict=True)]
-    with pytest.raises(
-        ValueError, match=r"representation\[1\]: every task must have the shape of task 0"
-    ):
+    expected = r"representation\[1\]: every task must have the shape of representation\[0\]"
+    with pytest.raises(ValueError, match=expected):
         RepMTL()(losses, z)
+    named = [dict(zip("abc", values, strict=True)) for values in (losses, z)]
+    expected = r"representation\['b'\]: every task must have the shape of representation\['a'\]"
+    with pytest.raises(ValueError, match=expected):
+        RepMTL()(*named)
 
 
 @pytest.mark.parametrize(

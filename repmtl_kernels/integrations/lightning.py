@@ -51,9 +51,9 @@ class RepMTLModule(LightningModule):
         losses: one callable per task, ``loss(prediction, target)``, a scalar.
         criterion: None: ``RepMTL()``.
         second_order: run the heads under ``criterion.second_order()``. False where heads use
-            ``torch.utils.checkpoint``, which would run them again outside of it, and fail: these
-            enter :func:`second_order` inside the checkpointed function, or are converted by
-            :func:`convert_second_order`.
+            ``torch.utils.checkpoint``, which runs them again outside of it, with PyTorch's own
+            derivatives and a warning: these enter :func:`second_order` inside the checkpointed
+            function, or are converted by :func:`convert_second_order`.
 
     Raises:
         ValueError: ``heads`` and ``losses`` are not of the same tasks.
