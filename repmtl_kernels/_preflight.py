@@ -351,11 +351,12 @@ def check(heads: Heads, z: Representation, *, channel_dim: int = 1) -> None:
         check_saliencies([representation], channel_dim, "z", ["z"])
     for (name, head), representation in zip(named.items(), representations, strict=True):
         saliency = _check_head(name, head, representation)
-        for found in _without_means(saliency, channel_dim):
+        for found in without_means(saliency, channel_dim):
             warnings.warn(f"{name}: {found}", stacklevel=2)
 
 
-def _without_means(saliency: Tensor, channel_dim: int) -> Iterator[NoMeans]:
+def without_means(saliency: Tensor, channel_dim: int) -> Iterator[NoMeans]:
+    """Which means of a saliency are nothing but rounding; waits for the device."""
     (s,) = canonical_tasks((saliency,), False, channel_dim)
     s = s.double().flatten(2) if s.ndim > 2 else s.double()[:, :, None]
     rounding = min(256 * torch.finfo(saliency.dtype).eps, 0.03)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -250,6 +251,10 @@ class RepMTL(_Loss):
                 :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
             SecondDerivativeError: on the first call with the regulariser, where a head has an
                 operation that is known to have no second derivative; see :meth:`check`.
+
+        Warns:
+            UserWarning: on that call too, where a saliency's means over the channels or over the
+                positions are zero but for rounding, as where a head begins with a LayerNorm.
         """
         group = _distributed.name_of(self.group) if self.training else ""
         arguments = losses, representation
@@ -274,9 +279,11 @@ class RepMTL(_Loss):
                 check_graph(tasks, representations)
                 present = self._checked_mask(representations, present, losses, group)
                 if weight:
-                    self._explain(tasks, representations)
+                    first = self._explain(tasks, representations)
                     scale = self._scale(zs[0].device)
                     saliencies = take_saliencies(objectives, representations, scale)
+                    if first:
+                        self._warn_of_no_means(tasks, saliencies)
         if talks:
             self._agree(talks, arguments)
         if weight:
@@ -463,13 +470,27 @@ class RepMTL(_Loss):
 
     def _explain(
         self, tasks: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
-    ) -> None:
-        """Once, since it walks over the graph."""
+    ) -> bool:
+        """Once, since it walks over the graph; whether that was now."""
         if self._explained or any(is_transformed(loss) for loss in tasks.values()):
-            return
+            return False
         if all(loss.grad_fn is not None for loss in tasks.values()):  # else no saliency either
             _preflight.explain(tasks, representations)
             self._explained = True
+        return self._explained
+
+    def _warn_of_no_means(self, tasks: Iterable[Hashable], saliencies: Sequence[Tensor]) -> None:
+        """Of one sample: that needs little memory."""
+        s = saliencies[0]
+        if type(s) is not Tensor or s.is_meta:  # fake ones have no values
+            return
+        if s.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        for task, saliency in zip(tasks, saliencies, strict=True):
+            for found in _preflight.without_means(saliency.detach()[:1], self.channel_dim):
+                if getattr(self, found.option):
+                    # Past forward and the two frames of nn.Module's call.
+                    warnings.warn(f"losses[{task!r}]: {found}", stacklevel=5)
 
     def _regularized(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -483,6 +484,34 @@ def test_heads_without_a_second_derivative_are_explained_once(
         RepMTL()(losses, z)
     assert RepMTL.check is _preflight.check
     RepMTL.check(network.heads, z)
+
+
+@pytest.mark.parametrize("norm", ("layer", "instance", "none"))
+def test_heads_without_means_are_told_once(norm: str) -> None:
+    torch.manual_seed(0)
+    z = torch.randn(4, 6, 5, requires_grad=True)  # (B, N, D) or (B, C, N)
+    channel_dim = 1 if norm == "instance" else -1
+    layer = {"layer": nn.LayerNorm(5), "instance": nn.InstanceNorm1d(6), "none": nn.Tanh()}[norm]
+    head = nn.Sequential(layer, nn.Linear(5, 3), nn.Tanh())
+    losses = {"plain": (z**3).mean(), "normed": head(z).square().mean()}
+    option = {"layer": "lambda_tsr", "instance": "lambda_csa", "none": ""}[norm]
+
+    def told(criterion: RepMTL) -> list[str]:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            criterion(losses, z)
+        assert all(one.filename == __file__ for one in found)
+        return [str(one.message) for one in found]
+
+    criterion = RepMTL(start=1, channel_dim=channel_dim)
+    assert told(criterion) == []  # without the regulariser
+    messages = told(criterion)
+    assert len(messages) == bool(option)
+    if option:
+        assert messages[0].startswith("losses['normed']: the saliency's means"), messages
+        assert messages[0].endswith(f"or set {option}=0")
+        assert told(RepMTL(channel_dim=channel_dim, **{option: 0})) == []
+    assert told(criterion) == []
 
 
 def test_evaluation_and_failed_calls_are_not_counted(network: Network) -> None:
