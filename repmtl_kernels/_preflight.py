@@ -54,7 +54,7 @@ class Fault(NamedTuple):
 
 
 class NoMeans(NamedTuple):
-    """Of the saliency of a head that can be trained."""
+    """Of the saliency of a head that can be trained; what a warning says of it."""
 
     axis: str
     made_of_them: str
@@ -63,15 +63,14 @@ class NoMeans(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"the saliency's means over the {self.axis} are zero but for rounding, and "
-            f"{self.made_of_them} would be noise. A head that begins with {self.norm} does that, "
-            f"or with anything else that takes no notice of what its {self.axis} have in common. "
-            "Put it into the encoder, and give the criterion what comes out of it as the "
-            f"representation; or set {self.option}=0"
+            f"the saliency's means over the {self.axis} are zero but for rounding: "
+            f"{self.made_of_them} would leave this task out, and be noise where all tasks are like "
+            f"it. A head that begins with {self.norm} does that, or with anything else that takes "
+            f"no notice of what its {self.axis} have in common. Put it into the encoder, and give "
+            "the criterion what comes out of it as the representation; or set "
+            f"{self.option}=0"
         )
 
-
-SEED = 250721049  # no user's: weights like their numbers would be a special case
 
 OVER_CHANNELS = NoMeans("channels", "TSR", "a LayerNorm", "lambda_tsr")
 OVER_POSITIONS = NoMeans("positions", "CSA's anchors", "an InstanceNorm", "lambda_csa")
@@ -693,7 +692,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _weights(value: Tensor) -> Tensor:
     """Fixed and all different: equal ones would cancel in a softmax, a norm, a difference."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(250721049)  # no user's: z may be from such a one
     return torch.randn(value.shape, generator=generator, device="cpu").to(value)
 
 
