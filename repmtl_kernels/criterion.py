@@ -53,6 +53,8 @@ DEFAULT_LAMBDA = 0.01
 # 1: where it vanishes at the representation, e.g. behind heads without curvature, no weight makes
 # it the share that was asked for, and a large one would ruin the heads.
 SMALLEST_RATIO = 0.01
+# Elements of a saliency that are looked at for means: little memory, and a large sample.
+ENOUGH = 1 << 20
 
 
 def task_saliencies(losses: TaskLosses, representation: Representation) -> list[Tensor]:
@@ -480,14 +482,15 @@ class RepMTL(_Loss):
         return self._explained
 
     def _warn_of_no_means(self, tasks: Iterable[Hashable], saliencies: Sequence[Tensor]) -> None:
-        """Of one sample: that needs little memory."""
         s = saliencies[0]
         if type(s) is not Tensor or s.is_meta:  # fake ones have no values
             return
         if s.is_cuda and torch.cuda.is_current_stream_capturing():
             return
+        # Of one sample alone the means may be a single number, and that small by chance.
+        some = max(1, ENOUGH // s[0].numel())
         for task, saliency in zip(tasks, saliencies, strict=True):
-            for found in _preflight.without_means(saliency.detach()[:1], self.channel_dim):
+            for found in _preflight.without_means(saliency.detach()[:some], self.channel_dim):
                 if getattr(self, found.option):
                     # Past forward and the two frames of nn.Module's call.
                     warnings.warn(f"losses[{task!r}]: {found}", stacklevel=5)
