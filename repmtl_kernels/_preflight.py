@@ -345,9 +345,7 @@ def check(heads: Heads, z: Representation, *, channel_dim: int = 1) -> None:
         ValueError, TypeError: an argument is not as described.
     """
     named = _named_heads(heads)
-    representations = _representations(z, heads, len(named))
-    for representation in representations:
-        check_saliencies([representation], channel_dim, "z", ["z"])
+    representations = _representations(z, heads, len(named), channel_dim)
     for (name, head), representation in zip(named.items(), representations, strict=True):
         saliency = _check_head(name, head, representation)
         for found in without_means(saliency, channel_dim):
@@ -652,7 +650,7 @@ def _named_heads(heads: Heads) -> dict[str, Head]:
     return named
 
 
-def _representations(z: Representation, heads: Heads, count: int) -> list[Tensor]:
+def _representations(z: Representation, heads: Heads, count: int, channel_dim: int) -> list[Tensor]:
     """One for each head, in their order."""
     if isinstance(z, Tensor):
         values = {"z": z}
@@ -670,10 +668,9 @@ def _representations(z: Representation, heads: Heads, count: int) -> list[Tensor
             f"({type(heads).__name__}); got {type(z).__name__}"
         )
     for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
+        if isinstance(value, Tensor) and not value.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point Tensor, got {value.dtype}")
+        check_saliencies([value], channel_dim, name, [name])
     return list(values.values()) * (count if isinstance(z, Tensor) else 1)
 
 

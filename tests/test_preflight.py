@@ -619,9 +619,12 @@ def test_bad_arguments():
         ({"a": layer}, {"b": z}, ValueError, "z: expected the keys of heads, ['a']; got ['b']"),
         ([layer], [3], TypeError, "z[0]: expected a Tensor, got int"),
         (layer, z.long(), TypeError, "z: expected a floating-point Tensor, got torch.int64"),
+        ({"a": layer}, {"a": z[0, 0]}, ValueError, "z['a']: each task must be (B, C, *spatial)"),
     ):
         with pytest.raises(error, match=re.escape(message)):
             check(heads, value)
+    with pytest.raises(ValueError, match="^channel_dim: expected a dimension"):
+        check(layer, z, channel_dim=3)
 
 
 # --- explain: by the graph alone ---
