@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import repmtl_kernels._operators  # noqa: F401  (registers the operators)
 from repmtl_kernels import reference
 from repmtl_kernels._buffers import checkpoint_contexts
+from repmtl_kernels._levels import Levels
 from repmtl_kernels._preflight import SecondDerivativeError
 from repmtl_kernels._second_order import convert_second_order, second_order
 from repmtl_kernels.backends import available_backends, backend_report
@@ -19,6 +20,7 @@ except PackageNotFoundError:  # a source tree that is on the path but not instal
 
 __all__ = [
     "CSALoss",
+    "Levels",
     "RepMTL",
     "RepMTLLoss",
     "RepMTLLosses",

@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from repmtl_kernels._strength import BackwardPass, RunningMean, norm, unexpanded
+from repmtl_kernels._saliency import has_values
+from repmtl_kernels._strength import RunningMean, norm, unexpanded
+
+Rest = TypeVar("Rest")
 
 
-class Clip:
-    """Of one call: limits ``||dR/dS|| ||S||`` to ``limit`` times its running mean ``mean``.
+def clipped(
+    regularizer: Callable[[list[Tensor]], tuple[Tensor, Rest]],
+    saliencies: Sequence[Tensor],
+    *,
+    limit: float,
+    mean: RunningMean,
+    factor: float,
+    scale: Tensor | None,
+) -> tuple[Tensor, Rest]:
+    """``regularizer(saliencies)``, with ``||dR/dS|| ||S||`` at most ``limit`` times its mean.
 
-    ``R`` is the regulariser divided by ``factor``, its weight on this call, so that schedules don't
-    count. The norms are over the saliencies of all tasks; their product does not depend on the
-    scale of the losses. The first observation is never above the limit.
+    The gradient ``dR/dS`` is taken here and now, and kept for the backward pass: what else is done
+    there does not matter. The norms are over the saliencies of all tasks; their product does not
+    depend on the scale of the losses. The first observation is never above the limit.
+
+    Args:
+        regularizer: gives ``R`` and more, from saliencies that it does not keep.
+        saliencies: of all tasks and levels, with their graph.
+        mean: of the sizes so far; takes this one, unclipped.
+        factor: ``R``'s weight on this call, which the size is divided by: schedules don't count.
+        scale: what the gradient is multiplied with until the backward pass, for float16.
     """
-
-    def __init__(
-        self, limit: float, mean: RunningMean, factor: float | Tensor, backward: BackwardPass
-    ) -> None:
-        self.limit, self.mean, self.factor, self.backward = limit, mean, factor, backward
-        self.norm: Tensor | None = None  # ||S||
-        self.scale: Tensor | None = None
-
-    def __call__(self, saliencies: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The same saliencies, for the regulariser to be computed from."""
-        with torch.no_grad():
-            self.norm = norm(saliencies)
-        return _Identity.apply(self, *saliencies)
-
-    @torch.no_grad()
-    def _find_scale(self, grads: Sequence[Tensor]) -> Tensor:
-        incoming = self.backward.incoming
-        if incoming is None:
-            raise RuntimeError(
-                "RepMTL(clip=...): expected one gradient of the total at a time, as backward() "
-                "sends; got a batch of them (is_grads_batched, vmap) or none. Use clip=None"
-            )
-        size = (norm(grads) * self.norm / (incoming * self.factor).abs()).float()
-        bound = self.limit * self.mean.value(size.device, torch.inf)
-        scale = (bound / size).where(size > bound, 1)  # a NaN stays in the gradient
-        self.mean.observe(size)
-        return scale
-
-    def scaled(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        if self.scale is None:  # a second backward pass has the gradient of the first
-            self.scale = self._find_scale(grads)
-        return [(unexpanded(g) * self.scale).expand_as(g) for g in grads]
+    leaves = [s.detach().requires_grad_() for s in saliencies]
+    with torch.enable_grad():
+        value, rest = regularizer(leaves)
+    seed = torch.ones_like(value) if scale is None else scale.to(value.dtype)
+    grads = torch.autograd.grad(value, leaves, seed)
+    with torch.no_grad():
+        size = (norm(grads) * norm(leaves) / (seed * factor)).float()
+        share = 1 / seed
+        if has_values(size):
+            bound = limit * mean.value(size.device, torch.inf)
+            share = share * (bound / size).where(size > bound, 1)  # a NaN stays in the gradient
+            mean.observe(size)
+    return _WithGradient.apply(value.detach(), share, len(grads), *grads, *saliencies), rest
 
 
-class _Identity(torch.autograd.Function):
-    """One node for the saliencies of all tasks: none is scaled before all are known."""
+class _WithGradient(torch.autograd.Function):
+    """``value``, as a function of the saliencies whose gradient is ``share * grads``."""
 
     @staticmethod
-    def forward(ctx, clip: Clip, *saliencies: Tensor) -> tuple[Tensor, ...]:
-        ctx.clip = clip
-        return tuple(s.view_as(s) for s in saliencies)
+    def forward(ctx, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        grads = tensors[:count]
+        ctx.shapes = [g.shape for g in grads]
+        ctx.save_for_backward(share, *map(unexpanded, grads))
+        return value.clone()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return None, *ctx.clip.scaled(grads)
+    @once_differentiable
+    def backward(ctx, incoming: Tensor):
+        share, *grads = ctx.saved_tensors
+        factor = incoming * share
+        found = [(g * factor).expand(s) for g, s in zip(grads, ctx.shapes, strict=True)]
+        return None, None, None, *(None for _ in grads), *found

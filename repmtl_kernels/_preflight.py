@@ -10,21 +10,25 @@ import types
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.autograd.function import BackwardCFunction, once_differentiable
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
 from repmtl_kernels._arguments import check_saliencies, is_dtensor
 from repmtl_kernels._buffers import BufferCopies
+from repmtl_kernels._levels import Levels, levels_of
 from repmtl_kernels._saliency import canonical_tasks
+from repmtl_kernels._task_losses import SHARED, Representation, Shared, Task, without_hooks
 
-Head = Callable[[Tensor], Any]
+Head = Callable[[Any], Any]
 Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict
-Representation = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
+# Where the graph of the heads ends: nodes, and those of their outputs that are representations.
+Ends: TypeAlias = Mapping[Node, set[int]]
 
 
 class SecondDerivativeError(RuntimeError):
@@ -35,7 +39,7 @@ class SecondDerivativeError(RuntimeError):
 
 
 class Place(NamedTuple):
-    """Of a node in its graph: what outlives the graph."""
+    """Says where a node was in its graph, and outlives the graph."""
 
     operation: str
     number: int  # PyTorch's sequence number
@@ -124,7 +128,7 @@ _KNOWN = (
     ),
     (("RegisterPostBackwardFunction",), _SHARDED, _KEEP_WHOLE),
 )
-_STATIC = (
+_STATIC_FAULT = (
     "DistributedDataParallel(static_graph=True) reduces gradients after the first backward pass "
     "through it, and that is the saliency's, which has none yet: the replicas would drift apart "
     "without a word"
@@ -147,7 +151,7 @@ def _known_fault(node: Node) -> Fault | None:
         if operation.startswith(prefixes):
             return Fault(f"{what} (operation {operation})", remedy, Place.of(node))
     if operation.startswith("_DDPSink") and _is_first_pass(node.ddp_weakref()):
-        return Fault(_STATIC, _NOT_STATIC, Place.of(node))
+        return Fault(_STATIC_FAULT, _NOT_STATIC, Place.of(node))
     if isinstance(node, BackwardCFunction):
         backward = node._forward_cls.backward
         if getattr(backward, "__code__", None) is _ONCE:
@@ -191,74 +195,135 @@ def _fault_of(node: Node, why: str, cause: BaseException | None = None) -> Fault
     return fault._replace(cause=cause)
 
 
-# --- the graph between a result and the representation ---
+# --- the graph between a result and the representations ---
+
+
+def _ends_of(representations: Iterable[Tensor]) -> dict[Node, set[int]]:
+    ends: dict[Node, set[int]] = {}
+    for edge in map(get_gradient_edge, representations):
+        ends.setdefault(edge.node, set()).add(edge.output_nr)
+    return ends
 
 
 def _leads(
-    roots: Iterable[Node], end: GradientEdge, known: dict[Node, bool] | None = None
+    roots: Iterable[Node | None], ends: Ends, known: dict[Node, bool] | None = None
 ) -> dict[Node, bool]:
-    """The nodes below ``roots`` that are not in ``known``, and whether they lead to ``end``.
+    """The nodes below ``roots`` that are not in ``known``, and whether they lead to an end.
 
-    Nothing below ``end`` is visited. Each node is visited once; ``known`` is filled.
+    Nothing below an end is visited. Each node is visited once; ``known`` is filled.
     """
     known = {} if known is None else known
     before = len(known)
-    stack = [(root, False) for root in roots if root is not end.node]
+    stack = [(root, False) for root in roots if root is not None and root not in ends]
     while stack:
         node, parents_done = stack.pop()
         parents = [(parent, nr) for parent, nr in node.next_functions if parent is not None]
         if parents_done:
             known[node] = any(
-                nr == end.output_nr if parent is end.node else known[parent]
-                for parent, nr in parents
+                nr in ends[parent] if parent in ends else known[parent] for parent, nr in parents
             )
         elif node not in known:
             known[node] = False
             stack.append((node, True))
-            stack += [(parent, False) for parent, _ in parents if parent is not end.node]
+            stack += [(parent, False) for parent, _ in parents if parent not in ends]
     return dict(list(known.items())[before:])
 
 
-def _depends(values: Iterable[Tensor], end: GradientEdge) -> bool:
-    roots = [v.grad_fn for v in values if v.grad_fn is not None]
-    return end.node in roots or any(_leads(roots, end).values())
+def _depends(values: Iterable[Tensor], ends: Ends) -> bool:
+    edges = [get_gradient_edge(v) for v in values if v.grad_fn is not None]
+    if any(edge.output_nr in ends.get(edge.node, ()) for edge in edges):
+        return True
+    return any(_leads([edge.node for edge in edges], ends).values())
 
 
-def explain(
-    losses: Mapping[Hashable, Tensor], representations: Sequence[tuple[str, Tensor]]
-) -> None:
-    """Raises where an operation between a loss and its representation is known to have no second
-    derivative; what only running it would show, :func:`check` finds.
+def explain(tasks: Sequence[Task], applied: bool) -> bool:
+    """Raises where a loss can't be trained with: on the first training call, with its own graph.
+
+    Operations that are known to have no second derivative are looked for first, since some of them
+    fail in ways that say nothing. Then the derivatives are taken, which shows all others.
 
     Args:
-        losses: scalar losses with a graph, by task.
-        representations: for each of them the name that messages use, and the tensor.
+        tasks: with a graph between each loss and its representations.
+        applied: whether this call has the regulariser.
+
+    Returns:
+        Whether that could be told; not yet where the first backward pass through a static graph is
+        to be one without saliencies.
     """
-    visited: dict[tuple[Node, int], dict[Node, bool]] = {}
-    for (task, loss), (name, z) in zip(losses.items(), representations, strict=True):
-        end = get_gradient_edge(z)
-        known = visited.setdefault((end.node, end.output_nr), {})
-        found = _leads([loss.grad_fn], end, known)
-        fault = _sharded_fault(z, _made_after(z, found))
-        if fault is not None:
-            raise SecondDerivativeError(
-                f"losses[{task!r}]: {fault.what}, and it is between {name} and this loss, or gave "
-                f"{name}. {fault.remedy}"
-            )
-        depends = known.get(loss.grad_fn, loss.output_nr == end.output_nr)
-        if end.node.name().startswith("_DDPSink") and not depends:
-            raise SecondDerivativeError(
-                f"losses[{task!r}]: does not depend on {name}, a result of "
-                "DistributedDataParallel, which copies its results where static_graph or "
-                "find_unused_parameters is set. Call the criterion inside the wrapped module"
-            )
-        for node, leads in found.items():
-            fault = _known_fault(node) if leads else None
+    visited: dict[frozenset, dict[Node, bool]] = {}
+    for task in tasks:
+        _refuse_shared(task, tasks)
+        ends = _ends_of(task.representations)
+        key = frozenset((node, nr) for node, numbers in ends.items() for nr in numbers)
+        known = visited.setdefault(key, {})
+        nodes = _leads([task.loss.grad_fn], ends, known)
+        between = " or ".join(name for name, _ in task.places)
+        for name, z in task.places:
+            fault = _sharded_fault(z, _made_after(z, nodes))
             if fault is not None:
                 raise SecondDerivativeError(
-                    f"losses[{task!r}]: {fault.what}, and it is between {name} and this loss. "
-                    f"{fault.remedy}. RepMTL.check(heads, z) finds the module"
+                    f"losses[{task.key!r}]: {fault.what}, and it is between {name} and this loss, "
+                    f"or gave {name}. {fault.remedy}"
                 )
+            if z.grad_fn is not None and z.grad_fn.name().startswith("_DDPSink"):
+                if not _depends([task.loss], ends):
+                    raise SecondDerivativeError(
+                        f"losses[{task.key!r}]: does not depend on {name}, a result of "
+                        "DistributedDataParallel, which copies its results where static_graph or "
+                        "find_unused_parameters is set. Call the criterion inside the wrapped "
+                        "module"
+                    )
+        for node, leads in nodes.items():
+            fault = _known_fault(node) if leads else None
+            if fault is None:
+                continue
+            if fault.what == _STATIC_FAULT and not applied:
+                return False
+            raise SecondDerivativeError(_between(task, between, fault))
+    for task in tasks:
+        ends = _ends_of(task.representations)
+        if not _depends([task.loss], ends):
+            continue  # taking the saliencies says so
+        between = " or ".join(name for name, _ in task.places)
+        with without_hooks(task.representations):
+            result = _Derivatives(task.loss, task.representations, ends, own=False).result()
+        if isinstance(result, Fault):
+            raise SecondDerivativeError(_between(task, between, result)) from result.cause
+    return True
+
+
+def _between(task: Task, names: str, fault: Fault) -> str:
+    return (
+        f"losses[{task.key!r}]: {fault.what}, and it is between {names} and this loss. "
+        f"{fault.remedy}. RepMTL.check(heads, z) finds the module"
+    )
+
+
+def _refuse_shared(task: Task, tasks: Sequence[Task]) -> None:
+    """Raises where a loss depends on a representation that is another task's alone."""
+    own = _ends_of(task.representations)
+    if not _depends([task.loss], own):
+        return  # taking the saliencies says so
+    blocked = {node: set() for node in own}
+    for other in tasks:
+        for name, z in other.places:
+            edge = get_gradient_edge(z)
+            if edge.output_nr in own.get(edge.node, ()):
+                continue
+            # Not through its own representation: what the encoder does is another matter.
+            ends = {**blocked, edge.node: {edge.output_nr}}
+            if _depends([task.loss], ends) and _has_gradient(task.loss, z):
+                raise ValueError(
+                    f"losses[{task.key!r}]: expected a loss that depends on {task.places[0][0]} "
+                    f"alone, got one that depends on {name} too. {SHARED}"
+                )
+
+
+def _has_gradient(loss: Tensor, z: Tensor) -> bool:
+    """Whether it is not zero: the elements of a stack of losses depend on all there is."""
+    with without_hooks([z]):
+        (found,) = grad(loss, z, retain_graph=True, allow_unused=True)
+    return found is not None and bool((found != 0).any())
 
 
 def _made_after(z: Tensor, nodes: Mapping[Node, bool]) -> list[Node]:
@@ -327,8 +392,8 @@ def check(heads: Heads, z: Representation, *, channel_dim: int = 1) -> None:
         heads: a module or a function of the representation, or a list, tuple, ``ModuleList``, dict
             or ``ModuleDict`` of them. Its result holds tensors in lists, tuples, dicts and
             dataclasses. A loss may be part of it: ``lambda z: cross_entropy(head(z), labels)``.
-        z: the shared representation. In multi-input learning a list, tuple or dict with one per
-            head. It needs no graph.
+        z: the shared representation, or :class:`Levels` of several, which each head is then given.
+            In multi-input learning a list, tuple or dict with one per head. It needs no graph.
         channel_dim: of ``z``, as for the criterion.
 
     Warns:
@@ -347,9 +412,9 @@ def check(heads: Heads, z: Representation, *, channel_dim: int = 1) -> None:
     named = _named_heads(heads)
     representations = _representations(z, heads, len(named), channel_dim)
     for (name, head), representation in zip(named.items(), representations, strict=True):
-        saliency = _check_head(name, head, representation)
-        for found in without_means(saliency, channel_dim):
-            warnings.warn(f"{name}: {found}", stacklevel=2)
+        for saliency in _check_head(name, head, representation):
+            for found in without_means(saliency, channel_dim):
+                warnings.warn(f"{name}: {found}", stacklevel=2)
 
 
 def without_means(saliency: Tensor, channel_dim: int) -> Iterator[NoMeans]:
@@ -364,8 +429,8 @@ def without_means(saliency: Tensor, channel_dim: int) -> Iterator[NoMeans]:
             yield no_means
 
 
-def _check_head(name: str, head: Head, z: Tensor) -> Tensor:
-    """A saliency of the head."""
+def _check_head(name: str, head: Head, z: Shared) -> list[Tensor]:
+    """A saliency of the head at each level that it depends on."""
     modules = _modules_of(head)
     for module, inner in modules.items():
         kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -374,35 +439,37 @@ def _check_head(name: str, head: Head, z: Tensor) -> Tensor:
         elif "FSDPModule" in kinds or any(map(is_dtensor, module._parameters.values())):
             fault = Fault(_SHARDED, _KEEP_WHOLE)
         elif "DistributedDataParallel" in kinds and _is_first_pass(module):
-            fault = Fault(_STATIC, f"{_NOT_STATIC}; to check the heads alone, pass what it wraps")
+            fault = Fault(
+                _STATIC_FAULT, f"{_NOT_STATIC}; to check the heads alone, pass what it wraps"
+            )
         else:
             continue
         where = f"{name}, module {inner!r}" if inner else name
         raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}")
     with _left_as_found(modules, z):
-        found = _fault_or_saliency(head, z, None)
-    if isinstance(found, Tensor):
+        found = _fault_or_saliencies(head, z, None)
+    if isinstance(found, list):
         return found
     # Again, and now modules are watched: hooks on them could change what a compiler does.
     calls = _Calls(modules)
     with _left_as_found(modules, z), calls.watched():
-        again = _fault_or_saliency(head, z, calls)
-    fault = found if isinstance(again, Tensor) else again
+        again = _fault_or_saliencies(head, z, calls)
+    fault = found if isinstance(again, list) else again
     if fault.module is None and fault.place is not None:
         fault = fault._replace(module=calls.module_of(fault.place))
     where = f"{name}, module {fault.module}" if fault.module else name
     raise SecondDerivativeError(f"{where}: {fault.what}. {fault.remedy}") from fault.cause
 
 
-def _fault_or_saliency(head: Head, z: Tensor, calls: _Calls | None) -> Fault | Tensor:
+def _fault_or_saliencies(head: Head, z: Shared, calls: _Calls | None) -> Fault | list[Tensor]:
     with torch.inference_mode(False), torch.enable_grad():
-        # Not a leaf, as in training: a head may then write to it, and that shows.
-        given = z.detach().clone().requires_grad_().clone()
-        end = get_gradient_edge(given)
+        # Not leaves, as in training: a head may then write to them, and that shows.
+        given = [level.detach().clone().requires_grad_().clone() for level in levels_of(z)]
+        ends = _ends_of(given)
         if calls is not None:
-            calls.begin(given, end)
-        outputs = list(_tensors(head(given)))
-        if given._version:
+            calls.begin(given, ends)
+        outputs = list(_tensors(head(z.like(given) if isinstance(z, Levels) else given[0])))
+        if _version(given):
             return Fault(
                 "the representation is written in place",
                 "Use the out-of-place form, e.g. ReLU(inplace=False), on the representation",
@@ -410,7 +477,7 @@ def _fault_or_saliency(head: Head, z: Tensor, calls: _Calls | None) -> Fault | T
             )
         outputs = [torch.view_as_real(o) if o.is_complex() else o for o in outputs]
         outputs = [o for o in outputs if o.requires_grad]
-        if not _depends(outputs, end):
+        if not _depends(outputs, ends):
             return Fault(
                 "the result does not depend on the representation: it is not used, or the graph "
                 "is cut (.detach(), .data, torch.no_grad(), argmax, .numpy())",
@@ -419,46 +486,60 @@ def _fault_or_saliency(head: Head, z: Tensor, calls: _Calls | None) -> Fault | T
             )
         # A square around each value: never saturated, so no gradient is lost to it.
         squares = [(_weights(o) * (o - o.detach() + 1) ** 2).sum() for o in outputs]
-        probe = sum(square.to(given.device) for square in squares)
-        return _Derivatives(probe, given, end).fault_or_saliency()
+        probe = sum(square.to(given[0].device) for square in squares)
+        return _Derivatives(probe, given, ends, own=True).result()
+
+
+def _version(tensors: Iterable[Tensor]) -> int:
+    return sum(t._version for t in tensors)
 
 
 class _Derivatives:
-    """First and second derivative of ``probe``; remembers where each operation came from."""
+    """First and second derivative of ``probe``; remembers where each operation came from.
 
-    def __init__(self, probe: Tensor, given: Tensor, end: GradientEdge) -> None:
-        self.probe, self.given, self.end = probe, given, end
-        self.forward = _leads([probe.grad_fn], end)
+    own: the probe was made here, so an error in its first derivative is the head's fault. That of
+    a caller's loss may have other reasons, such as a graph that is freed already.
+    """
+
+    def __init__(self, probe: Tensor, given: Sequence[Tensor], ends: Ends, own: bool) -> None:
+        self.probe, self.given, self.ends, self.own = probe, given, ends, own
+        self.forward = _leads([probe.grad_fn], ends)
         self.origin: dict[Node, Node] = {}  # of the nodes that the first derivative made
         self.started: Node | None = None
         self.constant: list[tuple[Node, bool]] = []  # nodes that lose the graph; if not by zeros
 
-    def fault_or_saliency(self) -> Fault | Tensor:
-        # Without allow_unused: that it depends on the representation is known.
-        (saliency,), error = self._run(self.forward, self.probe, observe=True)
+    def result(self) -> Fault | list[Tensor]:
+        """A fault, or the saliencies at the representations that the probe depends on."""
+        found, error = self._run(self.forward, [self.probe], observe=True)
         if error is not None:
+            if not self.own and not isinstance(error, CheckpointError):
+                raise error
             return _fault_of(self.started, f"failed: {_first_line(error)}", error)
+        saliencies = [s for s in found if s is not None]
         for node, nonzero in self.constant:
-            if nonzero or not saliency.any():
+            # A loss may be constant at this batch; a probe is not.
+            if nonzero or (self.own and not any(s.any() for s in saliencies)):
                 return _fault_of(
                     node,
                     "gives a gradient without a graph, so the second derivative leaves it out "
                     "without a word" if nonzero else "is zero everywhere: no saliency reaches z",
                 )  # fmt: skip
-        second = _leads([saliency.grad_fn], self.end)
+        second = _leads([s.grad_fn for s in saliencies], self.ends)
         for node in second:
             # Nodes that PyTorch puts where a derivative is missing: they raise in backward().
             if node.name() in ("torch::autograd::NotImplemented", "torch::autograd::Error"):
                 return _fault_of(self.origin.get(node, node), "has no derivative")
-        _, error = self._run(second, saliency, observe=False)
+        _, error = self._run(second, [s for s in saliencies if s.requires_grad], observe=False)
         if error is not None:
             node = self.origin.get(self.started, self.started)
             return _fault_of(node, f"has no derivative: {_first_line(error)}", error)
-        return saliency.detach()
+        return [s.detach() for s in saliencies]
 
     def _run(
-        self, nodes: dict[Node, bool], value: Tensor, observe: bool
-    ) -> tuple[tuple[Tensor | None], RuntimeError | None]:
+        self, nodes: dict[Node, bool], values: Sequence[Tensor], observe: bool
+    ) -> tuple[Sequence[Tensor | None], RuntimeError | None]:
+        if not values:
+            return [], None
         with contextlib.ExitStack() as hooks:  # left on, they would keep the graph alive
             for node in (node for node, leads in nodes.items() if leads):
                 hooks.callback(node.register_prehook(functools.partial(self._start, node)).remove)
@@ -466,14 +547,14 @@ class _Derivatives:
                     after = functools.partial(self._observe, node)
                     hooks.callback(node.register_hook(after).remove)
             try:
-                found = torch.autograd.grad(
-                    value, self.given, _weights(value), create_graph=observe,
+                found = grad(
+                    values, self.given, [_weights(v) for v in values], create_graph=observe,
                     retain_graph=True, allow_unused=True,
                 )  # fmt: skip
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                return (None,), error
+                return [], error
         return found, None
 
     def _start(self, node: Node, grads: tuple) -> None:
@@ -482,19 +563,19 @@ class _Derivatives:
     def _observe(self, node: Node, grads: tuple, incoming: tuple) -> None:
         """After ``node`` gave ``grads``, one for each of its inputs."""
         with_graph = any(g is not None and g.requires_grad for g in incoming)
-        for grad, (parent, _) in zip(grads, node.next_functions, strict=True):
-            if grad is None:
+        for given, (parent, _) in zip(grads, node.next_functions, strict=True):
+            if given is None:
                 continue
-            self._claim(grad.grad_fn, node)
-            on_path = parent is self.end.node or self.forward.get(parent, False)
-            if with_graph and on_path and not grad.requires_grad:
-                self.constant.append((node, bool(grad.any())))
+            self._claim(given.grad_fn, node)
+            on_path = parent in self.ends or self.forward.get(parent, False)
+            if with_graph and on_path and not given.requires_grad:
+                self.constant.append((node, bool(given.any())))
 
     def _claim(self, new: Node | None, origin: Node) -> None:
         stack = [new]
         while stack:
             node = stack.pop()
-            if node is None or node is self.end.node:
+            if node is None or node in self.ends:
                 continue
             if node in self.forward or node in self.origin:
                 continue
@@ -513,8 +594,8 @@ class _Calls:
         self.writes: str | None = None  # the innermost module that wrote to the representation
         self.cuts: str | None = None  # the innermost module whose result lost the representation
 
-    def begin(self, given: Tensor, end: GradientEdge) -> None:
-        self.given, self.end = given, end
+    def begin(self, given: list[Tensor], ends: Ends) -> None:
+        self.given, self.ends = given, ends
         self.running: list[tuple[int, int, bool]] = []
         self.spans: list[tuple[int, int, str]] = []
         self.writes = self.cuts = None
@@ -534,19 +615,19 @@ class _Calls:
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         number = torch.autograd._get_sequence_nr()
-        self.running.append((number, self.given._version, torch.is_grad_enabled()))
+        self.running.append((number, _version(self.given), torch.is_grad_enabled()))
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
         number, version, enabled = self.running.pop()
         label = self.label(module)
         # Children leave before their parents: the first one is the innermost.
         self.spans.append((number, torch.autograd._get_sequence_nr(), label))
-        if self.writes is None and self.given._version != version:
+        if self.writes is None and _version(self.given) != version:
             self.writes = label
         # What runs under no_grad is not at fault, but what switched it on.
         if self.cuts is None and enabled:
-            took = _depends(_tensors((args, kwargs)), self.end)
-            if took and not _depends(_tensors(result), self.end):
+            took = _depends(_tensors((args, kwargs)), self.ends)
+            if took and not _depends(_tensors(result), self.ends):
                 self.cuts = label
 
     def module_of(self, place: Place) -> str | None:
@@ -610,10 +691,10 @@ def _roots(value: Any, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextlib.contextmanager
-def _left_as_found(modules: Iterable[nn.Module], z: Tensor) -> Iterator[None]:
+def _left_as_found(modules: Iterable[nn.Module], z: Shared) -> Iterator[None]:
     """Heads run on copies of their buffers, and the random state is put back."""
     inside = {inner for module in modules for inner in module.modules()}
-    tensors = [z, *(p for m in inside for p in m._parameters.values() if p is not None)]
+    tensors = [*levels_of(z), *(p for m in inside for p in m._parameters.values() if p is not None)]
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     modes = {module: module.training for module in inside}
     with contextlib.ExitStack() as stack:
@@ -650,9 +731,9 @@ def _named_heads(heads: Heads) -> dict[str, Head]:
     return named
 
 
-def _representations(z: Representation, heads: Heads, count: int, channel_dim: int) -> list[Tensor]:
+def _representations(z: Representation, heads: Heads, count: int, channel_dim: int) -> list[Shared]:
     """One for each head, in their order."""
-    if isinstance(z, Tensor):
+    if isinstance(z, Tensor | Levels):
         values = {"z": z}
     elif isinstance(z, Mapping) and isinstance(heads, Mapping | nn.ModuleDict):
         if set(z) != set(heads):
@@ -660,18 +741,23 @@ def _representations(z: Representation, heads: Heads, count: int, channel_dim: i
         values = {f"z[{key!r}]": z[key] for key in heads}
     elif isinstance(z, list | tuple) and isinstance(heads, list | tuple | nn.ModuleList):
         if len(z) != count:
-            raise ValueError(f"z: expected {count}, one for each head; got {len(z)}")
+            raise ValueError(f"z: expected {count}, one for each head; got {len(z)}. {SHARED}")
         values = {f"z[{i}]": value for i, value in enumerate(z)}
     else:
         raise TypeError(
             f"z: expected a Tensor, or one for each head in a container like heads "
-            f"({type(heads).__name__}); got {type(z).__name__}"
+            f"({type(heads).__name__}), or Levels; got {type(z).__name__}"
         )
     for name, value in values.items():
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point Tensor, got {value.dtype}")
-        check_saliencies([value], channel_dim, name, [name])
-    return list(values.values()) * (count if isinstance(z, Tensor) else 1)
+        levels = value.items() if isinstance(value, Levels) else [(None, value)]
+        for level, tensor in levels:
+            name_of_z = name if level is None else f"{name}[{level!r}]"
+            if isinstance(tensor, Tensor) and not tensor.is_floating_point():
+                raise TypeError(
+                    f"{name_of_z}: expected a floating-point Tensor, got {tensor.dtype}"
+                )
+            check_saliencies([tensor], channel_dim, name_of_z, [name_of_z])
+    return list(values.values()) * (count if isinstance(z, Tensor | Levels) else 1)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Choices of TSR.
@@ -24,6 +25,11 @@ def float16_gram_factor(depth: int) -> float:
     """The power of two that brings a Gram matrix of scaled saliencies, at most ``4 depth``, to at
     most 2^15: float16 ends at 65504, and smaller numbers than needed would lose bits."""
     return 2.0 ** -max(0, math.ceil(math.log2(depth)) - 13)
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether it is a real tensor: those of a dry run, on meta or fake, have no values."""
+    return not (x.is_meta or is_fake(x))
 
 
 def is_float16(value: Tensor) -> bool:

@@ -1,20 +1,30 @@
-"""How strong the regulariser is: its gradient against the tasks', seen in the one backward pass."""
+"""How strong the regulariser is: its gradient at the representation against that of the tasks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.autograd import grad
 
 from repmtl_kernels import _distributed
 from repmtl_kernels._saliency import accumulation_dtype
+from repmtl_kernels._task_losses import Task, distinct, without_hooks
 
-# Of the running means: they follow the last fifty observations or so.
-DECAY = 0.98
+# The ratio is measured on the first calls that apply the regulariser, and on every so many of them
+# after that: a measurement takes about a third of a step.
+FIRST, BETWEEN = 12, 12
+# The share of a running mean that an observation leaves as it was: the mean of the ratio follows
+# the last ten measurements or so, that of sizes, which are seen on every call, the last fifty.
+RATIO_DECAY, SIZE_DECAY = 0.9, 0.98
+
+
+def is_measured(number: int) -> bool:
+    """Whether the ratio is measured on this call, of those that apply the regulariser."""
+    return number < FIRST or number % BETWEEN == 0
 
 
 class RunningMean:
@@ -25,8 +35,14 @@ class RunningMean:
     tensors, whatever mode a checkpoint is loaded in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
         self._state: Tensor | None = None  # weighted sum of the observations, and of ones
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was neither an observation nor a checkpoint."""
+        return self._state is None
 
     def value(self, device: torch.device, default: float, group: str = "") -> Tensor:
         """The mean, ``default`` before the first observation; over the ranks of a group."""
@@ -39,7 +55,7 @@ class RunningMean:
         state = self._on(observation.device)
         added = torch.stack([observation, torch.ones_like(observation)])
         valid = observation.isfinite() & (observation > 0)
-        state.copy_(torch.where(valid, DECAY * state + (1 - DECAY) * added, state))
+        state.copy_(torch.where(valid, self.decay * state + (1 - self.decay) * added, state))
 
     def numbers(self) -> list[float]:
         """For a checkpoint. Waits for the device, if there is something to wait for."""
@@ -58,6 +74,77 @@ class RunningMean:
                 else:
                     self._state = self._state.to(device)
         return self._state
+
+
+class Alarm:
+    """Tells whether a number on a device was true, without waiting for the device.
+
+    On the CPU that is known at once, on CUDA when the copy has arrived, at a later question.
+    Elsewhere it is never told.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __deepcopy__(self, memo: dict) -> Alarm:
+        return Alarm()  # an event has no copy
+
+    def __getstate__(self) -> dict:
+        return {"_sent": None}
+
+    def rings(self, flag: Tensor) -> bool:
+        if flag.is_cpu:
+            return bool(flag)
+        if not flag.is_cuda or torch.cuda.is_current_stream_capturing():
+            return False
+        found = False
+        if self._sent is not None:
+            copy, arrived = self._sent
+            if not arrived.query():
+                return False
+            found = bool(copy)
+        with torch.cuda.device(flag.device):
+            arrived = torch.cuda.Event()
+            self._sent = flag.to("cpu", non_blocking=True), arrived
+            arrived.record()
+        return found
+
+
+def gradient_ratio(regularizer: Tensor, tasks: Sequence[Task], scale: Tensor | None) -> Tensor:
+    """The norm of the regulariser's gradient at the representations over that of the tasks' sum.
+
+    It takes the first gradient by itself, so that nothing else that reaches the representations
+    counts; the second is the weighted sum of the saliencies. float32, on its device.
+
+    Args:
+        regularizer: made from the saliencies of ``tasks``, with its graph, which stays.
+        scale: what the saliencies have been multiplied with; None: 1.
+    """
+    zs = distinct(tasks)
+    index = {id(z): i for i, z in enumerate(zs)}
+    grads: Sequence[Tensor | None] = [None]
+    if regularizer.requires_grad:
+        # A gradient in float16 needs the scale, as that of the total will have it.
+        seed = None if scale is None else scale.to(regularizer.dtype)
+        with without_hooks(zs):
+            grads = grad(regularizer, zs, seed, retain_graph=True, allow_unused=True)
+    with torch.no_grad():
+        sums: list[Tensor | None] = [None] * len(zs)
+        for task in tasks:
+            for z, saliency in zip(task.representations, task.saliencies, strict=True):
+                i = index[id(z)]
+                if saliency is None:
+                    continue
+                if sums[i] is None:
+                    dtype = accumulation_dtype(saliency.dtype)
+                    sums[i] = saliency.to(dtype, copy=True).mul_(task.weight)
+                else:
+                    sums[i].add_(saliency, alpha=task.weight)
+        found = [g for g in grads if g is not None]
+        tasks_norm = norm([s for s in sums if s is not None])
+        ratio = norm(found) / tasks_norm if found else torch.zeros_like(tasks_norm)
+        # Both have been multiplied with the scale.
+        return ratio.float()
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -80,11 +167,12 @@ def unexpanded(x: Tensor) -> Tensor:
     return x
 
 
-def share_below_float16(x: Tensor) -> Tensor:
+def share_below_float16(tensors: Sequence[Tensor]) -> Tensor:
     """The share of elements that are zero or below the normal numbers of float16, float32."""
-    return (unexpanded(x.detach()).abs() < torch.finfo(torch.float16).tiny).mean(
-        dtype=torch.float32
-    )
+    small = torch.finfo(torch.float16).tiny
+    shares = [(unexpanded(x.detach()).abs() < small).mean(dtype=torch.float32) for x in tensors]
+    elements = [x.numel() for x in tensors]
+    return sum(s * (n / sum(elements)) for s, n in zip(shares, elements, strict=True))
 
 
 def is_transformed(x: Tensor) -> bool:
@@ -95,101 +183,3 @@ def is_transformed(x: Tensor) -> bool:
         or functorch.is_functorch_wrapped_tensor(x)
         or functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
     )
-
-
-class BackwardPass:
-    """What the backward pass of one call's total brings to the representation, by hooks.
-
-    The gradient that arrives there, minus the tasks' first-order part that the saliencies give, is
-    the regulariser's. Nothing here refers to the graph, which would keep it alive. What is kept is
-    one tensor of the representation's size, and by the total the representation itself, until the
-    first backward pass has come by.
-    """
-
-    def __init__(self) -> None:
-        self.incoming: Tensor | None = None  # d (what backward was called on) / d total
-        self._pass = -1  # the backward pass of `incoming`: hooks fire in others too
-        self._tasks: Tensor | None = None
-        self._parts: list[Tensor] = []  # the tasks' gradient, then minus the regulariser's
-        self._handles: list[RemovableHandle] = []
-        self._kept: RemovableHandle | None = None
-        self._missing = 0
-        self._report: Callable[[Tensor], None] | None = None
-
-    def follow(self, total: Tensor) -> None:
-        """Before everything else, since all gradients here are in units of ``incoming``."""
-        total.register_hook(self._begin)
-
-    def _begin(self, grad: Tensor | None) -> None:
-        if grad is None or is_transformed(grad):  # none, or several at a time
-            self.incoming, self._pass = None, -1
-        else:
-            self.incoming, self._pass = grad.detach(), torch._C._current_graph_task_id()
-
-    @torch.no_grad()
-    def measure(
-        self,
-        total: Tensor,
-        representations: Sequence[Tensor],
-        saliencies: Sequence[Tensor],
-        weights: Sequence[float],
-        report: Callable[[Tensor], None],
-        scale: Tensor | None = None,
-    ) -> None:
-        """Calls ``report``, once, with the norm of the regulariser's gradient over that of the
-        tasks', each over all representations: float32, on its device. The saliencies are those of
-        the losses times ``scale``."""
-        parts: dict[int, Tensor] = {}
-        for z, saliency, weight in zip(representations, saliencies, weights, strict=True):
-            if id(z) in parts:
-                parts[id(z)].add_(saliency, alpha=weight)
-            else:
-                dtype = accumulation_dtype(saliency.dtype)
-                parts[id(z)] = saliency.to(dtype, copy=True).mul_(weight)
-        if scale is not None:
-            for part in parts.values():
-                part.div_(scale)
-        self._parts, self._report = list(parts.values()), report
-        self._tasks = norm(self._parts)
-        self._missing = len(parts)
-        distinct = list({id(z): z for z in representations}.values())
-        for index, z in enumerate(distinct):
-            self._handles.append(z.register_hook(partial(self._arrive, index)))
-        self._kept = total.register_hook(_Kept(distinct, self._handles))
-
-    @torch.no_grad()
-    def _arrive(self, index: int, grad: Tensor | None) -> None:
-        if self._pass != torch._C._current_graph_task_id():  # e.g. that of another saliency
-            return
-        if grad is None:  # the nodes behind z ran, and none had a gradient for it
-            self._finish()
-            return
-        self._handles[index].remove()
-        self._parts[index].addcmul_(grad, -1 / self.incoming)
-        self._missing -= 1
-        if not self._missing:
-            self._report((norm(self._parts) / self._tasks).float())
-            self._finish()
-
-    def _finish(self) -> None:
-        self._parts, self._tasks, self._report = [], None, None
-        self._kept.remove()
-
-
-class _Kept:
-    """A hook on the total that does nothing but live with its graph, or until it is removed.
-
-    Until then the representations are alive: a ReLU fused with the batch norm before it sends the
-    gradient through that one's output only while somebody has it. Then their hooks go: where the
-    graph dies before a gradient arrives, they would pile up on a leaf.
-    """
-
-    def __init__(self, representations: list[Tensor], handles: list[RemovableHandle]) -> None:
-        self.representations, self.handles = representations, handles
-
-    def __call__(self, grad: Tensor | None) -> None:
-        return None
-
-    def __del__(self) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -1,19 +1,29 @@
-"""Task losses, their representations and weights: the checks, one form for lists and dicts, and the
+"""Task losses, their representations and weights: the checks, one record for each task, and the
 saliencies (eq. 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from repmtl_kernels._arguments import check_number, check_plain
+from repmtl_kernels._levels import Levels
 
 TaskLosses = Sequence[Tensor | None] | Mapping[Hashable, Tensor | None]
-Representation = Tensor | Sequence[Tensor] | Mapping[Hashable, Tensor]
+Shared = Tensor | Levels
+Representation = Shared | Sequence[Shared] | Mapping[Hashable, Shared]
+Positions = Tensor | Sequence[Tensor | None] | Mapping[Hashable, Tensor | None]
 Weights = Sequence[float] | Mapping[Hashable, float]
+
+SHARED = (
+    "A list or dict has one representation for each task (multi-input). Where all tasks share "
+    "several, such as the levels of a feature pyramid, pass Levels(...) of them"
+)
 
 _WHY_NOT_STACKED = (
     "Every element of a stacked tensor backpropagates zeros through the branches of all other "
@@ -75,70 +85,153 @@ def named_losses(
     return named
 
 
-def named_representations(
-    representation: Representation, losses: TaskLosses
-) -> list[tuple[str, Tensor]]:
-    """Each task's representation with the name that messages use, in the order of the losses.
+@dataclass(eq=False)
+class Task:
+    """A task of one call, with all that belongs to it. A task that is absent has none."""
 
-    Without those of absent tasks, whose loss is None: they may be anything.
+    key: Hashable
+    row: int  # its place among all losses, absent ones too
+    loss: Tensor
+    objective: Tensor  # what its saliencies are gradients of: the loss, or its logarithm
+    weight: float = 1.0
+    # At each level the name that messages use and the representation; one level where there are no
+    # Levels.
+    places: list[tuple[str, Tensor]] = field(default_factory=list)
+    # At each level; None where the loss does not depend on that level.
+    saliencies: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def representations(self) -> list[Tensor]:
+        return [z for _, z in self.places]
+
+
+def place(
+    tasks: Sequence[Task], representation: Representation, losses: TaskLosses
+) -> tuple[Hashable, ...] | None:
+    """Gives the tasks their representations, and returns the names of the levels.
+
+    None: there are no :class:`Levels`. The representations of absent tasks may be anything.
     """
-    tasks = list(losses) if isinstance(losses, Mapping) else range(len(losses))
-    if isinstance(representation, Tensor):
-        check_plain("representation", representation)
-        return [("representation", representation) for _ in present_of(tasks, losses)]
+    if isinstance(representation, Tensor | Levels):
+        places = _places("representation", representation)
+        for task in tasks:
+            task.places = places
+        return _level_names(representation)
     if not isinstance(representation, list | tuple | Mapping):
         raise TypeError(
-            "representation: expected a Tensor (multi-input: a list or dict of one per task), got "
-            f"{_kind(representation)}"
+            "representation: expected a Tensor (multi-input: a list or dict of one per task; "
+            f"several shared ones: Levels), got {_kind(representation)}"
         )
-    values = per_task("representation", representation, losses)
-    pairs = [(f"representation[{t!r}]", z) for t, z in zip(tasks, values, strict=True)]
-    named = present_of(pairs, losses)
-    for name, z in named:
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(z).__name__}")
-        check_plain(name, z)
-    return named
+    values = per_task("representation", representation, losses, f". {SHARED}")
+    for task in tasks:
+        task.places = _places(f"representation[{task.key!r}]", values[task.row])
+    first, *others = tasks
+    names = _level_names(values[first.row])
+    for task in others:
+        if _level_names(values[task.row]) != names:
+            raise ValueError(
+                f"representation[{task.key!r}]: expected the levels of "
+                f"representation[{first.key!r}], {_shown(names)}; got "
+                f"{_shown(_level_names(values[task.row]))}"
+            )
+    return names
 
 
-def present_of(values: Iterable, losses: TaskLosses) -> list:
-    """The values, one for each task, of the tasks that have a loss."""
-    given = losses.values() if isinstance(losses, Mapping) else losses
-    return [value for value, loss in zip(values, given, strict=True) if loss is not None]
+def at_each_level(
+    positions: Positions | None, levels: tuple[Hashable, ...] | None
+) -> list[tuple[str, Tensor | None]]:
+    """The masks of positions at the levels, with the names that messages use."""
+    if positions is None:
+        return [("positions", None)] * (1 if levels is None else len(levels))
+    if levels is None:
+        return [("positions", positions)]
+    if isinstance(positions, Mapping):
+        if set(positions) != set(levels):
+            raise ValueError(
+                f"positions: expected the names of the levels, {list(levels)}; got "
+                f"{list(positions)}"
+            )
+        return [(f"positions[{name!r}]", positions[name]) for name in levels]
+    if not isinstance(positions, list | tuple):
+        raise TypeError(
+            f"positions: expected a list, tuple or dict with one mask for each of {len(levels)} "
+            f"levels; got {_kind(positions)}"
+        )
+    if len(positions) != len(levels):
+        raise ValueError(
+            f"positions: expected {len(levels)}, one for each level; got {len(positions)}"
+        )
+    return [(f"positions[{i}]", mask) for i, mask in enumerate(positions)]
 
 
-def per_task(name: str, values: Any, losses: TaskLosses) -> list:
-    """The values in the order of the losses, which have them one for one, by key or by position."""
+def _places(name: str, value: object) -> list[tuple[str, Tensor]]:
+    if isinstance(value, Levels):
+        places = [(f"{name}[{level!r}]", z) for level, z in value.items()]
+    elif isinstance(value, Tensor):
+        places = [(name, value)]
+    else:
+        raise TypeError(f"{name}: expected a Tensor, got {_kind(value)}")
+    for name_of_z, z in places:
+        check_plain(name_of_z, z)
+        first = places[0][1]
+        if (z.dtype, z.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"{name_of_z}: expected the dtype and device of {places[0][0]}, {first.dtype} on "
+                f"{first.device}; got {z.dtype} on {z.device}"
+            )
+    return places
+
+
+def _level_names(value: Shared) -> tuple[Hashable, ...] | None:
+    return value.names if isinstance(value, Levels) else None
+
+
+def _shown(names: tuple[Hashable, ...] | None) -> str:
+    return "one Tensor" if names is None else str(list(names))
+
+
+def distinct(tasks: Iterable[Task]) -> list[Tensor]:
+    """All representations of the tasks, each once."""
+    return list({id(z): z for task in tasks for z in task.representations}.values())
+
+
+def per_task(name: str, values: Any, losses: TaskLosses, hint: str = "") -> list:
+    """The values in the order of the losses, which have them one for one, by key or by position.
+
+    ``hint`` ends the message where they don't.
+    """
     if isinstance(losses, Mapping):
         if not isinstance(values, Mapping):
             raise TypeError(
                 f"{name}: losses is a dict, so expected a dict with the same keys; got "
-                f"{_kind(values)}"
+                f"{_kind(values)}{hint}"
             )
         if values.keys() != losses.keys():
             raise ValueError(
-                f"{name}: expected the keys of losses, {list(losses)}; got {list(values)}"
+                f"{name}: expected the keys of losses, {list(losses)}; got {list(values)}{hint}"
             )
         return [values[task] for task in losses]
     if not isinstance(values, list | tuple):
         raise TypeError(
             f"{name}: losses is a {_kind(losses)}, so expected a list or tuple with one value per "
-            f"task; got {_kind(values)}"
+            f"task; got {_kind(values)}{hint}"
         )
     if len(values) != len(losses):
-        raise ValueError(f"{name}: expected {len(losses)}, one for each loss; got {len(values)}")
+        raise ValueError(
+            f"{name}: expected {len(losses)}, one for each loss; got {len(values)}{hint}"
+        )
     return list(values)
 
 
-def check_graph(named: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]) -> None:
-    """That saliencies can be taken, as far as it shows without taking them."""
+def check_graph(tasks: Sequence[Task]) -> None:
+    """Raises where saliencies can't be taken, as far as it shows without taking them."""
     if not torch.is_grad_enabled():
         raise ValueError(
             "losses: saliencies are gradients, and gradients are disabled here (torch.no_grad() or "
             "torch.inference_mode()). Enable them, or call criterion.eval() on a RepMTL first: it "
             "is then the sum of the losses alone"
         )
-    for name, z in representations:
+    for name, z in (pair for task in tasks for pair in task.places):
         if not z.requires_grad:
             raise ValueError(
                 f"{name}: expected a tensor with requires_grad=True, got one without a graph: "
@@ -147,22 +240,27 @@ def check_graph(named: dict[Hashable, Tensor], representations: list[tuple[str, 
                 "before the heads"
             )
     stacks = {}
-    for task, loss in named.items():
-        if not loss.requires_grad:
+    for task in tasks:
+        if not task.loss.requires_grad:
             raise ValueError(
-                f"losses[{task!r}]: expected a loss with a graph, got one without: "
-                f"{_why_no_graph(loss)}. For a task that is absent from this batch, pass None to "
-                "RepMTL, or leave it out"
+                f"losses[{task.key!r}]: expected a loss with a graph, got one without: "
+                f"{_why_no_graph(task.loss)}. {_ABSENT}"
             )
-        stack = _stacked_in(loss)
+        stack = _stacked_in(task.loss)
         if stack is None:
             continue
         if stack in stacks:
             raise ValueError(
-                f"losses[{stacks[stack]!r}] and losses[{task!r}]: expected separate losses, got "
-                f"elements of one stacked tensor. {_WHY_NOT_STACKED}"
+                f"losses[{stacks[stack]!r}] and losses[{task.key!r}]: expected separate losses, "
+                f"got elements of one stacked tensor. {_WHY_NOT_STACKED}"
             )
-        stacks[stack] = task
+        stacks[stack] = task.key
+
+
+_ABSENT = (
+    "For a task that has no labels in this batch, pass None to RepMTL in place of the loss, or "
+    "leave it out"
+)
 
 
 def _why_no_graph(value: Tensor) -> str:
@@ -185,29 +283,60 @@ def _stacked_in(loss: Tensor) -> torch.autograd.graph.Node | None:
     return whole if whole is not None and any(s in whole.name() for s in stacking) else None
 
 
-def take_saliencies(
-    named: dict[Hashable, Tensor],
-    representations: list[tuple[str, Tensor]],
-    scale: Tensor | None = None,
-) -> list[Tensor]:
-    """Of the losses times ``scale``, a scalar that is 1 where it is None."""
-    saliencies = []
-    for (task, loss), (name, z) in zip(named.items(), representations, strict=True):
-        seed = None if scale is None else scale.to(loss.dtype)
-        (saliency,) = torch.autograd.grad(loss, z, seed, create_graph=True, allow_unused=True)
-        if saliency is None:
-            raise ValueError(
-                f"losses[{task!r}]: does not depend on {name}. Pass the very tensor that the head "
-                "of this task was given, not a copy of it; and it must not have been written in "
-                "place since, e.g. by ReLU(inplace=True). A term that has no saliency, such as a "
-                "penalty on weights, is added to the total instead" + _if_compiled(z, loss)
+def take_saliencies(tasks: Sequence[Task], scale: Tensor | None = None) -> None:
+    """Takes them of the objectives times ``scale``, a scalar that is 1 where it is None."""
+    with without_hooks(distinct(tasks)):
+        for task in tasks:
+            seed = None if scale is None else scale.to(task.objective.dtype)
+            found = torch.autograd.grad(
+                task.objective, task.representations, seed, create_graph=True, allow_unused=True
             )
-        saliencies.append(saliency)
-    return saliencies
+            if all(saliency is None for saliency in found):
+                raise ValueError(_not_dependent(task))
+            task.saliencies = list(found)
+    for level, (name, _) in enumerate(tasks[0].places):
+        if all(task.saliencies[level] is None for task in tasks):
+            raise ValueError(f"{name}: expected a level that a loss depends on; none of them does")
 
 
-def _if_compiled(z: Tensor, loss: Tensor) -> str:
-    nodes = [value.grad_fn for value in (z, loss) if value.grad_fn is not None]
+@contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients that are taken at these tensors inside of it pass by their hooks.
+
+    A hook of the user's is meant for the gradient of the whole backward pass: it would change each
+    saliency, and ``retain_grad`` would add it to ``.grad``.
+    """
+    if torch.compiler.is_compiling():  # no compiler traces this
+        yield
+        return
+    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    grads = [(t, t.grad) for t in tensors if t.retains_grad]
+    for given, _ in hooks:
+        given.clear()
+    try:
+        yield
+    finally:
+        for given, found in hooks:
+            given.update(found)
+        for tensor, grad in grads:
+            tensor.grad = grad
+
+
+def _not_dependent(task: Task) -> str:
+    names = [name for name, _ in task.places]
+    what = names[0] if len(names) == 1 else f"any of {', '.join(names)}"
+    return (
+        f"losses[{task.key!r}]: does not depend on {what}. Pass the very tensor that the head "
+        "of this task was given, not a copy of it; and it must not have been written in "
+        f"place since, e.g. by ReLU(inplace=True). {_ABSENT}. A term that has no saliency, such as "
+        "a penalty on weights, is added to the total instead"
+        + _if_compiled(task)
+        + "".join(map(_if_converted, task.places))
+    )
+
+
+def _if_compiled(task: Task) -> str:
+    nodes = [v.grad_fn for v in (*task.representations, task.loss) if v.grad_fn is not None]
     if not any("CompiledFunction" in node.name() for node in nodes):
         return ""
     return (
@@ -217,9 +346,19 @@ def _if_compiled(z: Tensor, loss: Tensor) -> str:
     )
 
 
-def weighted_sum(named: dict[Hashable, Tensor], weights: Sequence[float]) -> Tensor:
-    terms = zip(named.values(), weights, strict=True)
-    return sum(loss if weight == 1 else weight * loss for loss, weight in terms)
+def _if_converted(place: tuple[str, Tensor]) -> str:
+    name, z = place
+    if z.grad_fn is None or not z.grad_fn.name().startswith("ToCopyBackward"):
+        return ""
+    return (
+        f". {name} is a copy in {z.dtype}, as a model prepared by Accelerate for mixed precision "
+        "returns it: the heads inside that model were given the original. Prepare encoder and "
+        "heads one by one, or take losses and criterion into the model's forward"
+    )
+
+
+def weighted_sum(tasks: Sequence[Task]) -> Tensor:
+    return sum(t.objective if t.weight == 1 else t.weight * t.objective for t in tasks)
 
 
 def checked_weights(weights: Weights | None) -> Weights | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,49 +15,65 @@ from repmtl_kernels._arguments import (
     check_csa_batch,
     check_csa_options,
     check_number,
+    check_positions,
     check_present,
     check_saliencies,
     check_tsr_options,
 )
-from repmtl_kernels._clip import Clip
+from repmtl_kernels._clip import clipped
 from repmtl_kernels._distributed import Group, Options
-from repmtl_kernels._saliency import NORMALIZERS, OVER, accumulation_dtype, is_float16
+from repmtl_kernels._levels import Levels
+from repmtl_kernels._progress import Progress
+from repmtl_kernels._saliency import (
+    NORMALIZERS,
+    OVER,
+    accumulation_dtype,
+    has_values,
+    is_float16,
+)
 from repmtl_kernels._step import RepMTLStep
 from repmtl_kernels._strength import (
-    BackwardPass,
-    RunningMean,
+    gradient_ratio,
+    is_measured,
     is_transformed,
     share_below_float16,
 )
 from repmtl_kernels._task_losses import (
+    Positions,
     Representation,
+    Task,
     TaskLosses,
     Weights,
+    at_each_level,
     check_graph,
     checked_weights,
     named_losses,
-    named_representations,
     per_task,
-    present_of,
+    place,
     take_saliencies,
     weighted_sum,
 )
 from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels.modules import _Loss
 
-# Of a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence), and
-# of a lambda that is left out beside the other.
+# For a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence).
 DEFAULT_STRENGTH = 0.03
+# For a lambda that is left out beside the other.
 DEFAULT_LAMBDA = 0.01
 # The regulariser's gradient is taken to be at least this share of the tasks' at lambdas that sum to
 # 1: where it vanishes at the representation, e.g. behind heads without curvature, no weight makes
 # it the share that was asked for, and a large one would ruin the heads.
 SMALLEST_RATIO = 0.01
+# The weight that makes the regulariser's gradient so much smaller than lambdas that sum to
+# `strength` is reported: at least this many times.
+LARGEST_RATIO = 100.0
 # Elements of a saliency that are looked at for means: little memory, and a large sample.
 ENOUGH = 1 << 20
 
 
-def task_saliencies(losses: TaskLosses, representation: Representation) -> list[Tensor]:
+def task_saliencies(
+    losses: TaskLosses, representation: Representation
+) -> list[Tensor] | list[list[Tensor]]:
     """Task saliencies ``S_t = dL_t/dZ`` of Rep-MTL, arXiv 2507.21049, eq. 3, with a graph.
 
     The graph makes a loss on the saliencies train encoder and heads (second order). The losses keep
@@ -67,21 +83,53 @@ def task_saliencies(losses: TaskLosses, representation: Representation) -> list[
         losses: list, tuple or dict of T scalar losses of shape ``()``, each with its graph. Not one
             stacked tensor, and not the elements of one: each of them backpropagates zeros through
             the branches of all other tasks.
-        representation: the shared representation ``Z``, the very tensor that the heads were given.
-            In multi-input learning, where each task has its own batch, one tensor per task: a list
-            or tuple, or a dict with the keys of ``losses`` if that is a dict.
+        representation: the shared representation ``Z``, the very tensor that the heads were given,
+            or :class:`Levels` of several. In multi-input learning, where each task has its own
+            batch, one (or one :class:`Levels`) per task: a list or tuple, or a dict with the keys
+            of ``losses`` if that is a dict.
 
     Returns:
         T tensors in the order of ``losses``, each of its representation's shape, dtype and device.
+        With :class:`Levels`, for each task a list with one tensor a level; zeros where the loss
+        does not depend on that level. Hooks on the representation are passed by.
 
     Raises:
         ValueError, TypeError: an argument is not as described, a loss has no graph or does not
             depend on the representation, or gradients are disabled.
     """
     named = named_losses(losses, representation)
-    representations = named_representations(representation, losses)
-    check_graph(named, representations)
-    return take_saliencies(named, representations)
+    tasks = [Task(key, row, loss, loss) for row, (key, loss) in enumerate(named.items())]
+    place(tasks, representation, losses)
+    check_graph(tasks)
+    take_saliencies(tasks)
+    if isinstance(representation, Tensor | Levels):
+        levelled = isinstance(representation, Levels)
+    else:
+        values = representation.values() if hasattr(representation, "values") else representation
+        levelled = any(isinstance(value, Levels) for value in values)
+    if not levelled:
+        return [task.saliencies[0] for task in tasks]
+    return [
+        [
+            torch.zeros_like(z) if saliency is None else saliency
+            for z, saliency in zip(task.representations, task.saliencies, strict=True)
+        ]
+        for task in tasks
+    ]
+
+
+@dataclass(eq=False)
+class _Call:
+    """What the parts of one call with the regulariser need to know of it."""
+
+    tasks: list[Task]
+    number: int
+    step: RepMTLStep
+    lambdas: tuple[float, float]  # with the weight that the schedule gives them
+    present: Tensor | None  # the rows of all tasks, absent ones too
+    positions: list[Tensor | None]  # at each level
+    scale: Tensor | None  # what the saliencies have been multiplied with
+    group: str
 
 
 class RepMTL(_Loss):
@@ -113,15 +161,15 @@ class RepMTL(_Loss):
             off): the norm of the regulariser's gradient at the representation is held at ``rho``
             times that of the tasks' ``sum_t w_t L_t``, and the lambdas only give the mix of TSR and
             CSA. Both losses are invariant to the scale of the losses, so with fixed lambdas that
-            ratio grows while the tasks are learned. The ratio is observed in the backward pass of
-            the total, without another one, and averaged over about the last 50 (exponential mean,
-            decay 0.98): ``rho`` is held on average, single steps vary. The first call has lambdas
-            that sum to ``rho``; later ones never sum to more than ``100 rho``. A backward pass that
-            doesn't reach the representation, or with several gradients at a time, is not observed.
-            See ``last.ratio``.
+            ratio grows while the tasks are learned. The regulariser's own gradient is taken by
+            itself, on the first 12 calls that apply it and on every 12th after them, so that
+            nothing else that reaches the representation counts; the mean is over about the last
+            ten of them (exponential, decay 0.9). ``rho`` is held on average, single steps vary.
+            The lambdas never sum to more than ``100 rho``; where they come to less than ``rho /
+            100``, a warning says so once. See ``last.ratio``.
         start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
             cost of the losses alone; its weight then grows linearly, and is full at the
-            ``ramp``-th call after that.
+            ``ramp``-th call after that. Calls that are given the same ``step`` count as one.
         over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
         csa_temperature: of :func:`csa_loss`.
         group: of :func:`csa_loss`: all ranks give negatives. The weight of the regulariser with
@@ -152,19 +200,17 @@ class RepMTL(_Loss):
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
             R1): with ``strength`` the mean over all calls is ``rho``.
 
-    What is observed of the backward pass (``last.ratio``) costs each call about as many reads of
-    the representation as there are tasks, and one tensor of its size in float32 or better until
-    then. ``clip``, and without ``group`` ``strength``, are each process's own; both need
-    ``backward()`` or ``torch.autograd.grad``: not ``torch.func`` or a compiled region around the
-    criterion. For a CUDA graph, run a few calls before the capture.
+    A measurement of the ratio is one more backward pass through the heads; it costs at most 3 % of
+    a step on average. ``clip``, and without ``group`` ``strength``, are each process's own. Both
+    keep running means, which ``torch.func`` and compiled regions around the criterion don't allow.
+    A CUDA graph has no measurements in it: run 12 calls before the capture, and where the weight is
+    to follow the training, one without the graph now and then. Replicas that ``nn.DataParallel``
+    makes count as one, and share the criterion's state and ``last``. Calls on meta or fake tensors
+    (dry runs) leave the state as it was.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-
-    last: RepMTLStep | None
-    """The last call's values for logging; None before the first. Reading a value of it, e.g. with
-    ``.item()``, waits for the device; nothing in the criterion does."""
 
     check = staticmethod(_preflight.check)
 
@@ -219,19 +265,22 @@ class RepMTL(_Loss):
             backend=backend,
         )
         self._check_options()
-        # On the host, so that no step has to ask the device whether it is its turn.
-        self._calls = 0
-        self._ratio = RunningMean()  # of the regulariser's gradient, at lambdas that sum to 1
-        self._size = RunningMean()  # that clip compares with
-        self._explained = False
-        self._agreed = False  # with the other ranks, since there is something new to agree on
-        self.last = None
+        self._progress = Progress()
+        self._replica_number: int | None = None
+
+    @property
+    def last(self) -> RepMTLStep | None:
+        """The last call's values for logging; None before the first. Reading a value of it, e.g.
+        with ``.item()``, waits for the device; nothing in the criterion does."""
+        return self._progress.last
 
     def forward(
         self,
         losses: TaskLosses,
         representation: Representation,
         present: Tensor | None = None,
+        positions: Positions | None = None,
+        step: int | None = None,
     ) -> Tensor:
         """The total loss, a scalar: float32, also of losses in 16 bits; float64 where a loss is, or
         where the regulariser is added to it and the representation is.
@@ -241,70 +290,99 @@ class RepMTL(_Loss):
                 place of a loss: that task is absent from this batch, and left out of the sum and
                 the regulariser. In distributed training all ranks have to use the same parameters,
                 so the same tasks have to be absent on all of them.
-            representation: ``(B, C, *spatial)``, or ``channel_dim`` says where the channels are.
+            representation: ``(B, C, *spatial)``, or ``channel_dim`` says where the channels are;
+                or :class:`Levels` of several, over which the regulariser is averaged. A task whose
+                loss does not depend on a level is left out there.
                 Multi-input: one per task, all of one shape; both losses then pair sample ``b`` of
                 every task, which are different images there. That of an absent task may be None.
                 Not used in ``eval()`` mode.
             present: bool ``(T, B)``, which task has a label for which sample, as for
                 :func:`csa_loss`. Rows of absent tasks are ignored.
+            positions: bool ``(B, *spatial)``, the positions that are there and not padding, as for
+                :func:`tsr_loss`. With :class:`Levels` a list, tuple or dict with one for each, some
+                of which may be None.
+            step: the number of the optimiser's step, at least 0. Calls in a row with the same one
+                count as one for ``every``, ``start``, ``ramp`` and ``strength``: both passes of
+                SAM, the closure of LBFGS, the batches of an accumulated gradient. None: every call
+                is a step.
 
         Raises:
             ValueError, TypeError: an argument is not as described. In training mode also where
                 :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
-            SecondDerivativeError: on the first call with the regulariser, where a head has an
-                operation that is known to have no second derivative; see :meth:`check`.
+            SecondDerivativeError: on the first call in training mode, where an operation between a
+                loss and the representation has no second derivative; see :meth:`check`.
 
         Warns:
             UserWarning: on that call too, where a saliency's means over the channels or over the
                 positions are zero but for rounding, as where a head begins with a LayerNorm.
         """
+        return self._evaluate(losses, representation, present, positions, step)[0]
+
+    def _evaluate(
+        self,
+        losses: TaskLosses,
+        representation: Representation,
+        present: Tensor | None,
+        positions: Positions | None,
+        step: int | None,
+    ) -> tuple[Tensor, list[Task]]:
+        """The total, and the tasks with the saliencies that were taken."""
         group = _distributed.name_of(self.group) if self.training else ""
         arguments = losses, representation
         with _distributed.telling(group, arguments):
             self._check_options()
+            if step is not None:
+                _check_int("step", step, minimum=0)
         lambdas = self._lambdas()
-        weight = self._weight() if self.training and any(lambdas) else 0
+        number = self._number(step)
+        on = self.training and any(lambdas)
+        weight = self._weight(number) if on else 0
         talks = group if self._talks(lambdas, weight) else ""
         # The same collectives in the same order on every rank, whatever is wrong on one of them.
         with _distributed.telling(talks, arguments):
             named = named_losses(losses, representation, absent=True)
-            tasks = {t: loss for t, loss in named.items() if loss is not None}
-            objectives = {t: self._objective(loss) for t, loss in tasks.items()}
-            weights = present_of(self._weights(losses), losses)
-            total = weighted_sum(objectives, weights)
-            step = RepMTLStep(losses={t: _detached(loss) for t, loss in named.items()}, total=total)
-            if self.training and any(lambdas):
-                representations = named_representations(representation, losses)
-                zs = [z for _, z in representations]
+            weights = self._weights(losses)
+            tasks = [
+                Task(key, row, loss, self._objective(loss), weights[row])
+                for row, (key, loss) in enumerate(named.items())
+                if loss is not None
+            ]
+            total = weighted_sum(tasks)
+            record = RepMTLStep(
+                losses={t: _detached(loss) for t, loss in named.items()}, total=total
+            )
+            real = has_values(total)
+            if on:
+                levels = place(tasks, representation, losses)
                 if weight:
                     self._check_observable(total)
-                check_graph(tasks, representations)
-                present = self._checked_mask(representations, present, losses, group)
+                check_graph(tasks)
+                if real:
+                    self._explain(tasks, bool(weight))
+                masks = self._checked_masks(
+                    tasks, present, at_each_level(positions, levels), len(named), group
+                )
                 if weight:
-                    first = self._explain(tasks, representations)
-                    scale = self._scale(zs[0].device)
-                    saliencies = take_saliencies(objectives, representations, scale)
-                    if first:
-                        self._warn_of_no_means(tasks, saliencies)
+                    scale = self._scale(total.device) if real else None
+                    take_saliencies(tasks, scale)
+                    if real:
+                        self._warn_of_no_means(tasks)
         if talks:
             self._agree(talks, arguments)
         if weight:
-            strength = self._strength(zs[0].device, group)
-            if is_float16(saliencies[0]):
-                pairs = zip(tasks, saliencies, strict=True)
-                step.underflow = {t: share_below_float16(s) for t, s in pairs}
-            lambdas = [weight * value for value in lambdas]
-            total = self._regularized(
-                total, saliencies, zs, weights, present, lambdas, strength, scale, step
-            )
-        if self.training:
-            self._calls += 1
+            weighted = tuple(weight * value for value in lambdas)
+            call = _Call(tasks, number, record, weighted, present, masks, scale, group)
+            total = total + self._regularizer(call)
+        if self.training and real:
+            self._progress.count(number, step)
+            if self._replica_number is not None:
+                self._replica_number += 1
         # A copy: `total /= accumulation_steps` is the caller's right.
-        step.total = total.detach().clone()
-        self.last = step
-        return total
+        record.total = total.detach().clone()
+        self._progress.last = record
+        return total, tasks
 
-    def second_order(self) -> AbstractContextManager:
+    def second_order(self, step: int | None = None) -> AbstractContextManager:
         """Context for the heads' forward: :func:`repmtl_kernels.second_order` where the next call
         will apply the regulariser, nothing where it will not::
 
@@ -313,9 +391,12 @@ class RepMTL(_Loss):
             criterion(losses, z).backward()
 
         A checkpointed function that calls ``F.relu`` after a batch norm has to enter it inside.
+
+        Args:
+            step: what the next call will be given as ``step``.
         """
         self._check_options()
-        if self.training and any(self._lambdas()) and self._weight():
+        if self.training and any(self._lambdas()) and self._weight(self._number(step)):
             return _second_order.second_order()
         return nullcontext()
 
@@ -327,16 +408,16 @@ class RepMTL(_Loss):
 
     def get_extra_state(self) -> Tensor:
         # A tensor: the only type whose serialisation PyTorch keeps compatible.
-        numbers = [self._calls, *self._ratio.numbers(), *self._size.numbers()]
-        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        return torch.tensor(self._progress.numbers(), dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        calls, *means = state.flatten().tolist()
-        self._calls = int(calls)
-        self._agreed = False
-        if means:  # the first version kept the count alone
-            self._ratio.load(means[:2])
-            self._size.load(means[2:])
+        self._progress.load(state.flatten().tolist())
+
+    def _replicate_for_data_parallel(self) -> RepMTL:
+        # The progress is shared; what the replicas are called for is one call.
+        replica = super()._replicate_for_data_parallel()
+        replica._replica_number = self._progress.calls
+        return replica
 
     def _check_options(self) -> None:
         """At each call too, since a schedule may have set them."""
@@ -377,25 +458,33 @@ class RepMTL(_Loss):
         _check_int("ramp", self.ramp, minimum=0)
         _check_int("every", self.every, minimum=1)
 
-    def _checked_mask(
+    def _checked_masks(
         self,
-        representations: list[tuple[str, Tensor]],
+        tasks: list[Task],
         present: Tensor | None,
-        losses: TaskLosses,
+        masks: list[tuple[str, Tensor | None]],
+        count: int,
         group: str,
-    ) -> Tensor | None:
-        """The mask's rows of the tasks that have a loss.
+    ) -> list[Tensor | None]:
+        """The masks of positions without their names.
 
         On every step, so that a batch that the regulariser can't take doesn't pass for a while.
         """
-        names, zs = zip(*representations, strict=True)
-        first = check_saliencies(zs, self.channel_dim, "representation", names)[0]
-        check_present(present, len(losses), first.shape[0], first.device)
-        if present is not None and len(zs) < len(losses):
-            present = torch.stack(present_of(present.unbind(), losses))
-        if self.lambda_csa:
-            check_csa_batch(zs, False, present, group, "representation")
-        return present
+        places = tasks[0].places
+        batch = places[0][1].shape[:1]
+        for level, ((_, first), (name, mask)) in enumerate(zip(places, masks, strict=True)):
+            names, zs = zip(*(task.places[level] for task in tasks), strict=True)
+            check_saliencies(zs, self.channel_dim, "representation", names)
+            if first.shape[:1] != batch:
+                raise ValueError(
+                    f"{names[0]}: expected the batch of {places[0][0]}, {batch[0]}; got "
+                    f"{first.shape[0]}"
+                )
+            check_present(present, count, first.shape[0], first.device)
+            check_positions(mask, first, self.channel_dim, name)
+            if self.lambda_csa:
+                check_csa_batch(zs, False, None, group, "representation")
+        return [mask for _, mask in masks]
 
     def _weights(self, losses: TaskLosses) -> Sequence[float]:
         if self.task_weights is None:
@@ -417,9 +506,16 @@ class RepMTL(_Loss):
         total = sum(both)
         return tuple(value / total for value in both) if self.strength and total else (0.0, 0.0)
 
-    def _weight(self) -> float:
+    def _number(self, step: int | None) -> int:
+        """The number of the next call in training mode."""
+        number = self._progress.number(step)
+        if self._replica_number is not None and (step is None or step != self._progress.step):
+            return self._replica_number
+        return number
+
+    def _weight(self, number: int) -> float:
         """What the schedule multiplies the regulariser with on this call; 0: not its turn."""
-        since = self._calls - self.start
+        since = number - self.start
         if since < 0 or since % self.every:
             return 0
         return self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
@@ -430,19 +526,19 @@ class RepMTL(_Loss):
         The first one has even where it is without the regulariser: ranks that don't count alike, or
         have other options, would not meet later.
         """
-        return not self._agreed or bool(weight and (lambdas[1] or self.strength))
+        return not self._progress.agreed or bool(weight and (lambdas[1] or self.strength))
 
     def _agree(self, group: str, near: object) -> None:
         if torch.compiler.is_compiling():  # values are not known there
             return
         options = self.options() | {
-            "calls": self._calls,
+            "calls": self._progress.calls,
             "over": OVER.index(self.over),
             "normalizer": NORMALIZERS.index(self.normalizer),
         }
         told = [-1 if options[f] is None else options[f] for f in Options._fields]
         _distributed.agree(group, Options(*told), near)
-        self._agreed = True
+        self._progress.agreed = True
 
     def _check_observable(self, total: Tensor) -> None:
         if torch.compiler.is_exporting():
@@ -453,9 +549,8 @@ class RepMTL(_Loss):
             )
         if (self.strength is not None or self.clip is not None) and is_transformed(total):
             raise ValueError(
-                "strength and clip observe the backward pass of the total, which torch.func and "
-                "torch.compile hide; expected both to be None there. Compile the encoder alone, "
-                "or use lambdas"
+                "strength and clip keep running means, which torch.func and torch.compile would "
+                "lose; expected both to be None there. Compile the encoder alone, or use lambdas"
             )
 
     def _scale(self, device: torch.device) -> Tensor | None:
@@ -464,79 +559,140 @@ class RepMTL(_Loss):
             return None
         return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
 
-    def _strength(self, device: torch.device, group: str) -> float | Tensor:
-        """What the lambdas are multiplied with; the same on all ranks of a group."""
-        if self.strength is None:
-            return 1.0
-        return self.strength / self._ratio.value(device, 1.0, group).clamp_min(SMALLEST_RATIO)
-
-    def _explain(
-        self, tasks: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
-    ) -> bool:
-        """Once, since it walks over the graph; whether that was now."""
-        if self._explained or any(is_transformed(loss) for loss in tasks.values()):
-            return False
-        if all(loss.grad_fn is not None for loss in tasks.values()):  # else no saliency either
-            _preflight.explain(tasks, representations)
-            self._explained = True
-        return self._explained
-
-    def _warn_of_no_means(self, tasks: Iterable[Hashable], saliencies: Sequence[Tensor]) -> None:
-        s = saliencies[0]
-        if type(s) is not Tensor or s.is_meta:  # fake ones have no values
+    def _explain(self, tasks: list[Task], applied: bool) -> None:
+        """Once, since it takes all derivatives."""
+        progress = self._progress
+        if progress.explained or any(is_transformed(task.loss) for task in tasks):
             return
-        if s.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        # Of one sample alone the means may be a single number, and that small by chance.
-        some = max(1, ENOUGH // s[0].numel())
-        for task, saliency in zip(tasks, saliencies, strict=True):
-            for found in _preflight.without_means(saliency.detach()[:some], self.channel_dim):
-                if getattr(self, found.option):
-                    # Past forward and the two frames of nn.Module's call.
-                    warnings.warn(f"losses[{task!r}]: {found}", stacklevel=5)
+        if all(task.loss.grad_fn is not None for task in tasks):  # else no saliency either
+            progress.explained = _preflight.explain(tasks, applied)
 
-    def _regularized(
-        self,
-        total: Tensor,
-        saliencies: list[Tensor],
-        representations: list[Tensor],
-        weights: list[float],
-        present: Tensor | None,
-        lambdas: list[float],
-        strength: float | Tensor,
-        scale: Tensor | None,
-        step: RepMTLStep,
-    ) -> Tensor:
-        """``total`` plus the regulariser, and what of it goes into ``step``."""
-        backward = BackwardPass()
-        ratios = None if self.strength is None else self._ratio
-        factor = strength * sum(lambdas)
-        inputs = saliencies
-        if self.clip is not None:
-            inputs = Clip(self.clip, self._size, factor, backward)(saliencies)
-        if scale is not None and (self.normalizer != "abs" or self.eps):
-            inputs = [s.to(accumulation_dtype(s.dtype)) / scale for s in inputs]
-        regularizer, tsr, csa = self._losses(inputs, present, *lambdas)
+    def _warn_of_no_means(self, tasks: list[Task]) -> None:
+        """Once, since it waits for the device."""
+        if self._progress.looked_at or is_transformed(tasks[0].loss):
+            return
+        if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        self._progress.looked_at = True
+        for task in tasks:
+            for saliency in task.saliencies:
+                if saliency is None:
+                    continue
+                saliency = saliency.detach()
+                # One sample's means may be a single number, and that small by chance.
+                some = max(1, ENOUGH // saliency[0].numel())
+                for found in _preflight.without_means(saliency[:some], self.channel_dim):
+                    if getattr(self, found.option):
+                        # Past forward and the two frames of nn.Module's call.
+                        warnings.warn(f"losses[{task.key!r}]: {found}", stacklevel=6)
+
+    def _regularizer(self, call: _Call) -> Tensor:
+        """What is added to the tasks; the step's record gets its parts."""
+        saliencies = [[s for s in level if s is not None] for level in _by_level(call.tasks)]
+        flat = [s for level in saliencies for s in level]
+        if is_float16(flat[0]):
+            call.step.underflow = {
+                task.key: share_below_float16([s for s in task.saliencies if s is not None])
+                for task in call.tasks
+            }
+        if self.clip is None:
+            value, (tsr, csa) = self._losses(flat, call)
+        else:
+            value, (tsr, csa) = clipped(
+                lambda leaves: self._losses(leaves, call),
+                flat,
+                limit=self.clip,
+                mean=self._progress.size,
+                factor=sum(call.lambdas),
+                scale=call.scale,
+            )
+        call.step.tsr, call.step.csa = _detached(tsr), _detached(csa)
+        measured = self._measured(value, call)
         if self.strength is not None:
-            regularizer = strength * regularizer
-        total = total + regularizer
-        step.tsr, step.csa = _detached(tsr), _detached(csa)
-        step.regularizer, step.applied = regularizer.detach(), True
-        if not is_transformed(total):
-            backward.follow(total)
-            report = partial(_report, step, factor, ratios)
-            backward.measure(total, representations, saliencies, weights, report, scale)
-        return total
+            strength = self._strength(value, call.group)
+            value = strength * value
+            if measured is not None:
+                measured = measured * strength
+        if measured is not None and has_values(measured):
+            self._progress.last_ratio = measured
+        call.step.ratio = self._progress.last_ratio if measured is None else measured
+        call.step.regularizer, call.step.applied = value.detach(), True
+        return value
+
+    def _measured(self, value: Tensor, call: _Call) -> Tensor | None:
+        """The ratio of the gradients without ``strength``, where it is this call's turn."""
+        progress, real = self._progress, has_values(value)
+        if is_transformed(value) or (real and progress.measured == call.number):
+            return None
+        if not is_measured((call.number - self.start) // self.every):
+            return None
+        capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and not progress.ratio.is_empty:
+            return None
+        ratio = gradient_ratio(value, call.tasks, call.scale)
+        if real:
+            progress.measured = call.number
+            progress.ratio.observe(ratio / sum(call.lambdas))
+        return ratio
+
+    def _strength(self, value: Tensor, group: str) -> float | Tensor:
+        """What the lambdas are multiplied with; the same on all ranks of a group."""
+        if not has_values(value):
+            return self.strength
+        progress = self._progress
+        ratio = progress.ratio.value(value.device, 1.0, group)
+        if not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
+            progress.warned = True
+            warnings.warn(
+                f"strength: the lambdas have come to less than {self.strength / LARGEST_RATIO:g}, "
+                "a hundredth of strength, since the regulariser's gradient at the representation "
+                f"is more than {LARGEST_RATIO:g} times that of the tasks at lambdas that sum to 1. "
+                "Are the tasks learned, so that their gradient vanishes? docs/tuning.md has more",
+                stacklevel=7,
+            )
+        return self.strength / ratio.clamp_min(SMALLEST_RATIO)
 
     def _losses(
+        self, saliencies: Sequence[Tensor], call: _Call
+    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+        """The weighted regulariser, TSR and CSA, as means over the levels; None where one is off.
+
+        ``saliencies``: all that there are, level by level.
+        """
+        if call.scale is not None and (self.normalizer != "abs" or self.eps):
+            saliencies = [s.to(accumulation_dtype(s.dtype)) / call.scale for s in saliencies]
+        remaining = iter(saliencies)
+        found = []
+        for level, mask in zip(_by_level(call.tasks), call.positions, strict=True):
+            tasks = [t for t, s in zip(call.tasks, level, strict=True) if s is not None]
+            present = call.present
+            if present is not None and len(tasks) < len(present):
+                present = torch.stack([present[task.row] for task in tasks])
+            some = [next(remaining) for _ in tasks]
+            found.append(self._losses_of_level(some, present, mask, *call.lambdas))
+        if len(found) == 1:
+            value, *parts = found[0]
+            return value, tuple(parts)
+        value, *parts = (
+            None if values[0] is None else torch.stack(values).mean()
+            for values in zip(*found, strict=True)
+        )
+        return value, tuple(parts)
+
+    def _losses_of_level(
         self,
         saliencies: Sequence[Tensor],
         present: Tensor | None,
+        positions: Tensor | None,
         lambda_tsr: float,
         lambda_csa: float,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The weighted regulariser, TSR and CSA; None for the one that is off."""
-        shared = {"eps": self.eps, "channel_dim": self.channel_dim, "backend": self.backend}
+        shared = {
+            "eps": self.eps,
+            "positions": positions,
+            "channel_dim": self.channel_dim,
+            "backend": self.backend,
+        }
         of_tsr = {"over": self.over, "normalizer": self.normalizer}
         tsr_options = {"temperature": self.tsr_temperature, "floor": self.tsr_floor}
         of_csa = {"present": present, "group": self.group, "memory": self.memory}
@@ -559,12 +715,9 @@ class RepMTL(_Loss):
         )
 
 
-def _report(
-    step: RepMTLStep, factor: float | Tensor, ratios: RunningMean | None, ratio: Tensor
-) -> None:
-    step.ratio = ratio
-    if ratios is not None:
-        ratios.observe(ratio / factor)
+def _by_level(tasks: Sequence[Task]) -> list[tuple[Tensor | None, ...]]:
+    """The saliencies of all tasks at each level."""
+    return list(zip(*(task.saliencies for task in tasks), strict=True))
 
 
 def _check_int(name: str, value: int, *, minimum: int) -> None:

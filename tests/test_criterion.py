@@ -470,7 +470,9 @@ def test_heads_without_a_second_derivative_are_explained_once(
     walks = []
     explain = _preflight.explain
     monkeypatch.setattr(
-        _preflight, "explain", lambda tasks, z: walks.append(list(tasks)) or explain(tasks, z)
+        _preflight,
+        "explain",
+        lambda tasks, applied: walks.append([t.key for t in tasks]) or explain(tasks, applied),
     )
     criterion = RepMTL(start=1)
     assert applied(criterion, network, 3) == [False, True, True]

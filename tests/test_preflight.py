@@ -20,8 +20,9 @@ from torch.nn.functional import embedding_bag, multi_margin_loss, scaled_dot_pro
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from repmtl_kernels import convert_second_order, second_order
-from repmtl_kernels._preflight import SecondDerivativeError, check, explain
+from repmtl_kernels import _preflight, convert_second_order, second_order
+from repmtl_kernels._preflight import SecondDerivativeError, check
+from repmtl_kernels._task_losses import Task
 
 B, N, D = 2, 5, 8
 FUSED = "ScaledDotProduct"
@@ -627,7 +628,19 @@ def test_bad_arguments():
         check(layer, z, channel_dim=3)
 
 
-# --- explain: by the graph alone ---
+# --- explain: the graph of a training step ---
+
+
+def explain(losses: dict, representations: list[tuple[str, Tensor]], applied: bool = True) -> bool:
+    """One representation for each loss, with its name."""
+    tasks = [
+        Task(key, row, loss, loss, places=[place])
+        for row, ((key, loss), place) in enumerate(
+            zip(losses.items(), representations, strict=True)
+        )
+    ]
+    return _preflight.explain(tasks, applied)
+
 
 KNOWN = [
     "compiled module",

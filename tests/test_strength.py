@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,10 +13,19 @@ from test_criterion import TASKS, Network, literal
 from torch import Tensor, nn
 
 from benchmarks.rotation import Rotating, graphed
-from repmtl_kernels import RepMTL, reference, second_order
-from repmtl_kernels._clip import Clip
-from repmtl_kernels._strength import DECAY, BackwardPass, RunningMean, norm, unexpanded
-from repmtl_kernels.criterion import SMALLEST_RATIO
+from repmtl_kernels import RepMTL, reference, second_order, task_saliencies, tsr_loss
+from repmtl_kernels._clip import clipped
+from repmtl_kernels._strength import (
+    BETWEEN,
+    FIRST,
+    RATIO_DECAY,
+    SIZE_DECAY,
+    RunningMean,
+    is_measured,
+    norm,
+    unexpanded,
+)
+from repmtl_kernels.criterion import LARGEST_RATIO, SMALLEST_RATIO
 
 LAMBDAS = {"lambda_tsr": 0.9, "lambda_csa": 0.7}
 
@@ -47,8 +57,8 @@ def ratio_of(tasks: Tensor, regularizer: Tensor, representations: list[Tensor]) 
     return (sizes[0] / sizes[1]).item()
 
 
-def mean_of(observations: list[float]) -> float:
-    weights = [DECAY ** (len(observations) - 1 - i) for i in range(len(observations))]
+def mean_of(observations: list[float], decay: float = RATIO_DECAY) -> float:
+    weights = [decay ** (len(observations) - 1 - i) for i in range(len(observations))]
     return sum(w * o for w, o in zip(weights, observations, strict=True)) / sum(weights)
 
 
@@ -73,43 +83,11 @@ def mean_of(observations: list[float]) -> float:
 def test_ratio(network: Network, options: dict, theirs: dict) -> None:
     z, losses = batch(network)
     criterion = RepMTL(**{**LAMBDAS, **options})
-    total = criterion(losses, z)
-    assert criterion.last.ratio is None
+    criterion(losses, z)
     expected = ratio_of(*parts(losses, [z] * TASKS, **theirs), [z])
-    total.backward()
     ratio = criterion.last.ratio
     assert ratio.shape == () and ratio.dtype == torch.float32 and not ratio.requires_grad
     assert ratio.item() == pytest.approx(expected, rel=1e-6)
-
-
-def of_seven_eighths(total: Tensor) -> Tensor:
-    total *= 7
-    total /= 8
-    return total
-
-
-@pytest.mark.parametrize(
-    "backward",
-    [
-        lambda total, network: (total / 4).backward(),
-        lambda total, network: (total * 65536).backward(),
-        lambda total, network: (-1e-30 * total).backward(),
-        lambda total, network: of_seven_eighths(total).backward(),
-        lambda total, network: (total + total.square()).backward(),
-        lambda total, network: torch.autograd.grad(total, list(network.encoder.parameters())),
-        lambda total, network: torch.autograd.grad(
-            total, list(network.encoder.parameters()), create_graph=True
-        ),
-    ],
-    ids=("accumulated", "scaled", "tiny", "in place", "function", "grad", "create_graph"),
-)
-def test_ratio_whatever_is_done_with_the_total(network: Network, backward) -> None:
-    z, losses = batch(network)
-    criterion = RepMTL(**LAMBDAS, backend="reference")
-    total = criterion(losses, z)
-    expected = ratio_of(*parts(losses, [z] * TASKS), [z])
-    backward(total, network)
-    assert criterion.last.ratio.item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e20])
@@ -122,7 +100,7 @@ def test_ratio_at_any_scale_of_the_losses(network: Network, scale: float) -> Non
     for factor in (1.0, scale):
         criterion = RepMTL(lambda_tsr=0.9 * factor, lambda_csa=0.7 * factor)
         losses = [factor * loss for loss in network.losses(z, targets)]
-        criterion(losses, z).backward(retain_graph=True)
+        criterion(losses, z)
         ratios.append(criterion.last.ratio.item())
     assert ratios[1] == pytest.approx(ratios[0], rel=1e-3)
 
@@ -150,35 +128,44 @@ def test_ratio_of_a_representation_that_is_a_leaf(network: Network) -> None:
     assert criterion.last.ratio.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_ratios_of_several_calls_before_backward(network: Network) -> None:
-    criterion = RepMTL(**LAMBDAS)
-    totals, steps, expected = [], [], []
-    for _ in range(3):
-        z, losses = batch(network)
-        totals.append(criterion(losses, z))
-        steps.append(criterion.last)
-        expected.append(ratio_of(*parts(losses, [z] * TASKS), [z]))
-    (sum(totals) / 3).backward()
-    assert [step.ratio.item() for step in steps] == pytest.approx(expected, rel=1e-6)
-    assert len(set(expected)) == 3
+def test_measurements_are_some_of_the_calls_that_apply(network: Network) -> None:
+    """The others show the last one."""
+    for options in ({}, {"every": 2}, {"start": 3}, {"strength": 0.1}):
+        criterion = RepMTL(**LAMBDAS, **options)
+        turns, shown = [], None
+        for call in range(3 + 2 * (FIRST + BETWEEN)):
+            z, losses = batch(network)
+            criterion(losses, z)
+            since, rest = divmod(call - criterion.start, criterion.every)
+            if since < 0 or rest:
+                assert criterion.last.ratio is None
+                continue
+            if criterion.last.ratio is not shown:
+                turns.append(since)
+            shown = criterion.last.ratio
+            assert shown is not None
+        assert turns == [n for n in range(since + 1) if is_measured(n)]
+        assert turns[: FIRST + 1] == list(range(FIRST + 1))
 
 
-def test_other_backward_passes_are_not_observed(network: Network) -> None:
-    """Saliencies and gradients of the heads alone come by, or don't, before the one that counts."""
-    z, losses = batch(network)
-    criterion = RepMTL(**LAMBDAS)
-    total = criterion(losses, z)
-    step = criterion.last
-    expected = ratio_of(*parts(losses, [z] * TASKS), [z])  # hooks on z fire here already
-    torch.autograd.grad(total, list(network.heads.parameters()), retain_graph=True)
-    torch.autograd.grad(losses[0], z, retain_graph=True)
-    assert step.ratio is None
-    first = torch.autograd.grad(total, list(network.parameters()), retain_graph=True)
-    found = step.ratio
-    assert found.item() == pytest.approx(expected, rel=1e-6)
-    again = torch.autograd.grad(total, list(network.parameters()))
-    assert step.ratio is found
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+def test_a_measurement_is_one_pass_through_the_heads(network: Network) -> None:
+    passes = []
+
+    def count(call: int, **options) -> int:
+        criterion = RepMTL(**LAMBDAS, **options)
+        z = network.encoder(network.images())
+        outputs = [head(z) for head in network.heads]
+        losses = [o.square().mean() for o in outputs]
+        criterion(losses, z)  # looks for operations without a second derivative too
+        criterion._progress.calls = call
+        outputs[0].register_hook(passes.append)
+        passes.clear()
+        criterion(losses, z).backward()
+        return len(passes)
+
+    for options in ({}, {"strength": 0.1}):
+        assert count(BETWEEN + 1, **options) == 2  # the saliency, and the total
+        assert count(2 * BETWEEN, **options) == 3
 
 
 def test_no_ratio_where_nothing_was_applied(network: Network) -> None:
@@ -188,7 +175,7 @@ def test_no_ratio_where_nothing_was_applied(network: Network) -> None:
         assert criterion.last.ratio is None and not criterion.last.applied
 
 
-def test_batched_gradients_and_function_transforms_go_unobserved(network: Network) -> None:
+def test_batched_gradients_and_function_transforms(network: Network) -> None:
     z, losses = batch(network)
     criterion = RepMTL(**LAMBDAS, backend="reference")
     total = criterion(losses, z)
@@ -197,7 +184,6 @@ def test_batched_gradients_and_function_transforms_go_unobserved(network: Networ
     single, doubled = torch.autograd.grad(
         total, weight, seeds, retain_graph=True, is_grads_batched=True
     )[0]
-    assert criterion.last.ratio is None
     (expected,) = torch.autograd.grad(total, weight, retain_graph=True)
     torch.testing.assert_close(single, expected)
     torch.testing.assert_close(doubled, 2 * expected)
@@ -206,8 +192,9 @@ def test_batched_gradients_and_function_transforms_go_unobserved(network: Networ
     def of(criterion):
         return torch.func.grad(lambda z: criterion(network.losses(z, targets), z))
 
+    measured = criterion.last.ratio
     found = of(criterion)(z.detach())
-    assert criterion.last.ratio is None and criterion.last.applied
+    assert criterion.last.ratio is measured and criterion.last.applied
     leaf = z.detach().requires_grad_()
     criterion(network.losses(leaf, targets), leaf).backward()
     torch.testing.assert_close(found, leaf.grad)
@@ -226,7 +213,7 @@ def test_heads_under_autocast(network: Network) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             losses = network.losses(z, targets)
         criterion = RepMTL(0.2, 0.2)
-        criterion(losses, z).backward()
+        criterion(losses, z)
         ratios.append(criterion.last.ratio.item())
     assert ratios[1] == pytest.approx(ratios[0], rel=0.1)
     assert ratios[0] > 0.1
@@ -264,19 +251,6 @@ def test_nothing_is_kept_alive(network: Network, backward, options: dict) -> Non
         gc.enable()
 
 
-def test_one_tensor_is_kept_until_backward(network: Network) -> None:
-    z, losses = batch(network)
-    held = BackwardPass()
-    saliencies = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses]
-    total = sum(losses)
-    held.follow(total)
-    held.measure(total, [z] * TASKS, saliencies, [1.0] * TASKS, lambda ratio: None)
-    (kept,) = held._parts
-    torch.testing.assert_close(kept, sum(saliencies))
-    total.backward()
-    assert held._parts == []
-
-
 def graph_ends_on_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str) -> None:
     total = criterion(network.losses(z, network.targets()), z)
     if how == "heads only":
@@ -286,7 +260,6 @@ def graph_ends_on_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str)
     elif how == "of a part":  # the variable dies before the graph does
         total = total / 2
         total.backward()
-        assert criterion.last.ratio is not None
 
 
 @pytest.mark.parametrize("how", ["heads only", "never", "backward", "of a part"])
@@ -316,7 +289,7 @@ def dropped(criterion: RepMTL, encoder: nn.Module, heads: nn.ModuleList, x: Tens
 
 @pytest.mark.parametrize("all_heads", [True, False])
 def test_ratio_where_only_the_total_is_left(all_heads: bool) -> None:
-    """Of a batch norm's output, whose ReLU in the heads is fused with it."""
+    """The representation is a batch norm's output, whose ReLU in the heads is fused with it."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5)).double()
     heads = nn.ModuleList(
@@ -350,35 +323,109 @@ def test_ratio_where_only_the_total_is_left(all_heads: bool) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-class NoGradient(torch.autograd.Function):
-    """Behind it all nodes run, and none has a gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
+# --- nothing but the regulariser counts ---
 
 
-def test_a_backward_pass_without_a_gradient_is_not_observed(network: Network) -> None:
+def auxiliary(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    return total + 10 * z.square().mean()
+
+
+def left_out(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    return total + 30 * (z**3).mean()
+
+
+def second_criterion(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    return total + RepMTL(100.0, 100.0)(losses, z)
+
+
+def hook_that_clips(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    z.register_hook(lambda grad: grad.clamp(-1e-6, 1e-6))
+    return total
+
+
+def hook_of_nan(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    z.register_hook(lambda grad: grad * math.nan)
+    return total
+
+
+def gradient_for_a_log(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    torch.autograd.grad(total, z, retain_graph=True)
+    return total
+
+
+def part_of_the_tasks(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    return total - 0.9 * sum(losses)
+
+
+def scaled(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    return total * 65536
+
+
+def of_another_total(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+    total *= -7
+    return total + total.square()
+
+
+OUTSIDE = [
+    auxiliary, left_out, second_criterion, hook_that_clips, hook_of_nan, gradient_for_a_log,
+    part_of_the_tasks, scaled, of_another_total,
+]  # fmt: skip
+
+
+def weights_of(network: Network, outside=None, before: bool = False, **options) -> list[float]:
+    """The weight of the regulariser over some steps with the same data."""
+    criterion, found = RepMTL(**{"strength": 0.3, **options}), []
+    torch.manual_seed(3)
+    for _ in range(FIRST + 3):
+        z = network.encoder(network.images())
+        if before:
+            outside(torch.zeros(()), z, [])
+        losses = network.losses(z, network.targets())
+        total = criterion(losses, z)
+        last = criterion.last
+        found.append((last.regularizer / (0.5 * (last.tsr + last.csa))).item())
+        if outside is not None and not before:
+            total = outside(total, z, losses)
+        total.backward()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 1.0}], ids=("plain", "clip"))
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_nothing_outside_changes_the_weight(network: Network, outside, options: dict) -> None:
+    alone = weights_of(network, **options)
+    assert len(set(alone)) > FIRST - 1  # it follows
+    assert weights_of(network, outside, **options) == alone
+
+
+@pytest.mark.parametrize("outside", [hook_that_clips, hook_of_nan])
+def test_hooks_from_before_the_call_are_passed_by(network: Network, outside) -> None:
+    assert weights_of(network, outside, before=True) == weights_of(network)
+
+
+def test_the_user_s_hooks_and_grad_see_the_backward_pass_alone(network: Network) -> None:
     z, losses = batch(network)
-    criterion = RepMTL(**LAMBDAS, strength=0.1)
-    total = criterion(losses, z)
-    NoGradient.apply(total).backward()
-    assert criterion.last.ratio is None and network.encoder[0].weight.grad is None
-    assert criterion.get_extra_state()[1:].tolist() == [0, 0, 0, 0]
-
-
-def test_a_representation_without_a_gradient_ends_the_observation(network: Network) -> None:
-    z = network.encoder(network.images())
-    held, reports = BackwardPass(), []
-    total = NoGradient.apply(z).sum()
-    held.follow(total)
-    held.measure(total, [z], [torch.ones_like(z)], [1.0], reports.append)
+    seen = []
+    z.register_hook(lambda grad: seen.append(grad) or grad * 2)
+    z.retain_grad()
+    plain = [torch.autograd.grad(loss, z, retain_graph=True)[0] / 2 for loss in losses]
+    seen.clear()
+    z.grad = None
+    for found, expected in zip(task_saliencies(losses, z), plain, strict=True):
+        torch.testing.assert_close(found, expected)
+    total = RepMTL(**LAMBDAS)(losses, z)
+    assert seen == [] and z.grad is None
     total.backward()
-    assert held._parts == [] and reports == [] and not z._backward_hooks
+    assert len(seen) == 1
+    torch.testing.assert_close(z.grad, 2 * seen[0])
+
+
+def test_weight_where_no_backward_pass_ever_comes(network: Network) -> None:
+    criterion = RepMTL(strength=0.3)
+    for _ in range(3):
+        z, losses = batch(network)
+        criterion(losses, z)
+    assert criterion.get_extra_state()[1] > 0
 
 
 # --- strength ---
@@ -395,7 +442,8 @@ def steps_of(network: Network, criterion: RepMTL, count: int, **theirs):
             assert torch.equal(total, sum(losses)) and criterion.last.ratio is None
             continue
         unit = ratio_of(*parts(losses, [z] * TASKS, lambdas=mix, **theirs), [z])
-        estimate = mean_of(observed) if observed else 1.0
+        observed.append(unit)
+        estimate = mean_of(observed)
         factor = criterion.strength * criterion.every / max(estimate, SMALLEST_RATIO)
         tasks, regularizer = parts(losses, [z] * TASKS, lambdas=mix, **theirs)
         expected = tasks + factor * regularizer
@@ -405,7 +453,6 @@ def steps_of(network: Network, criterion: RepMTL, count: int, **theirs):
         got = torch.autograd.grad(total, parameters, materialize_grads=True)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-8)
         assert criterion.last.ratio.item() == pytest.approx(factor * unit, rel=1e-5)
-        observed.append(unit)
     return observed
 
 
@@ -427,8 +474,7 @@ def test_strength_is_exact_where_nothing_changes(network: Network) -> None:
         z = network.encoder(images)
         criterion(network.losses(z, targets), z).backward()
         ratios.append(criterion.last.ratio.item())
-    assert ratios[1:] == pytest.approx([0.3, 0.3], rel=1e-6)
-    assert abs(ratios[0] - 0.3) > 0.01
+    assert ratios == pytest.approx([0.3, 0.3, 0.3], rel=1e-6)
 
 
 def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
@@ -478,23 +524,47 @@ def test_strength_of_zero_and_zero_lambdas_are_off(network: Network) -> None:
         assert not criterion.last.applied
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_bad_observations_leave_the_estimate(network: Network, poison: float) -> None:
     criterion = RepMTL(**LAMBDAS, strength=0.3)
     z, losses = batch(network)
     criterion(losses, z).backward()
     before = criterion.get_extra_state()
+    network.zero_grad()
     z, losses = batch(network)
-    (poison * criterion(losses, z)).backward()
+    criterion([poison * loss for loss in losses], z).backward()
     after = criterion.get_extra_state()
     assert torch.equal(after[1:], before[1:]) and before[1] > 0
     assert not criterion.last.ratio.isfinite()
-    if poison:  # shown, not hidden
-        assert not network.encoder[0].weight.grad.isfinite().any()
+    assert not network.encoder[0].weight.grad.isfinite().any()  # shown, not hidden
     network.zero_grad()
     z, losses = batch(network)
     criterion(losses, z).backward()
     assert criterion.last.ratio.isfinite() and network.encoder[0].weight.grad.isfinite().all()
+
+
+def test_a_weight_that_falls_is_told_once(network: Network) -> None:
+    """Tasks that are learned have no gradient, and the regulariser's stays."""
+    criterion = RepMTL(strength=0.1)
+    told = []
+    for size in (1.0, 1e-5, 1e-5):
+        for _ in range(2):
+            z, losses = batch(network)
+            losses = [size * loss + (1 - size) * loss.detach() for loss in losses]
+            if size < 1:  # what is left: the direction in which one of the tasks goes
+                losses[1:] = [loss - losses[0] * (1 - 1e-6) for loss in losses[1:]]
+                losses = [loss - sum(losses) / TASKS * (1 - 1e-7) for loss in losses]
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                criterion(losses, z).backward()
+            told += [w for w in found if "strength" in str(w.message)]
+            if not told:
+                last = criterion.last
+                weight = (last.regularizer / (0.5 * (last.tsr + last.csa))).item()
+                assert weight > 0.1 / LARGEST_RATIO
+    (warning,) = told
+    assert str(warning.message).startswith("strength: the lambdas have come to less than 0.001")
+    assert warning.filename == __file__
 
 
 def test_nan_in_a_loss_is_not_hidden_by_strength(network: Network) -> None:
@@ -515,13 +585,17 @@ def test_strength_is_bounded_where_the_regulariser_has_no_gradient(network: Netw
     """Heads linear in z: saliencies don't depend on it, and no weight gives the ratio."""
     weights = torch.randn(2, 5, 1, 1, dtype=torch.float64, requires_grad=True)
     criterion = RepMTL(0.5, 0.5, strength=0.1)
-    criterion._ratio.load([1e-9, 1e-3])
     z = network.encoder(network.images())
     criterion([(w * z).mean() for w in weights], z).backward()
     last = criterion.last
-    expected = 0.1 / SMALLEST_RATIO * (0.5 * last.tsr + 0.5 * last.csa)
+    # The ratio is zero: no observation, so that the mean stays at its default.
+    expected = 0.1 * (0.5 * last.tsr + 0.5 * last.csa)
     torch.testing.assert_close(last.regularizer, expected, rtol=1e-6, atol=0)
-    assert last.ratio < 1e-6
+    assert last.ratio == 0
+    criterion._progress.ratio.load([1e-9, 1e-3])
+    criterion([(w * z).mean() for w in weights], z)
+    expected = 0.1 / SMALLEST_RATIO * (0.5 * last.tsr + 0.5 * last.csa)
+    torch.testing.assert_close(criterion.last.regularizer, expected, rtol=1e-6, atol=0)
 
 
 def test_resumed_run_is_the_uninterrupted_one(network: Network, tmp_path) -> None:
@@ -548,7 +622,7 @@ def test_resumed_run_is_the_uninterrupted_one(network: Network, tmp_path) -> Non
     found = run(resumed, data[3:])
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
     fresh = RepMTL(**options)
-    fresh._calls = 3
+    fresh._progress.calls = 3
     assert not torch.equal(run(fresh, data[3:])[3], expected[3])
 
 
@@ -559,8 +633,8 @@ def test_checkpoint_that_is_loaded_in_inference_mode(network: Network) -> None:
     first(losses, z).backward()
     with torch.inference_mode():
         resumed.load_state_dict(first.state_dict())
-        fresh._ratio.value(z.device, 1.0)
-        assert fresh._size.numbers() == [0, 0]
+        fresh._progress.ratio.value(z.device, 1.0)
+        assert fresh._progress.size.numbers() == [0, 0]
     z, losses = batch(network)
     for criterion in (first, resumed, fresh):
         criterion(losses, z).backward(retain_graph=True)
@@ -575,7 +649,7 @@ def test_checkpoint_of_the_first_version_has_a_count_alone() -> None:
 
 
 def test_running_mean() -> None:
-    mean = RunningMean()
+    mean = RunningMean(RATIO_DECAY)
     device = torch.device("cpu")
     assert mean.value(device, 5.0) == 5.0
     observations = [3.0, 1.0, 10.0, 2.0]
@@ -637,7 +711,7 @@ def test_clip_step_by_step(network: Network, options: dict, theirs: dict, scale:
         grads = torch.autograd.grad(value, saliencies, retain_graph=True)
         size = (torch.stack(grads).norm() * torch.stack(saliencies).norm()).item()
         size /= sum(lambdas.values())
-        factor = min(1.0, 0.7 * mean_of(sizes) / size) if sizes else 1.0
+        factor = min(1.0, 0.7 * mean_of(sizes, SIZE_DECAY) / size) if sizes else 1.0
         clipped += factor < 1
         sizes.append(size)
         tasks, regularizer = parts(losses, [z] * TASKS, **theirs)
@@ -671,30 +745,39 @@ def test_clip_does_not_depend_on_schedules(network: Network) -> None:
         )
         got = torch.autograd.grad(total, list(network.encoder.parameters()))
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-    assert criterion._size.numbers()[1] == pytest.approx(1 - DECAY**4)
+    assert criterion._progress.size.numbers()[1] == pytest.approx(1 - SIZE_DECAY**4)
 
 
 def test_clip_keeps_expanded_gradients_expanded() -> None:
-    limit, backward = RunningMean(), BackwardPass()
+    limit = RunningMean(SIZE_DECAY)
     limit.observe(torch.tensor(1.0))
     saliencies = [torch.randn(2, 5, 3, 4, requires_grad=True) for _ in range(2)]
-    clip = Clip(0.5, limit, 1.0, backward)
-    passed = clip(saliencies)
-    backward.incoming = torch.tensor(1.0)
-    grads = [torch.randn(2, 1, 3, 4).expand(2, 5, 3, 4) for _ in range(2)]
-    found = torch.autograd.grad(passed, saliencies, grads)
+    value, rest = clipped(
+        lambda given: (tsr_loss(given), "rest"),
+        saliencies,
+        limit=0.5,
+        mean=limit,
+        factor=0.01,
+        scale=None,
+    )
+    assert rest == "rest"
+    found = torch.autograd.grad(value, saliencies)
     assert all(g.stride(1) == 0 for g in found)
-    size = torch.stack(grads).norm() * torch.stack(list(saliencies)).norm()
+    grads = torch.autograd.grad(tsr_loss(saliencies), saliencies)
+    size = torch.stack(grads).norm() * torch.stack(list(saliencies)).norm() / 0.01
+    assert size > 0.5
     torch.testing.assert_close(found, tuple(g * 0.5 / size for g in grads))
     assert unexpanded(found[0]).shape == (2, 1, 3, 4)
 
 
-def test_clip_refuses_batched_gradients(network: Network) -> None:
+def test_clip_of_batched_gradients(network: Network) -> None:
     z, losses = batch(network)
-    total = RepMTL(clip=2.0, backend="reference")(losses, z)
-    seeds = torch.ones(2, dtype=total.dtype)
-    with pytest.raises(RuntimeError, match=r"RepMTL\(clip=\.\.\.\): expected one gradient"):
-        torch.autograd.grad(total, network.encoder[0].weight, seeds, is_grads_batched=True)
+    total = RepMTL(**LAMBDAS, clip=2.0)(losses, z)
+    weight = network.encoder[0].weight
+    seeds = torch.tensor([1.0, 2.0], dtype=total.dtype)
+    found = torch.autograd.grad(total, weight, seeds, retain_graph=True, is_grads_batched=True)[0]
+    (expected,) = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(found, torch.stack([expected, 2 * expected]))
 
 
 def test_strength_and_clip_together(network: Network) -> None:
@@ -706,10 +789,11 @@ def test_strength_and_clip_together(network: Network) -> None:
         z = network.encoder(images)
         criterion(network.losses(z, targets), z).backward()
         ratios.append(criterion.last.ratio.item())
-    first, unit = ratios[0] / 0.2, ratios[1] / 0.2 * ratios[0] / 0.2
-    assert unit == pytest.approx(first / 2, rel=1e-5)  # half from the second call on
-    estimate = mean_of([first, unit])
-    assert ratios[2] == pytest.approx(0.2 * unit / estimate, rel=1e-5)
+    # Half of the first from the second call on: the mean of 1 and 0.5 ...
+    assert ratios[0] == pytest.approx(0.2, rel=1e-5)
+    for n in (2, 3):
+        estimate = mean_of([1.0, *[0.5] * (n - 1)])
+        assert ratios[n - 1] == pytest.approx(0.2 * 0.5 / estimate, rel=1e-5)
 
 
 # --- CUDA ---

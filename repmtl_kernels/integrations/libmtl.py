@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repmtl_kernels._levels import levels_of
 from repmtl_kernels.criterion import RepMTL
 
 
@@ -29,7 +30,8 @@ class RepMTLWeighting(nn.Module):
 
     Single and multi-input, with any architecture of LibMTL that supports ``rep_grad=True``, which
     it needs. The Trainer takes the name that :func:`register` gives; where it takes a class (LibMTL
-    1.1.5), this one.
+    1.1.5), this one. An encoder that has several shared representations returns :class:`Levels` of
+    them; LibMTL takes a plain list for one per task.
 
     ``weight_args`` are the options of :class:`RepMTL`; tasks go by their names in ``task_dict``,
     e.g. ``{"task_weights": {"segmentation": 1.0, "depth": 0.5}}``. They may change between steps.
@@ -77,11 +79,14 @@ class RepMTLWeighting(nn.Module):
         separate = {task: losses[t].clone() for t, task in enumerate(self.task_name)}
         leaves = {task: self.rep_tasks[task] for task in self.task_name}
         criterion(separate, leaves).backward()
-        grads = [leaf.grad for leaf in leaves.values()]
-        if isinstance(self.rep, dict):
-            torch.autograd.backward([self.rep[task] for task in self.task_name], grads)
-        else:
-            self.rep.backward(sum(grads))
+        given, grads = [], []
+        for task, leaf in leaves.items():
+            own = self.rep[task] if isinstance(self.rep, dict) else self.rep
+            for z, copy in zip(levels_of(own), levels_of(leaf), strict=True):
+                if copy.grad is not None:  # a task may leave out a level
+                    given.append(z)
+                    grads.append(copy.grad)
+        torch.autograd.backward(given, grads)
         weights = criterion.task_weights
         return np.array([1.0 if weights is None else weights[task] for task in self.task_name])
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchjd.autojac import backward, mtl_backward
 
-from repmtl_kernels._task_losses import Representation, TaskLosses, named_losses, present_of
+from repmtl_kernels._levels import Levels
+from repmtl_kernels._task_losses import (
+    Positions,
+    Representation,
+    Task,
+    TaskLosses,
+    distinct,
+    place,
+)
 from repmtl_kernels.criterion import RepMTL
 
 
 def rep_mtl_backward(
     losses: TaskLosses,
     /,
-    features: Representation,
+    features: Tensor | Levels | Iterable[Tensor] | Mapping,
     criterion: RepMTL,
     present: Tensor | None = None,
     *,
+    positions: Positions | None = None,
+    step: int | None = None,
     retain_graph: bool = False,
     parallel_chunk_size: int | None = None,
 ) -> None:
@@ -39,6 +49,9 @@ def rep_mtl_backward(
     their gradients and the encoder the regulariser's: a head is passed as often as in Rep-MTL, the
     encoder once more than in ``mtl_backward``.
 
+    For multi-input learning, where each task has features of its own, there is
+    :func:`rep_mtl_backward_multi_input`.
+
     Run the heads alone under ``criterion.second_order()``, and convert them alone: a batch norm at
     the end of the encoder would be fused with a ReLU that begins a head, and TorchJD then finds
     parameters of the encoder in the head. Don't scale losses (``GradScaler``, and so no
@@ -48,84 +61,122 @@ def rep_mtl_backward(
     Args:
         losses: list or dict of T scalar losses, as for :class:`RepMTL`. A task whose loss is None
             has no row in this step.
-        features: the shared representation that the heads were given; multi-input: one per task.
+        features: the shared representation that the heads were given; or several that all tasks
+            share, as ``mtl_backward`` takes them: a list, tuple or :class:`Levels`. (A dict with
+            the keys of ``losses`` has one for each task, as for :class:`RepMTL`.)
         criterion: any :class:`RepMTL`; ``criterion.last`` has the values for logging.
-        present: bool ``(T, B)``, as for :class:`RepMTL`.
+        present, positions, step: as for :class:`RepMTL`.
         retain_graph, parallel_chunk_size: as for ``mtl_backward``.
 
     Raises:
-        ValueError, TypeError: as :class:`RepMTL` and ``mtl_backward``; or two tasks of multi-input
-            learning have the same representation.
+        ValueError, TypeError: as :class:`RepMTL` and ``mtl_backward``.
     """
+    if not isinstance(features, Tensor | Levels | Mapping):
+        try:
+            features = Levels(features)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"features: expected a Tensor or several; {error}") from None
+    _backward(
+        losses, features, criterion, present, positions, step, retain_graph, parallel_chunk_size
+    )
+
+
+def rep_mtl_backward_multi_input(
+    losses: TaskLosses,
+    /,
+    features: Sequence[Tensor | Levels] | Mapping,
+    criterion: RepMTL,
+    present: Tensor | None = None,
+    *,
+    positions: Positions | None = None,
+    step: int | None = None,
+    retain_graph: bool = False,
+    parallel_chunk_size: int | None = None,
+) -> None:
+    """:func:`rep_mtl_backward` where each task has its own batch, and so its own features.
+
+    Args:
+        losses, criterion, present, positions, step, retain_graph, parallel_chunk_size: as there.
+        features: a list, tuple or dict like ``losses`` with the representation of each task.
+
+    Raises:
+        ValueError, TypeError: as there; or two tasks have the same representation.
+    """
+    if isinstance(features, Tensor | Levels):
+        raise TypeError(
+            "features: expected a list, tuple or dict with one per task, got "
+            f"{type(features).__name__}. rep_mtl_backward is for features that all tasks share"
+        )
+    _backward(
+        losses, features, criterion, present, positions, step, retain_graph, parallel_chunk_size
+    )
+
+
+def _backward(
+    losses: TaskLosses,
+    features: Representation,
+    criterion: RepMTL,
+    present: Tensor | None,
+    positions: Positions | None,
+    step: int | None,
+    retain_graph: bool,
+    chunk: int | None,
+) -> None:
     if criterion.scaler is not None and criterion.scaler.is_enabled():
         raise ValueError(
             "criterion: expected one without a scaler, since the saliencies serve as the "
             "aggregator's rows; got scaler=, which scales them"
         )
-    saliencies: list[Tensor] = []
-    hooks = [z.register_hook(saliencies.append) for z in _with_graph(features)]
-    try:
-        total = criterion(losses, features, present)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tasks = present_of(named_losses(losses, features, absent=True), losses)
-    shared = isinstance(features, Tensor)
-    representations = [features] if shared else [features[task] for task in tasks]
-    if len({id(z) for z in representations}) < len(representations):
+    total, tasks = criterion._evaluate(losses, features, present, positions, step)
+    if not tasks[0].places:  # in eval() mode the criterion does not look at them
+        place(tasks, features, losses)
+    zs = distinct(tasks)
+    shared = isinstance(features, Levels | Tensor)
+    if not shared and len(zs) < sum(len(task.places) for task in tasks):
         raise ValueError(
-            "features: expected another representation for each task, got the same twice. Pass a "
-            "representation that all tasks share as a Tensor"
+            "features: expected another representation for each task, got the same twice. Pass "
+            "one that all tasks share to rep_mtl_backward"
         )
     if not criterion.last.applied:
-        separate = [losses[task] for task in tasks]
+        separate = [task.loss for task in tasks]
         # What a loss counts for in the total: its weight, or its share of a logarithm.
         grads = torch.autograd.grad(total, separate, retain_graph=True)
         mtl_backward(
             separate,
-            features=representations,
+            features=zs,
             grad_tensors=grads,
             retain_graph=retain_graph,
-            parallel_chunk_size=parallel_chunk_size,
+            parallel_chunk_size=chunk,
         )
         return
-    weights = criterion.task_weights
-    rows = [
-        saliency.detach() if weights is None else weights[task] * saliency.detach()
-        for task, saliency in zip(tasks, saliencies, strict=True)
-    ]
-    saliencies.clear()  # with them and the total goes their graph, before the encoder is passed
-    taken = [sum(rows)] if shared else rows
+    rows = _rows(tasks, zs)
+    for task in tasks:
+        task.saliencies = []  # with them and the total goes their graph, before the encoder's turn
+    taken = [sum(row for row in of_z if row is not None) for of_z in rows]
     hooks = [
-        z.register_hook(lambda grad, row=row: grad - row)
-        for z, row in zip(representations, taken, strict=True)
+        z.register_hook(lambda grad, row=row: grad - row) for z, row in zip(zs, taken, strict=True)
     ]
     try:
         total.backward(retain_graph=True)
     finally:
         for hook in hooks:
             hook.remove()
-    del total, taken
-    jacobians = [torch.stack(rows)] if shared else _one_row_each(rows)
-    backward(
-        representations,
-        jac_tensors=jacobians,
-        retain_graph=retain_graph,
-        parallel_chunk_size=parallel_chunk_size,
-    )
+    del total, tasks, taken
+    jacobians = [
+        torch.stack([z.new_zeros(z.shape) if row is None else row for row in of_z])
+        for z, of_z in zip(zs, rows, strict=True)
+    ]
+    backward(zs, jac_tensors=jacobians, retain_graph=retain_graph, parallel_chunk_size=chunk)
 
 
-def _with_graph(features: Representation) -> list[Tensor]:
-    """Every representation that can have saliencies; the criterion says what is wrong."""
-    if isinstance(features, Mapping):
-        features = list(features.values())
-    listed = features if isinstance(features, list | tuple) else [features]
-    return [z for z in listed if isinstance(z, Tensor) and z.requires_grad]
-
-
-def _one_row_each(rows: list[Tensor]) -> list[Tensor]:
-    """Multi-input: the Jacobian of all tasks' losses in each task's own representation."""
-    jacobians = [row.new_zeros(len(rows), *row.shape) for row in rows]
-    for t, row in enumerate(rows):
-        jacobians[t][t] = row
-    return jacobians
+def _rows(tasks: Sequence[Task], zs: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """For each representation the gradient of each task's part of the total; None where it has
+    none."""
+    rows: list[list[Tensor | None]] = [[None] * len(tasks) for _ in zs]
+    index = {id(z): i for i, z in enumerate(zs)}
+    for t, task in enumerate(tasks):
+        for z, saliency in zip(task.representations, task.saliencies, strict=True):
+            if saliency is not None:
+                row = saliency.detach()
+                rows[index[id(z)]][t] = row if task.weight == 1 else task.weight * row
+    return rows

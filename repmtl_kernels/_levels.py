@@ -1,0 +1,108 @@
+"""Several representations that tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import count
+
+from torch import Tensor
+
+
+class Levels(tuple):
+    """Several representations that all tasks share, such as the levels of a feature pyramid::
+
+        p3, p4, p5 = encoder(x)
+        total = criterion(losses, Levels(p3, p4, p5))
+
+    Every task has a saliency at every level, and the regulariser is the mean over the levels of TSR
+    and CSA at each. A plain list means something else: multi-input learning, with one
+    representation for each task.
+
+    It is a tuple of its tensors: heads can unpack it, index it and loop over it. Where the levels
+    have names, ``levels["p3"]`` works too.
+
+    Args:
+        levels: tensors ``(B, C, *spatial)`` of one dtype and device, whose other sizes may differ;
+            or one list, tuple or dict of them.
+        named: the same by name, e.g. ``Levels(p3=p3, p4=p4)``.
+
+    Raises:
+        ValueError, TypeError: there are no levels, a level is not a Tensor, or the same tensor is
+            given twice.
+    """
+
+    names: tuple[Hashable, ...]
+    """What messages and :func:`task_saliencies` call the levels: their names, or their indices."""
+
+    def __new__(cls, *levels: Tensor | Iterable[Tensor] | Mapping[Hashable, Tensor], **named):
+        if levels and named:
+            raise TypeError("levels: expected tensors in order or tensors by name, got both")
+        given = levels[0] if len(levels) == 1 and not isinstance(levels[0], Tensor) else levels
+        if isinstance(given, Mapping):
+            named = dict(given)
+        elif not named:
+            if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+                raise TypeError(
+                    "levels: expected Tensors, or one list or dict of them; got "
+                    f"{type(given).__name__}"
+                )
+            named = dict(zip(getattr(given, "names", count()), given, strict=False))
+        seen: dict[int, Hashable] = {}
+        for name, level in named.items():
+            if not isinstance(level, Tensor):
+                raise TypeError(f"levels[{name!r}]: expected a Tensor, got {type(level).__name__}")
+            if id(level) in seen:
+                raise ValueError(
+                    f"levels[{name!r}]: expected another tensor for each level, got that of "
+                    f"levels[{seen[id(level)]!r}] again"
+                )
+            seen[id(level)] = name
+        if not named:
+            raise ValueError("levels: expected at least one Tensor, got none")
+        self = super().__new__(cls, named.values())
+        self.names = tuple(named)
+        return self
+
+    def __getitem__(self, key):
+        if isinstance(key, int | slice):
+            return super().__getitem__(key)
+        if key not in self.names:
+            raise KeyError(f"{key!r}: the levels are {list(self.names)}")
+        return super().__getitem__(self.names.index(key))
+
+    def __repr__(self) -> str:
+        shown = (f"{name}: {tuple(level.shape)}" for name, level in self.items())
+        return f"Levels({', '.join(shown)})"
+
+    def items(self) -> Iterator[tuple[Hashable, Tensor]]:
+        """The levels with their names, in order."""
+        return zip(self.names, self, strict=True)
+
+    def like(self, levels: Iterable[Tensor]) -> Levels:
+        """Other tensors under the same names."""
+        return Levels(dict(zip(self.names, levels, strict=True)))
+
+    # LibMTL's architectures give each task `representation.detach().clone()`, as a leaf.
+
+    def detach(self) -> Levels:
+        """Each level detached."""
+        return self.like(level.detach() for level in self)
+
+    def clone(self) -> Levels:
+        """Each level cloned."""
+        return self.like(level.clone() for level in self)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether every level requires a gradient; may be set on leaves."""
+        return all(level.requires_grad for level in self)
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        for level in self:
+            level.requires_grad_(value)
+
+
+def levels_of(representation: Tensor | Levels) -> list[Tensor]:
+    """The tensors of a representation: one, or that of each level."""
+    return list(representation) if isinstance(representation, Levels) else [representation]
