@@ -72,7 +72,7 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
 	export TORCH_CUDA_ARCH_LIST=$$("$(PYTHON_GPU)" -c \
 		'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
-	if command -v nvcc >/dev/null; then export REPMTL_REQUIRE_NATIVE=1; fi; \
+	if command -v nvcc >/dev/null; then export REPMTL_REQUIRE_NATIVE=1 REPMTL_REQUIRE_CUDA=1; fi; \
 	timeout -s INT -k 5 60 "$(PYTHON_GPU)" setup.py -q build_ext --inplace \
 		|| failed="$$failed build($$?)"; \
 	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; \
@@ -88,5 +88,5 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	echo "make gpu: tests and benchmark done; results in $(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
-	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so .pytest_cache .ruff_cache .hypothesis $(PACKAGE_STAMP)
+	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .hypothesis $(PACKAGE_STAMP)
 	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -28,11 +28,7 @@ def status(library: str) -> str:
         return "this PyTorch is built without CUDA"
     path = Path(__file__).with_name(LIBRARIES[library])
     if not path.exists():
-        return (
-            f"{path.name} is not in {path.parent}: the package was built without it, or these are "
-            f"not the installed files but the sources. Install it where {NEEDED[library]} are, "
-            "without REPMTL_SKIP_NATIVE"
-        )
+        return f"{path.name} is not in {path.parent}: {_why_missing(path, library)}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -42,6 +38,17 @@ def status(library: str) -> str:
     if csrc.is_dir() and _sources_of(library) != digest(csrc):
         return f"{path.name} is older than {csrc.name}: install the package again"
     return "ok"
+
+
+def _why_missing(path: Path, library: str) -> str:
+    try:
+        reason = path.with_suffix(".txt").read_text(encoding="utf-8")  # written by setup.py
+    except FileNotFoundError:
+        return (
+            "the package was built without it, or these are not the installed files but the "
+            f"sources. Install it where {NEEDED[library]} are, without REPMTL_SKIP_NATIVE"
+        )
+    return f"the package was built without it, since {' | '.join(reason.splitlines())}"
 
 
 def _sources_of(library: str) -> str:

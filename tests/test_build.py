@@ -1,6 +1,8 @@
-"""The package as it is built: wheels with and without the compiled library, and the sdist."""
+"""The package as it is built: wheels with and without the compiled libraries, what is left out when
+a compiler fails, and the sdist."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from repmtl_kernels import _native
 
@@ -24,6 +27,19 @@ USE = (
     "import torch, repmtl_kernels as r; print(r.backend_report()['native']); "
     "print(r.rep_mtl_loss([torch.randn(4, 6, 5) for _ in range(2)], backend='auto').total.item())"
 )
+
+
+# A compiler for each way to fail; $out is what it was asked to write.
+FAKES = {
+    "fails": ('echo "unsupported GNU version" >&2; exit 1', "o could not be built: .*GNU version"),
+    "crashes": ("kill -SEGV $$", r"o could not be built: \| (the compiler said nothing|.*fault)"),
+    "writes nothing": ("exit 0", "reported success, but wrote no _native_{}.so"),
+    "writes garbage": ("echo garbage > $out", "reported success, but its _native_{}.so is not the"),
+    "cannot link": (
+        'case "$*" in *" -c "*) echo > $out;; *) echo "ld: disk full" >&2; exit 1;; esac',
+        r"_native_{}.so could not be built: \| ld: disk full",
+    ),
+}
 
 
 @pytest.fixture
@@ -44,14 +60,57 @@ def build(tree: Path, command: str, **environment: str) -> subprocess.CompletedP
 
     Without CUDA unless asked for, which takes a minute.
     """
+    mine = {k: v for k, v in os.environ.items() if not k.startswith("REPMTL_REQUIRE_")}
     return subprocess.run(
         [sys.executable, "setup.py", *command.split()],
         cwd=tree,
-        env={**os.environ, "REPMTL_SKIP_CUDA": "1", **environment},
+        env={**mine, "REPMTL_SKIP_CUDA": "1", **environment},
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def fake(folder: Path, script: str, *, cxx: bool = True) -> dict[str, str]:
+    """The settings under which nvcc is the script, but for what it is asked first; c++ too."""
+    version = torch.version.cuda or "13.0"
+    first = (
+        f'case "$*" in *--version*) echo "release {version}"; exit;; '
+        "*--list-gpu-code*) echo sm_90; exit;; esac\n"
+        'for word; do test "$last" = -o && out=$word; last=$word; done\n'
+    )
+    path = folder / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{first}{script}\n")
+    path.chmod(0o755)
+    settings = {"CUDA_HOME": str(folder / "cuda"), "REPMTL_SKIP_CUDA": "0"}
+    return settings | ({"CXX": str(path)} if cxx else {})
+
+
+def earlier_libraries(tree: Path) -> list[Path]:
+    """Stand-ins for those of an earlier build of the same tree, as an editable install has them."""
+    build(tree, "build_ext", REPMTL_SKIP_NATIVE="1")
+    (built,) = (tree / "build").glob("lib*/repmtl_kernels")
+    found = [f / n for f in (built, tree / "repmtl_kernels") for n in _native.LIBRARIES.values()]
+    for path in found:
+        path.with_suffix(".txt").unlink(missing_ok=True)
+        path.write_text("of an earlier build")
+    return found
+
+
+def status(tree: Path, library: str, monkeypatch) -> str:
+    """What the package in the tree says at run time."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_native, "__file__", str(tree / "repmtl_kernels" / "_native.py"))
+    return _native.status.__wrapped__(library)
+
+
+def _only_names(tree: Path) -> None:
+    """Leaves of the library for the CPU what setup.py looks for: a whole build takes 8 s."""
+    for source in (tree / "csrc").glob("*.cpp"):
+        source.unlink()
+    name = '__attribute__((visibility("default"))) extern const char name[] = "repmtl_native";'
+    (tree / "csrc" / "operators.cpp").write_text(name)
 
 
 def use(wheel: Path, folder: Path) -> list[str]:
@@ -104,9 +163,11 @@ def test_wheel_with_the_compiled_libraries(tree: Path, tmp_path: Path, cuda: boo
 def test_architectures_are_those_asked_for(tree: Path):
     _only_contrast(tree).write_text("#error broken")
     ask = {"REPMTL_SKIP_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "8.6;9.0a+PTX"}
+    _only_names(tree)
     done = build(tree, "build_ext", **ask)
-    assert done.returncode != 0
-    assert "REPMTL_SKIP_CUDA=1 (without CUDA only) or REPMTL_SKIP_NATIVE=1" in done.stderr
+    assert done.returncode == 0
+    assert "without the native backend for CUDA: contrast.o could not be built:\n" in done.stderr
+    assert "#error" in done.stderr
     for code in ("86,code=sm_86", "90a,code=sm_90a", "90a,code=compute_90a"):
         assert f"arch=compute_{code}" in done.stdout
     done = build(tree, "build_ext", **(ask | {"TORCH_CUDA_ARCH_LIST": "7.0;Hopper"}))
@@ -122,23 +183,27 @@ def test_architectures_are_those_asked_for(tree: Path):
 def test_wheel_without_it(tree: Path, tmp_path: Path):
     done = build(tree, "bdist_wheel", REPMTL_SKIP_NATIVE="1")
     assert done.returncode == 0, done.stderr
-    assert "built without the native backend: REPMTL_SKIP_NATIVE is set" in done.stderr
+    assert "built without the native backend for the CPU: REPMTL_SKIP_NATIVE is set" in done.stderr
     (wheel,) = (tree / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     status, total = use(wheel, tmp_path / "installed")
-    assert "the package was built without it" in status and float(total) > 0
+    assert "the package was built without it, since REPMTL_SKIP_NATIVE is set" in status
+    assert float(total) > 0
 
 
-@needs_native
-def test_skipping_in_place_leaves_no_earlier_library(tree: Path):
-    left = tree / "repmtl_kernels" / _native.LIBRARIES["cpu"]
-    left.write_text("of an earlier build")
-    done = build(tree, "build_ext --inplace", REPMTL_SKIP_NATIVE="1")
+@pytest.mark.parametrize("command", ["build_ext --inplace", "editable_wheel"])
+def test_skipping_in_place_leaves_no_earlier_library(tree: Path, monkeypatch, command):
+    earlier_libraries(tree)
+    done = build(tree, command, REPMTL_SKIP_NATIVE="1")
     assert done.returncode == 0, done.stderr
-    assert not left.exists()
+    for library, name in _native.LIBRARIES.items():
+        assert not (tree / "repmtl_kernels" / name).exists()
+        assert "since REPMTL_SKIP_NATIVE is set" in status(tree, library, monkeypatch)
 
 
 def test_sdist_has_the_sources(tree: Path):
+    earlier_libraries(tree)
+    build(tree, "build_ext --inplace", REPMTL_SKIP_NATIVE="1")
     done = build(tree, "sdist", REPMTL_SKIP_NATIVE="1")
     assert done.returncode == 0, done.stderr
     (archive,) = (tree / "dist").glob("*.tar.gz")
@@ -146,6 +211,7 @@ def test_sdist_has_the_sources(tree: Path):
         names = {Path(*Path(n).parts[1:]).as_posix() for n in files.getnames()}
     sources = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
+    assert not [name for name in names if "_native_" in name and not name.endswith(".py")]
 
 
 def test_without_a_compiler_it_says_so_and_goes_on(tree: Path):
@@ -156,12 +222,137 @@ def test_without_a_compiler_it_says_so_and_goes_on(tree: Path):
 
 
 @needs_native
-def test_a_failed_build_says_how_to_go_on(tree: Path):
-    (tree / "csrc" / "entropy.cpp").write_text("#error broken")
-    done = build(tree, "build_ext")
+@pytest.mark.parametrize("how", FAKES)
+def test_where_nvcc_fails_the_rest_is_built(tree: Path, tmp_path: Path, monkeypatch, how):
+    script, reason = FAKES[how]
+    _only_names(tree)
+    earlier = earlier_libraries(tree)
+    done = build(tree, "build_ext --inplace", **fake(tmp_path, script, cxx=False))
+    assert done.returncode == 0, done.stderr
+    assert "built without the native backend for CUDA: " in done.stderr
+    assert [path.name for path in earlier if path.exists()] == ["_native_cpu.so"] * 2
+    assert not (tree / "repmtl_kernels" / "_native_cpu.txt").exists()
+    found = status(tree, "cuda", monkeypatch)
+    assert re.search("the package was built without it, since .*" + reason.format("cuda"), found)
+
+
+@pytest.mark.parametrize("how", FAKES)
+def test_where_the_compiler_fails_both_are_left_out(tree: Path, tmp_path: Path, monkeypatch, how):
+    script, reason = FAKES[how]
+    earlier = earlier_libraries(tree)
+    done = build(tree, "editable_wheel", **fake(tmp_path, script))
+    assert done.returncode == 0, done.stderr
+    assert "built without the native backend for the CPU: " in done.stderr
+    assert not [p for p in earlier if p.exists() and p.parent == tree / "repmtl_kernels"]
+    found = status(tree, "cpu", monkeypatch)
+    assert re.search("the package was built without it, since .*" + reason.format("cpu"), found)
+    assert "the package was built without it" in status(tree, "cuda", monkeypatch)
+
+
+def test_a_wheel_tells_why_it_has_no_library(tree: Path, tmp_path: Path):
+    earlier_libraries(tree)
+    done = build(tree, "bdist_wheel", **fake(tmp_path, FAKES["fails"][0]))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    status, total = use(wheel, tmp_path / "installed")
+    assert "unsupported GNU version" in status and float(total) > 0
+
+
+def test_the_reason_is_the_end_of_what_the_first_failure_said(tree: Path, tmp_path: Path):
+    script = 'i=1; while test $i -le 30; do echo "line $i of $out"; i=$((i + 1)); done; exit 1'
+    done = build(tree, "build_ext", **fake(tmp_path, script))
+    assert "line 1 of " in done.stdout, "everything is shown where it happens"
+    (note,) = (tree / "build").glob("lib*/repmtl_kernels/_native_cpu.txt")
+    first, *lines = note.read_text().splitlines()
+    failed = re.fullmatch(r"(\w+\.o) could not be built:", first)[1]
+    assert lines == [f"line {i} of {failed}" for i in range(19, 31)]
+    assert f"{first}\nline 19 of" in done.stderr and "line 18 of" not in done.stderr
+
+
+@needs_native
+def test_a_library_that_is_built_removes_the_reason(tree: Path, tmp_path: Path):
+    _only_names(tree)
+    build(tree, "build_ext --inplace", **fake(tmp_path, "exit 1"))
+    reason = tree / "repmtl_kernels" / "_native_cpu.txt"
+    assert reason.exists()
+    for command in ("bdist_wheel", "build_ext --inplace"):
+        done = build(tree, command)
+        assert done.returncode == 0, done.stderr
+    assert not reason.exists() and reason.with_suffix(".so").exists()
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    found = {name for name in names if "/_native_c" in name}
+    assert found == {"repmtl_kernels/_native_cpu.so", "repmtl_kernels/_native_cuda.txt"}
+
+
+@needs_native
+def test_a_compiler_that_turns_silent_does_not_pass_earlier_objects_for_its_own(
+    tree: Path, tmp_path: Path
+):
+    """It links in earnest, so objects of the build before would make a library."""
+    _only_names(tree)
+    assert build(tree, "build_ext").returncode == 0
+    real = os.environ.get("CXX") or "c++"
+    silent = fake(tmp_path, f'case "$*" in *" -c "*) ;; *) exec {real} "$@";; esac')
+    done = build(tree, "build_ext", **silent)
+    assert "built without the native backend for the CPU" in done.stderr
+    assert not list(tree.rglob("*_cpu.so"))
+
+
+@pytest.mark.parametrize(
+    ("required", "settings", "error"),
+    [
+        ("NATIVE", {"CXX": "no-such-compiler"}, "for the CPU: there is no C.. compiler"),
+        ("NATIVE", {"script": FAKES["fails"][0]}, "for the CPU: .*could not be built:"),
+        ("NATIVE", {"script": FAKES["writes nothing"][0]}, "for the CPU: .*wrote no"),
+        ("CUDA", {"script": FAKES["writes garbage"][0]}, "for CUDA: .*is not the library"),
+        ("CUDA", {"CXX": "no-such-compiler", "REPMTL_SKIP_CUDA": "0"}, "for CUDA: there is no C.."),
+    ],
+)
+def test_what_is_required_is_an_error(tree: Path, tmp_path: Path, required, settings, error):
+    if script := settings.pop("script", None):
+        settings = fake(tmp_path, script)
+    variable = f"REPMTL_REQUIRE_{required}"
+    earlier = earlier_libraries(tree)
+    done = build(tree, "build_ext --inplace", **settings, **{variable: "1"})
     assert done.returncode != 0
-    assert "csrc could not be compiled" in done.stderr and "REPMTL_SKIP_NATIVE=1" in done.stderr
-    assert not list(tree.rglob("*.so"))
+    found = re.search(
+        f"^{variable} is set, but built without the native backend {error}", done.stderr, re.M
+    )
+    assert found, done.stderr
+    assert done.stderr.count("is set, but") == 1, "the other part is not required"
+    assert not [path for path in earlier if path.exists()]
+
+
+@needs_native
+def test_required_libraries_that_are_built_are_no_error(tree: Path, tmp_path: Path):
+    """The library for CUDA fails, and is not the one that is required."""
+    _only_names(tree)
+    settings = fake(tmp_path, "exit 1", cxx=False)
+    done = build(tree, "build", **settings, REPMTL_REQUIRE_NATIVE="1", REPMTL_REQUIRE_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "built without the native backend for CUDA" in done.stderr
+
+
+def test_an_nvcc_that_does_not_run_is_named(tree: Path, tmp_path: Path):
+    settings = fake(tmp_path, "", cxx=False) | {"CXX": "false"}
+    Path(settings["CUDA_HOME"], "bin", "nvcc").write_bytes(b"\0not a program")
+    done = build(tree, "build_ext", **settings, REPMTL_REQUIRE_CUDA="1")
+    assert done.returncode != 0
+    assert "backend for CUDA: " in done.stderr and "nvcc --version names no release" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("require", "skip"), [("NATIVE", "NATIVE"), ("CUDA", "CUDA"), ("CUDA", "NATIVE")]
+)
+def test_required_and_skipped_is_refused(tree: Path, require, skip):
+    settings = {"REPMTL_SKIP_CUDA": "0", f"REPMTL_SKIP_{skip}": "1"}
+    done = build(tree, "build", **settings, **{f"REPMTL_REQUIRE_{require}": "1"})
+    assert done.returncode != 0
+    names = f"REPMTL_REQUIRE_{require}, REPMTL_SKIP_{skip}: "
+    assert names + "expected one of the two, got both set" in done.stderr
+    assert not [*tree.rglob("_native_*.so"), *tree.rglob("_native_*.txt")]
 
 
 @needs_native
