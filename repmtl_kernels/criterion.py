@@ -162,9 +162,9 @@ class RepMTL(_Loss):
             times that of the tasks' ``sum_t w_t L_t``, and the lambdas only give the mix of TSR and
             CSA. Both losses are invariant to the scale of the losses, so with fixed lambdas that
             ratio grows while the tasks are learned. The regulariser's own gradient is taken by
-            itself, on the first 12 calls that apply it and on every 12th after them, so that
+            itself, on the first 16 calls that apply it and on every 16th after them, so that
             nothing else that reaches the representation counts; the mean is over about the last
-            ten of them (exponential, decay 0.9). ``rho`` is held on average, single steps vary.
+            six of them (exponential, decay 0.85). ``rho`` is held on average, single steps vary.
             The lambdas never sum to more than ``100 rho``; where they come to less than ``rho /
             100``, a warning says so once. See ``last.ratio``.
         start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
@@ -203,7 +203,7 @@ class RepMTL(_Loss):
     A measurement of the ratio is one more backward pass through the heads; it costs at most 3 % of
     a step on average. ``clip``, and without ``group`` ``strength``, are each process's own. Both
     keep running means, which ``torch.func`` and compiled regions around the criterion don't allow.
-    A CUDA graph has no measurements in it: run 12 calls before the capture, and where the weight is
+    A CUDA graph has no measurements in it: run 16 calls before the capture, and where the weight is
     to follow the training, one without the graph now and then. Replicas that ``nn.DataParallel``
     makes count as one, and share the criterion's state and ``last``. Calls on meta or fake tensors
     (dry runs) leave the state as it was.

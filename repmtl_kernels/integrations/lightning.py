@@ -19,6 +19,7 @@ from lightning import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from repmtl_kernels._levels import Levels, levels_of
 from repmtl_kernels.criterion import RepMTL
 
 Targets = Mapping[str, Any]
@@ -63,12 +64,15 @@ class RepMTLModule(LightningModule):
     ``test/loss/<task>``, means over all samples of all processes, for a task over those with its
     label. A batch without any label is an error in training, and left out in the other two.
 
-    Every precision and ``accumulate_grad_batches`` of the Trainer work as usual; ``every`` of the
-    criterion counts batches, and CSA contrasts the samples of one batch. Training with DDP, absent
-    tasks need ``find_unused_parameters=True`` and have to be the same on all ranks.
+    Every precision and ``accumulate_grad_batches`` of the Trainer work as usual. ``every``,
+    ``start`` and ``ramp`` of the criterion count batches; an optimiser that calls its closure
+    several times a batch, as LBFGS does, counts as one. CSA contrasts the samples of one batch.
+    Training with DDP, absent tasks need ``find_unused_parameters=True`` and have to be the same on
+    all ranks.
 
     Args:
-        encoder: from the inputs of a batch to the shared representation ``(B, C, *spatial)``.
+        encoder: from the inputs of a batch to the shared representation ``(B, C, *spatial)``; or to
+            a list, tuple, dict or :class:`Levels` of several, which the heads are given as it is.
         heads: one module per task, from the representation to the prediction.
         losses: one callable per task, ``loss(prediction, target)``, a scalar.
         criterion: None: ``RepMTL()``.
@@ -114,13 +118,9 @@ class RepMTLModule(LightningModule):
             self.log("train/tsr", last.tsr)
         if last.csa is not None:
             self.log("train/csa", last.csa)
-        return total
-
-    def on_after_backward(self) -> None:
-        # The backward has filled it in, on steps with the regulariser.
-        last = self.criterion.last  # None in a subclass whose step has not called it yet
-        if last is not None and last.ratio is not None:
+        if last.ratio is not None:
             self.log("train/ratio", last.ratio)
+        return total
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._total(batch, "val")
@@ -152,10 +152,12 @@ class RepMTLModule(LightningModule):
             )
         inputs, targets, present = batch if len(batch) == 3 else (*batch, None)
         z = self.encoder(inputs)
-        size = _batch_size(z)
+        representation = z if isinstance(z, Tensor) else Levels(z)
+        size = _batch_size(representation)
+        step = self._batch_number()
         masks = self._masks(targets, present, size)
         rows = {task: mask.nonzero().squeeze(1) for task, mask in masks.items()}
-        with self.criterion.second_order() if self.second_order else nullcontext():
+        with self.criterion.second_order(step) if self.second_order else nullcontext():
             losses = {
                 task: self._loss(task, z, targets.get(task), rows.get(task), size)
                 for task in self.heads
@@ -168,11 +170,17 @@ class RepMTLModule(LightningModule):
                 everyone = next(iter(masks.values())).new_ones(size)
                 mask = torch.stack([masks.get(task, everyone) for task in self.heads])
                 mask = mask.to(found[0].device, non_blocking=True)
-            total = self.criterion(losses, z, mask)
+            total = self.criterion(losses, representation, mask, step=step)
         self._log_loss(stage, "loss", total, size, prog_bar=True)
         for task, loss in losses.items():
             self._log_loss(stage, f"loss/{task}", loss, len(rows.get(task, range(size))))
         return total
+
+    def _batch_number(self) -> int | None:
+        """The number of this training batch; None where no Trainer trains."""
+        if self._trainer is None or not self.trainer.training:
+            return None
+        return self.trainer.fit_loop.total_batch_idx
 
     def _masks(self, targets: Targets, present: Any, size: int) -> dict[str, Tensor]:
         """The checked masks of ``present``, of the tasks that have one."""
@@ -234,8 +242,8 @@ def _has_masks(batch: Any) -> bool:
     return all(isinstance(m, Tensor) and m.dtype == torch.bool and m.ndim == 1 for m in masks)
 
 
-def _batch_size(z: Any) -> int:
-    return z.shape[0]
+def _batch_size(z: Tensor | Levels) -> int:
+    return levels_of(z)[0].shape[0]
 
 
 def _select(values: Any, rows: Tensor, size: int, name: str) -> Any:

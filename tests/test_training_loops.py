@@ -1,0 +1,419 @@
+"""The criterion in loops that people write: calls of one step, replicas, dry runs, first calls."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from cases import DEVICE
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from repmtl_kernels import RepMTL, SecondDerivativeError, rep_mtl_loss, second_order
+
+LAMBDAS = {"lambda_tsr": 0.9, "lambda_csa": 0.7}
+
+
+def losses_of(z: Tensor) -> list[Tensor]:
+    return [(z**3).mean(), z.sin().mean()]
+
+
+def call(criterion: RepMTL, seed: int = 0, **options) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(4, 3, 5, generator=generator).to(DEVICE).requires_grad_()
+    total = criterion(losses_of(z), z, **options)
+    total.backward()
+    return total.detach()
+
+
+def weight(criterion: RepMTL) -> float:
+    last = criterion.last
+    return (last.regularizer / (0.5 * (last.tsr + last.csa))).item()
+
+
+# --- several calls of one step ---
+
+
+@pytest.mark.parametrize("passes", (1, 2, 5))
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    (
+        ({"every": 2}, [1, 0, 1, 0, 1, 0]),
+        ({"every": 3}, [1, 0, 0, 1, 0, 0]),
+        ({"start": 2}, [0, 0, 1, 1, 1, 1]),
+        ({"start": 1, "every": 2}, [0, 1, 0, 1, 0, 1]),
+    ),
+    ids=str,
+)
+def test_calls_of_one_step_are_one(options: dict, expected: list, passes: int) -> None:
+    criterion = RepMTL(**LAMBDAS, **options)
+    for step, applied in enumerate(expected):
+        for _ in range(passes):
+            entered = criterion.second_order(step=step)
+            call(criterion, step=step)
+            assert criterion.last.applied is bool(applied)
+            assert isinstance(entered, type(second_order())) is bool(applied)
+    assert criterion.get_extra_state()[0] == len(expected)
+
+
+def test_ramp_goes_by_steps() -> None:
+    criterion = RepMTL(**LAMBDAS, ramp=4)
+    for step in range(5):
+        found = []
+        for _ in range(3):
+            call(criterion, step=step)
+            found.append((criterion.last.regularizer / criterion.last.tsr).item())
+        assert found == found[:1] * 3
+        share = min(1.0, (step + 1) / 4)
+        last = criterion.last
+        expected = share * (0.9 * last.tsr + 0.7 * last.csa)
+        torch.testing.assert_close(last.regularizer, expected)
+
+
+def test_one_weight_and_one_measurement_a_step() -> None:
+    criterion, found = RepMTL(strength=0.3), []
+    for step in range(3):
+        for half in range(4):
+            call(criterion, seed=10 * step + half, step=step)
+            found.append(weight(criterion))
+    assert [found[4 * s : 4 * s + 4] for s in range(3)] == [[w] * 4 for w in found[::4]]
+    assert len(set(found)) == 3
+    alone = RepMTL(strength=0.3)
+    for step in range(3):
+        call(alone, seed=10 * step)
+        assert weight(alone) == found[4 * step]
+
+
+def test_step_numbers_are_the_users() -> None:
+    """Only whether one is that of the call before counts; without one every call is a step."""
+    criterion, found = RepMTL(every=2), []
+    for step in (7, 7, 3, 3, None, None, 100, 100, 7):
+        call(criterion, step=step)
+        found.append(criterion.last.applied)
+    assert found == [True, True, False, False, True, False, True, True, False]
+    for bad, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)):
+        with pytest.raises(error, match="step: expected"):
+            call(criterion, step=bad)
+
+
+def test_lbfgs_closure() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Linear(3, 4).to(DEVICE)
+    x = torch.randn(5, 3, device=DEVICE)
+    criterion = RepMTL(**LAMBDAS, every=2)
+    optimizer = torch.optim.LBFGS(encoder.parameters(), max_iter=4)
+    applied = []
+    for step in range(4):
+
+        def closure(step=step) -> Tensor:
+            optimizer.zero_grad()
+            z = encoder(x)
+            total = criterion(losses_of(z), z, step=step)
+            total.backward()
+            applied.append((step, criterion.last.applied))
+            return total
+
+        optimizer.step(closure)
+    assert len(applied) > 8
+    assert all(on is (step % 2 == 0) for step, on in applied)
+
+
+# --- replicas ---
+
+
+def test_replicas_share_their_state() -> None:
+    """One forward of ``nn.DataParallel`` is one call, however many replicas it has."""
+    criterion = RepMTL(start=1, every=2, strength=0.3)
+    applied = []
+    for step in range(6):
+        replicas = [criterion._replicate_for_data_parallel() for _ in range(3)]
+        threads = [
+            threading.Thread(target=call, args=(replica, 3 * step + i))
+            for i, replica in enumerate(replicas)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({replica.last.applied for replica in replicas}) == 1
+        applied.append(criterion.last.applied)
+    assert applied == [False, True] * 3
+    state = criterion.get_extra_state()
+    assert state[0] == 6 and state[1] > 0
+
+
+def test_replicas_that_are_given_the_step() -> None:
+    criterion, applied = RepMTL(every=2), []
+    for step in range(4):
+        for _ in range(2):
+            for replica in [criterion._replicate_for_data_parallel() for _ in range(2)]:
+                call(replica, step=step)
+        applied.append(criterion.last.applied)
+    assert applied == [True, False] * 2
+
+
+def test_copies_go_their_own_way() -> None:
+    criterion = RepMTL(every=2, strength=0.3, clip=2.0)
+    call(criterion)
+    state = criterion.get_extra_state()
+    for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert torch.equal(copied.get_extra_state(), state)
+        call(copied)
+        assert not copied.last.applied and criterion.last.applied
+        assert torch.equal(criterion.get_extra_state(), state)
+
+
+# --- dry runs ---
+
+
+def training_step(criterion: RepMTL, encoder: nn.Module, x: Tensor, step: int | None = None):
+    z = encoder(x)
+    with criterion.second_order(step):
+        losses = [z.square().mean(), (z.sin() * z).mean()]
+    total = criterion(losses, z, step=step)
+    total.backward()
+    return total
+
+
+OPTIONS = (
+    {},
+    {"strength": 0.3, "clip": 2.0},
+    {"every": 2},
+    {"start": 1},
+    {**LAMBDAS, "eps": 1e-6, "normalizer": "softmax"},
+    {"scaler": torch.amp.GradScaler(DEVICE)},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: ", ".join(o) or "default")
+@pytest.mark.parametrize("dry", ("meta", "fake"))
+@pytest.mark.parametrize("backend", ("auto", "eager", "reference"))
+def test_a_dry_run_leaves_no_trace(options: dict, dry: str, backend: str) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Conv2d(3, 6, 3).to(DEVICE)
+    x = torch.randn(4, 3, 8, 8, device=DEVICE)
+    found = []
+    for dry_runs in (0, 1, 3):
+        criterion = RepMTL(**options, backend=backend)
+        state = criterion.get_extra_state()
+        for i in range(dry_runs):
+            if dry == "meta":
+                total = training_step(
+                    criterion, nn.Conv2d(3, 6, 3, device="meta"), x.to("meta"), step=i
+                )
+                assert total.is_meta and criterion.last.total.is_meta
+            else:
+                with FakeTensorMode(allow_non_fake_inputs=False):
+                    fake = nn.Conv2d(3, 6, 3, device=DEVICE)
+                    total = training_step(criterion, fake, torch.randn(4, 3, 8, 8, device=DEVICE))
+                assert total.shape == () and total.dtype == torch.float32
+            assert torch.equal(criterion.get_extra_state(), state)
+        found.append([training_step(criterion, encoder, x).item() for _ in range(3)])
+        assert criterion.get_extra_state()[0] == 3
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_dry_run_in_the_middle() -> None:
+    totals = []
+    for dry in (False, True):
+        criterion = RepMTL(every=2, strength=0.3, clip=2.0)
+        found = []
+        for seed in range(4):
+            found.append(call(criterion, seed).item())
+            if dry:
+                training_step(criterion, nn.Conv2d(3, 6, 3, device="meta"), torch.randn(
+                    4, 3, 8, 8, device="meta"
+                ))  # fmt: skip
+        totals.append(found)
+    assert totals[0] == totals[1]
+
+
+def test_counting_flops_is_an_ordinary_step() -> None:
+    criterion, encoder = RepMTL(**LAMBDAS, every=2), nn.Conv2d(3, 6, 3).to(DEVICE)
+    x = torch.randn(4, 3, 8, 8, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        training_step(criterion, encoder, x)
+    assert criterion.last.applied and counter.get_total_flops() > 0
+    training_step(criterion, encoder, x)
+    assert not criterion.last.applied
+
+
+@pytest.mark.parametrize("backend", ("eager", "auto", "reference"))
+def test_losses_of_fake_tensors(backend: str) -> None:
+    with FakeTensorMode():
+        s = [torch.randn(4, 3, 5, 6, device=DEVICE, requires_grad=True) for _ in range(2)]
+        found = rep_mtl_loss(s, backend=backend)
+        assert found.total.shape == () and found.total.dtype == torch.float32
+        grads = torch.autograd.grad(found.total, s)
+        assert [g.shape for g in grads] == [x.shape for x in s]
+
+
+# --- the first call ---
+
+
+def tokens(y: Tensor) -> Tensor:
+    return y.flatten(2).mT
+
+
+def ctc(y: Tensor) -> Tensor:
+    log_p = y.flatten(2).permute(2, 0, 1).log_softmax(-1)
+    size = len(y)
+    return F.ctc_loss(
+        log_p, torch.ones(size, 2).long(), torch.full((size,), len(log_p)), torch.full((size,), 2)
+    )
+
+
+class Detached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad.detach() * (1 - x.detach().tanh() ** 2)
+
+
+class Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return RaisesTwice.apply(grad)
+
+
+class RaisesTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("not twice")
+
+
+# Operations between z and a loss, on `(B, 4, 6, 6)`.
+NOT_TWICE = {
+    "hardsigmoid": F.hardsigmoid,
+    "cdist": lambda y: torch.cdist(tokens(y), tokens(y) + 1),
+    "ctc_loss": ctc,
+    "multi_margin_loss": lambda y: F.multi_margin_loss(y.flatten(1), torch.zeros(len(y)).long()),
+    "multilabel_margin_loss": lambda y: F.multilabel_margin_loss(
+        y.flatten(1), torch.zeros(y.flatten(1).shape).long()
+    ),
+    "segment_reduce": lambda y: torch.segment_reduce(
+        y.flatten(), "sum", lengths=torch.tensor([y.numel()])
+    ),
+    "embedding_bag": lambda y: F.embedding_bag(
+        torch.arange(4)[None], tokens(y).flatten(0, 1), mode="mean"
+    ),
+    "hardswish's neighbour, a custom Function": Detached.apply,
+    "a custom Function that raises": Raises.apply,
+    "renorm": lambda y: torch.nn.functional.fractional_max_pool2d(y, 2, output_size=3),
+    "pdist": lambda y: torch.pdist(y.flatten(1)),
+}
+
+
+def is_not_twice(operation) -> bool:
+    """Some gain a second derivative with newer versions of PyTorch."""
+    y = torch.randn(4, 4, 6, 6, requires_grad=True)
+    (first,) = torch.autograd.grad(operation(y * 1).square().mean(), y, create_graph=True)
+    if not first.requires_grad:
+        return True
+    try:
+        torch.autograd.grad(first.square().sum(), y, allow_unused=True)
+    except RuntimeError:
+        return True
+    return operation is Detached.apply
+
+
+@pytest.mark.parametrize("start", (0, 3))
+@pytest.mark.parametrize("name", NOT_TWICE)
+def test_the_first_call_finds_any_operation(name: str, start: int) -> None:
+    torch.manual_seed(0)
+    operation = NOT_TWICE[name]
+    if not is_not_twice(operation):
+        pytest.skip("this PyTorch can differentiate it twice")
+    encoder, head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+    z = encoder(torch.randn(4, 3, 8, 8))
+    losses = {"plain": head(z).square().mean(), "bad": operation(head(z)).square().mean()}
+    for criterion in (RepMTL(start=start), RepMTL(**LAMBDAS, start=start, every=2)):
+        with pytest.raises(SecondDerivativeError, match=r"losses\['bad'\]: .*Use|Write") as raised:
+            criterion(losses, z)
+        assert "plain" not in str(raised.value)
+        assert criterion.get_extra_state()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "operation",
+    (F.relu, F.gelu, F.hardswish, F.softplus, torch.abs, torch.sort, F.max_pool2d, torch.round),
+    ids=lambda f: f.__name__,
+)
+def test_the_first_call_takes_what_has_one(operation) -> None:
+    torch.manual_seed(0)
+    z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
+    y = operation(z, 2) if operation is F.max_pool2d else operation(z)
+    y = y[0] if isinstance(y, tuple) else y
+    losses = [(y * z.mean()).square().mean(), z.square().mean(), (y.mean() * z).mean()]
+    RepMTL()(losses, z).backward()
+
+
+def test_a_loss_whose_graph_is_gone_says_so() -> None:
+    z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
+    losses = losses_of(z)
+    sum(losses).backward()
+    with pytest.raises(RuntimeError, match="second time") as raised:
+        RepMTL()(losses, z)
+    assert not isinstance(raised.value, SecondDerivativeError)
+
+
+def test_the_first_call_leaves_gradients_and_hooks_alone() -> None:
+    torch.manual_seed(0)
+    encoder, head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+    for p in (*encoder.parameters(), *head.parameters()):
+        p.register_hook(lambda grad: pytest.fail("a parameter's gradient was computed"))
+    z = encoder(torch.randn(4, 3, 8, 8))
+    z.register_hook(lambda grad: pytest.fail("a gradient passed z"))
+    z.retain_grad()
+    RepMTL(start=1)([head(z).square().mean(), head(z).tanh().mean()], z)
+    assert z.grad is None
+
+
+# --- messages ---
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda h, z: torch.zeros((), requires_grad=True),
+        lambda h, z: torch.zeros(()),
+        lambda h, z: h.weight.square().sum() * 0,
+        lambda h, z: h(z.detach()).square().mean() * 0,
+        lambda h, z: torch.zeros((), requires_grad=True) * 1,
+    ),
+    ids=("leaf", "constant", "penalty", "detached", "not a leaf"),
+)
+def test_a_task_without_labels_is_told_of_none(make) -> None:
+    z, head = nn.Conv2d(3, 4, 1)(torch.randn(4, 3, 5, 5)), nn.Conv2d(4, 3, 1)
+    with pytest.raises(ValueError, match=r"losses\[1\]: .*labels.* pass None") as raised:
+        RepMTL()([head(z).square().mean(), make(head, z)], z)
+    assert "representation" in str(raised.value) or "graph" in str(raised.value)
+
+
+def test_copies_of_a_prepared_model_are_told() -> None:
+    """Accelerate's mixed precision returns float32 copies of a model's results."""
+    encoder, head = nn.Conv2d(3, 4, 1).bfloat16(), nn.Conv2d(4, 3, 1).bfloat16()
+    z = encoder(torch.randn(4, 3, 5, 5).bfloat16())
+    prediction = head(z)
+    with pytest.raises(ValueError, match="copy in torch.float32.*Accelerate.*one by one"):
+        RepMTL()([prediction.float().square().mean()] * 2, z.float())
+    z = z.float()  # heads that are prepared on their own get the copy
+    assert RepMTL()([head(z.bfloat16()).float().square().mean() for _ in range(2)], z).isfinite()
