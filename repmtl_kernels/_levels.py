@@ -82,7 +82,7 @@ class Levels(tuple):
         """Other tensors under the same names."""
         return Levels(dict(zip(self.names, levels, strict=True)))
 
-    # LibMTL's architectures give each task `representation.detach().clone()`, as a leaf.
+    # LibMTL's architectures give each task `representation.detach().clone()` as a leaf.
 
     def detach(self) -> Levels:
         """Each level detached."""
@@ -99,8 +99,13 @@ class Levels(tuple):
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Levels:
+        """Sets it on each level; returns these levels."""
         for level in self:
-            level.requires_grad_(value)
+            level.requires_grad_(requires_grad)
+        return self
 
 
 def levels_of(representation: Tensor | Levels) -> list[Tensor]:

@@ -121,30 +121,41 @@ def gradient_ratio(regularizer: Tensor, tasks: Sequence[Task], scale: Tensor | N
         scale: what the saliencies have been multiplied with; None: 1.
     """
     zs = distinct(tasks)
-    index = {id(z): i for i, z in enumerate(zs)}
-    grads: Sequence[Tensor | None] = [None]
+    grads: Sequence[Tensor | None] = [None] * len(zs)
     if regularizer.requires_grad:
         # A gradient in float16 needs the scale, as that of the total will have it.
         seed = None if scale is None else scale.to(regularizer.dtype)
         with without_hooks(zs):
             grads = grad(regularizer, zs, seed, retain_graph=True, allow_unused=True)
+    of_regularizer, of_tasks = _Sums(), _Sums()
     with torch.no_grad():
-        sums: list[Tensor | None] = [None] * len(zs)
+        found = dict(zip(map(id, zs), grads, strict=True))
         for task in tasks:
-            for z, saliency in zip(task.representations, task.saliencies, strict=True):
-                i = index[id(z)]
-                if saliency is None:
-                    continue
-                if sums[i] is None:
-                    dtype = accumulation_dtype(saliency.dtype)
-                    sums[i] = saliency.to(dtype, copy=True).mul_(task.weight)
-                else:
-                    sums[i].add_(saliency, alpha=task.weight)
-        found = [g for g in grads if g is not None]
-        tasks_norm = norm([s for s in sums if s is not None])
-        ratio = norm(found) / tasks_norm if found else torch.zeros_like(tasks_norm)
+            pairs = zip(task.representations, task.saliencies, strict=True)
+            for level, (z, saliency) in enumerate(pairs):
+                at = level if task.copies else id(z)
+                of_regularizer.add(at, found.pop(id(z), None), 1.0)
+                of_tasks.add(at, saliency, task.weight)
         # Both have been multiplied with the scale.
-        return ratio.float()
+        return (of_regularizer.norm() / of_tasks.norm()).float()
+
+
+class _Sums:
+    """Weighted sums of gradients by the representation that they are at."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, at: int, value: Tensor | None, weight: float) -> None:
+        if value is None:
+            return
+        if at in self._sums:
+            self._sums[at].add_(value, alpha=weight)
+        else:
+            self._sums[at] = value.to(accumulation_dtype(value.dtype), copy=True).mul_(weight)
+
+    def norm(self) -> Tensor | float:
+        return norm(list(self._sums.values())) if self._sums else 0.0
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

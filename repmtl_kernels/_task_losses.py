@@ -85,6 +85,10 @@ def named_losses(
     return named
 
 
+class Copies(dict):
+    """One shared representation that each task has a copy of, by task, as LibMTL's have."""
+
+
 @dataclass(eq=False)
 class Task:
     """A task of one call, with all that belongs to it. A task that is absent has none."""
@@ -97,6 +101,8 @@ class Task:
     # At each level the name that messages use and the representation; one level where there are no
     # Levels.
     places: list[tuple[str, Tensor]] = field(default_factory=list)
+    # Whether the representations are the task's own copies of what is one representation.
+    copies: bool = False
     # At each level; None where the loss does not depend on that level.
     saliencies: list[Tensor | None] = field(default_factory=list)
 
@@ -125,6 +131,7 @@ def place(
     values = per_task("representation", representation, losses, f". {SHARED}")
     for task in tasks:
         task.places = _places(f"representation[{task.key!r}]", values[task.row])
+        task.copies = isinstance(representation, Copies)
     first, *others = tasks
     names = _level_names(values[first.row])
     for task in others:

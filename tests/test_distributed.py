@@ -555,7 +555,7 @@ def check_a_criterion_that_one_rank_refuses(rank: int) -> None:
             for name, value in kept.items():
                 setattr(criterion, name, value)
         call(criterion, z).backward(retain_graph=True)
-        assert criterion._calls == 1
+        assert criterion._progress.calls == 1
 
 
 def check_options_of_a_criterion_are_the_same(rank: int) -> None:
@@ -601,7 +601,7 @@ def check_a_checkpoint_on_one_rank(rank: int) -> None:
             call(criterion, z)
         criterion.load_state_dict(state)
         call(criterion, z)
-        assert criterion._calls == 1002
+        assert criterion._progress.calls == 1002
 
 
 def check_what_wrappers_cannot_do_is_refused(rank: int) -> None:

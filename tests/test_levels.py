@@ -340,7 +340,8 @@ def test_levels_as_leaves() -> None:
     leaves = z.detach().clone()
     assert leaves.names == z.names and not leaves.requires_grad
     leaves.requires_grad = True
-    assert leaves.requires_grad and all(leaf.is_leaf for leaf in leaves)
+    assert leaves.requires_grad and leaves.requires_grad_() is leaves
+    assert all(leaf.is_leaf for leaf in leaves)
     assert leaves["a"].data_ptr() != z["a"].data_ptr()
 
 

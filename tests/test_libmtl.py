@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from repmtl_kernels import RepMTL
+from repmtl_kernels import Levels, RepMTL
+from repmtl_kernels._strength import FIRST
 from repmtl_kernels.integrations.libmtl import RepMTLWeighting, register
 
 TASKS = ["a", "b", "c"]
@@ -150,9 +151,50 @@ def test_a_stack_costs_no_passes(batch, kind):
     model.encoder.trunk.register_forward_hook(
         lambda _module, _inputs, output: output.register_hook(encoder_passes.append) and None
     )
-    model.backward(stacked_losses(model, *batch), **STRONG)
+    model.backward(stacked_losses(model, *batch), **STRONG)  # the first looks at the heads too
+    model.criterion._progress.calls = FIRST + 1  # one without a measurement
+    losses = stacked_losses(model, *batch)
+    passes.update(dict.fromkeys(TASKS, 0))
+    encoder_passes.clear()
+    model.backward(losses, **STRONG)
     assert passes == dict.fromkeys(TASKS, 2)
     assert len(encoder_passes) == (3 if kind.get("multi_input") else 1)
+
+
+class Pyramid(Encoder):
+    """Returns two levels, of which decoder c uses the first alone."""
+
+    def __init__(self, per_task):
+        super().__init__(per_task=False)
+        self.second = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        coarse = nn.functional.avg_pool2d(self.second(x), 2)
+        return Levels(fine=self.trunk(x), coarse=coarse.tanh())
+
+
+class OfLevels(nn.Module):
+    def __init__(self, task):
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(6, 2, 1), nn.Conv2d(3, 2, 1) if task != "c" else None
+
+    def forward(self, z):
+        y = torch.tanh(self.fine(z["fine"]))
+        if self.coarse is None:
+            return y
+        return y * torch.tanh(self.coarse(z["coarse"])).mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_an_encoder_that_returns_levels(batch, options):
+    model = Model()
+    model.encoder = Pyramid(False)
+    model.decoders = nn.ModuleDict({t: OfLevels(t) for t in TASKS})
+    model.double()
+    plain = copy.deepcopy(model)
+    RepMTL(**options)(*attached_losses(plain, *batch)).backward()
+    model.backward(stacked_losses(model, *batch), **options)
+    assert_same_gradients(model, plain)
 
 
 def test_losses_that_are_not_stacked_by_sample(batch):

@@ -11,8 +11,9 @@ pytest.importorskip("torchjd")
 from torchjd.aggregation import FairGrad, Mean, NashMTL, Sum, UPGrad
 from torchjd.autojac import jac_to_grad, mtl_backward
 
-from repmtl_kernels import RepMTL, rep_mtl_loss, task_saliencies
-from repmtl_kernels.integrations.torchjd import rep_mtl_backward
+from repmtl_kernels import Levels, RepMTL, rep_mtl_loss, task_saliencies
+from repmtl_kernels._strength import FIRST
+from repmtl_kernels.integrations.torchjd import rep_mtl_backward, rep_mtl_backward_multi_input
 
 TASKS = ("a", "b", "c")
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
@@ -220,6 +221,90 @@ def test_an_absent_task_has_no_row(network, batch, lambdas):
     assert_same_gradients(network, gradients(twin), **TIGHT)
 
 
+class Shared(nn.Module):
+    """Two features that all tasks share, of different shapes; task c leaves out the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoders = nn.ModuleList([nn.Linear(5, 6), nn.Linear(5, 4)])
+        self.heads = nn.ModuleDict(
+            {
+                t: nn.Sequential(nn.Linear(6 if t == "c" else 10, 4), nn.Tanh(), nn.Linear(4, 1))
+                for t in TASKS
+            }
+        )
+        self.double()
+
+    def losses(self, x, y):
+        z = [torch.tanh(encoder(x)) for encoder in self.encoders]
+        given = {t: z[0] if t == "c" else torch.cat(z, 1) for t in TASKS}
+        return {t: (self.heads[t](given[t]) - y[t]).square().mean() for t in TASKS}, z
+
+
+@pytest.fixture
+def shared():
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, dtype=torch.float64)
+    y = {t: torch.randn(8, 1, dtype=torch.float64) for t in TASKS}
+    return Shared(), (x, y)
+
+
+@pytest.mark.parametrize("form", (list, tuple, Levels))
+def test_features_that_all_tasks_share(shared, form):
+    """The tasks' own gradient is that of ``mtl_backward``; the regulariser's is added."""
+    network, batch = shared
+    twin = copy.deepcopy(network)
+    losses, z = twin.losses(*batch)
+    total = RepMTL(**STRONG)(losses, Levels(z))
+    added = torch.autograd.grad(
+        total - sum(losses.values()), list(twin.parameters()), retain_graph=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    mtl_backward(list(losses.values()), features=z)
+    jac_to_grad(twin.encoders.parameters(), UPGrad())
+    alone = gradients(twin)
+    expected = {name: alone[name] + r for name, r in zip(alone, added, strict=True)}
+    losses, z = network.losses(*batch)
+    rep_mtl_backward(losses, form(z), RepMTL(**STRONG))
+    jac_to_grad(network.encoders.parameters(), UPGrad())
+    assert_same_gradients(network, expected, rtol=1e-9, atol=1e-12)
+    assert all(r.norm() > 1e-4 * g.norm() for g, r in zip(alone.values(), added, strict=True))
+
+
+@pytest.mark.parametrize("options", ({"start": 1}, {"lambda_tsr": 1e-12, "lambda_csa": 1e-12}))
+def test_features_that_all_tasks_share_without_a_regulariser(shared, options):
+    network, batch = shared
+    twin = copy.deepcopy(network)
+    losses, z = twin.losses(*batch)
+    mtl_backward(list(losses.values()), features=z)
+    jac_to_grad(twin.encoders.parameters(), UPGrad())
+    losses, z = network.losses(*batch)
+    rep_mtl_backward(losses, z, RepMTL(**options))
+    jac_to_grad(network.encoders.parameters(), UPGrad())
+    assert_same_gradients(network, gradients(twin), rtol=1e-9, atol=1e-11)
+
+
+def test_features_of_one_task_each_have_a_name_of_their_own(network, batch):
+    losses, z = network.multi_input_losses(*batch)
+    rep_mtl_backward(losses, z, RepMTL(**STRONG), retain_graph=True)
+    jac_to_grad(network.encoder.parameters(), UPGrad())
+    expected = {name: grad.clone() for name, grad in gradients(network).items()}
+    for given, features in ((losses, z), (list(losses.values()), list(z.values()))):
+        network.zero_grad()
+        rep_mtl_backward_multi_input(given, features, RepMTL(**STRONG), retain_graph=True)
+        jac_to_grad(network.encoder.parameters(), UPGrad())
+        assert_same_gradients(network, expected, **TIGHT)
+
+
+def test_the_step_is_passed_on(network, batch):
+    criterion, applied = RepMTL(**STRONG, every=2), []
+    for step in (0, 0, 1, 1, 2):
+        losses, z = network.losses(*batch)
+        rep_mtl_backward(losses, z, criterion, step=step)
+        applied.append(criterion.last.applied)
+    assert applied == [True, True, False, False, True]
+
+
 def test_backward_passes(network, batch):
     """Heads: the saliencies and one merged pass. Encoder: T rows and the regulariser."""
     passes = {"heads": 0, "encoder": 0}
@@ -237,7 +322,12 @@ def test_backward_passes(network, batch):
         counted(head, "heads")
     counted(network.encoder[0], "encoder")
     losses, z = network.losses(*batch)
-    rep_mtl_backward(losses, z, RepMTL(**STRONG), parallel_chunk_size=1)
+    criterion = RepMTL(**STRONG)
+    rep_mtl_backward(losses, z, criterion)  # the first call looks at the heads too
+    criterion._progress.calls = FIRST + 1  # one without a measurement
+    losses, z = network.losses(*batch)
+    passes.update(heads=0, encoder=0)
+    rep_mtl_backward(losses, z, criterion, parallel_chunk_size=1)
     assert passes == {"heads": 2 * 3, "encoder": 1 + 3}
 
 
@@ -266,8 +356,12 @@ def test_what_the_criterion_refuses(network, batch):
         rep_mtl_backward(torch.stack(list(losses.values())), z, RepMTL())
     with pytest.raises(ValueError, match="representation: expected the keys of losses"):
         rep_mtl_backward(losses, {"a": z}, RepMTL())
-    with pytest.raises(TypeError, match="representation: expected a Tensor"):
-        rep_mtl_backward(losses, None, RepMTL())
+    for bad in (None, 3, [], [None], "z"):
+        with pytest.raises((TypeError, ValueError), match="features: expected a Tensor or several"):
+            rep_mtl_backward(losses, bad, RepMTL())
+    for bad in (z, Levels(z)):
+        with pytest.raises(TypeError, match="features: expected a list, tuple or dict"):
+            rep_mtl_backward_multi_input(losses, bad, RepMTL())
     with pytest.raises(ValueError, match="features: expected another representation"):
         rep_mtl_backward(losses, dict.fromkeys(TASKS, z), RepMTL())
     with pytest.raises(ValueError, match="criterion: expected one without a scaler"):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from repmtl_kernels._levels import levels_of
+from repmtl_kernels._task_losses import Copies
 from repmtl_kernels.criterion import RepMTL
 
 
@@ -36,9 +37,8 @@ class RepMTLWeighting(nn.Module):
     ``weight_args`` are the options of :class:`RepMTL`; tasks go by their names in ``task_dict``,
     e.g. ``{"task_weights": {"segmentation": 1.0, "depth": 0.5}}``. They may change between steps.
     ``trainer.model.criterion.last`` has the values of the last step. CSA needs batches of two
-    samples at least: ``DataLoader(drop_last=True)``. ``strength`` and ``last.ratio`` compare norms
-    over all tasks' copies of the representation, since LibMTL gives each its own. For the fast
-    second-order pass, call ``convert_second_order(decoders)`` first.
+    samples at least: ``DataLoader(drop_last=True)``. For the fast second-order pass, call
+    ``convert_second_order(decoders)`` first.
     """
 
     def init_param(self) -> None:
@@ -77,7 +77,8 @@ class RepMTLWeighting(nn.Module):
         # That is why a stack costs nothing here, and clone() says so: RepMTL refuses the elements
         # of one, rightly so where tasks share a representation.
         separate = {task: losses[t].clone() for t, task in enumerate(self.task_name)}
-        leaves = {task: self.rep_tasks[task] for task in self.task_name}
+        form = dict if isinstance(self.rep, dict) else Copies
+        leaves = form((task, self.rep_tasks[task]) for task in self.task_name)
         criterion(separate, leaves).backward()
         given, grads = [], []
         for task, leaf in leaves.items():
