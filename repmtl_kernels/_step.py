@@ -30,13 +30,12 @@ class RepMTLStep:
     applied: bool = False
     """Whether this step had the regulariser."""
     underflow: dict[Hashable, Tensor] | None = None
-    """Of each present task, by key or index, the share of its saliency's elements that are zero or
-    below 2^-14, where float16 loses bits; float32. Zeros that are zero in any precision (behind a
+    """The share of each present task's saliency, by key or index, whose elements are zero or below 2^-14, where float16 loses bits; float32. Zeros that are zero in any precision (behind a
     ReLU, say) count as well. None where saliencies are neither float16 nor taken under float16
     autocast, and where the regulariser was not applied. See ``RepMTL(scaler=)``."""
     ratio: Tensor | None = None
-    """The norm of the regulariser's gradient at the representation over that of the (weighted)
-    tasks', as applied; float32. The first backward pass of the total fills it in; None before, and
-    where the regulariser was not applied. What else sends gradients to the representation, e.g. a
-    loss on it that is not among ``losses``, counts as the regulariser's. Both gradients are rounded
-    to the representation's dtype, so in bfloat16 ratios below 0.01 or so are noise."""
+    """The norm of the regulariser's own gradient at the representation over that of the (weighted)
+    tasks', as applied; float32. It is measured on the first 16 calls that apply the regulariser and
+    on every 16th after them; calls between show the last measurement. None before the first, and
+    where the regulariser was not applied. Both gradients are rounded to the representation's dtype,
+    so in bfloat16 ratios below 0.01 or so are noise."""
