@@ -45,8 +45,6 @@ for epoch in range(EPOCHS):
     batches.sampler.set_epoch(epoch)
     for images, labels in batches:
         z = trunk(images.to(device))
-        # Saliencies end here: hooks of fully_shard on z would gather parameters for each of them.
-        z = z.view_as(z)
         with torch.autocast(device.type, torch.bfloat16):
             losses = losses_of(heads(z), labels.to(device))
         total = criterion(losses, z)
