@@ -44,6 +44,7 @@ double entropy_of_abs(const A* x, int64_t count, int64_t stride, A eps, A weight
   return h;
 }
 
+// A probability of 0 adds nothing to either, though its logarithm may be -inf.
 template <typename A>
 double entropy_of_softmax(const A* x, int64_t count, int64_t stride, A temperature, A weight, A* grad) {
   A largest = x[0] / temperature;
@@ -54,13 +55,15 @@ double entropy_of_softmax(const A* x, int64_t count, int64_t stride, A temperatu
   double h = 0;
   for (int64_t i = 0; i < count; ++i) {
     const A log_p = x[i * stride] / temperature - largest - log_sum;
-    h -= std::exp(log_p) * log_p;
+    const A p = std::exp(log_p);
+    h -= p == 0 ? A(0) : p * log_p;
   }
   if (grad) {
     for (int64_t i = 0; i < count; ++i) {
       const A log_p = x[i * stride] / temperature - largest - log_sum;
-      grad[i * stride] =
-          std::exp(log_p) * static_cast<A>(-h - log_p) / temperature * weight;
+      const A p = std::exp(log_p);
+      const A slope = p == 0 ? A(0) : p * static_cast<A>(-h - log_p);
+      grad[i * stride] = slope / temperature * weight;
     }
   }
   return h;

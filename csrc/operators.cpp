@@ -64,6 +64,14 @@ const A* data_or_null(const std::optional<Tensor>& x) {
   return x ? data<const A>(*x) : nullptr;
 }
 
+// A mask (B, N) of positions, or null.
+const unsigned char* mask_of(const std::optional<Tensor>& mask, const Shape& shape,
+                             const Tensor& like) {
+  if (!mask) return nullptr;
+  check_contiguous("mask", *mask, {shape.batch, shape.positions}, like, ScalarType::Bool);
+  return data<const unsigned char>(*mask);
+}
+
 void check_small(const Tensor& saliency, int64_t positions) {
   STD_TORCH_CHECK(saliency.scalar_type() == ScalarType::Float && positions <= kSmall,
                   "saliencies: expected float32 and at most ", kSmall, " positions");
@@ -89,12 +97,14 @@ View<S> view_of(const Tensor& x) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies,
-                                                  bool with_positions, bool with_channels) {
+                                                  bool with_positions, bool with_channels,
+                                                  std::optional<Tensor> mask) {
   STD_TORCH_CHECK(with_positions || with_channels, "expected positions, channels or both");
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   const ScalarType type = accumulation_type(first);
   const int64_t T = shape.tasks, B = shape.batch;
+  const unsigned char* there = mask_of(mask, shape, first);
   Tensor positions = empty_if(with_positions, first, {T, B, shape.positions}, type);
   Tensor channels = empty_if(with_channels, first, {T, B, shape.channels}, type);
   Tensor scale = empty_if(with_channels, first, {T, B}, type);
@@ -105,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies,
     for (const Tensor& s : saliencies) views.push_back(view_of<const S>(s));
     statistics<S>(shape, views.data(), with_positions ? data<A>(positions) : nullptr,
                   with_channels ? data<A>(channels) : nullptr,
-                  with_channels ? data<A>(scale) : nullptr, kParallelFor);
+                  with_channels ? data<A>(scale) : nullptr, there, kParallelFor);
   });
   return {positions, channels, scale};
 }
@@ -225,13 +235,15 @@ std::string sources() { return REPMTL_SOURCES; }
 // norm (T, B), positive (T, B), projection (T, B, T, N) and matrix (T, B, N, N), empty without grad
 std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies,
                                                           Tensor scale, Tensor anchors,
-                                                          bool with_grad) {
+                                                          bool with_grad,
+                                                          std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
   const Tensor& first = saliencies[0];
   check_small(first, N);
   check_contiguous("scale", scale, {T, B}, first, ScalarType::Float);
   check_contiguous("anchors", anchors, {T, B, C}, first, ScalarType::Float);
+  const unsigned char* there = mask_of(mask, shape, first);
   Tensor norm = empty(first, {T, B}, ScalarType::Float);
   Tensor positive = empty(first, {T, B}, ScalarType::Float);
   Tensor projection = empty_if(with_grad, first, {T, B, T, N}, ScalarType::Float);
@@ -239,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies,
   std::vector<View<const float>> views;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
   small_gram(shape, views.data(), data<const float>(scale), data<const float>(anchors),
-             data<float>(norm), data<float>(positive),
+             there, data<float>(norm), data<float>(positive),
              with_grad ? data<float>(projection) : nullptr,
              with_grad ? data<float>(matrix) : nullptr, kParallelFor);
   return {norm, positive, projection, matrix};
@@ -249,7 +261,7 @@ void small_gradient_cpu(Tensors saliencies, Tensors outputs,
                         Sizes tasks, Tensor scale, Tensor anchors, Tensor factor,
                         Tensor pull, Tensor contrast_grad, Tensor projection, Tensor matrix,
                         Tensor rank, Tensor curl, Tensor tug, Tensor negatives,
-                        std::optional<Tensor> position_grad) {
+                        std::optional<Tensor> position_grad, std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
   check_small(saliencies[0], N);
@@ -271,7 +283,8 @@ void small_gradient_cpu(Tensors saliencies, Tensors outputs,
       check("projection", projection, {T, B, T, N}),
       check("matrix", matrix, {T, B, N, N}),
       check("negatives", negatives, {}),
-      position_grad ? check("position_grad", *position_grad, {T, B, N}) : nullptr};
+      position_grad ? check("position_grad", *position_grad, {T, B, N}) : nullptr,
+      mask_of(mask, shape, saliencies[0])};
   std::vector<View<const float>> views;
   std::vector<View<float>> views_of_outputs;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
@@ -283,7 +296,8 @@ void small_gradient_cpu(Tensors saliencies, Tensors outputs,
 }  // namespace repmtl
 
 STABLE_TORCH_LIBRARY(repmtl_native, m) {
-  m.def("statistics(Tensor[] saliencies, bool positions, bool channels) -> (Tensor, Tensor, Tensor)");
+  m.def("statistics(Tensor[] saliencies, bool positions, bool channels, "
+        "Tensor? mask=None) -> (Tensor, Tensor, Tensor)");
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
@@ -294,12 +308,12 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
         "Tensor right, Tensor(a!) output) -> ()");
   m.def("small_products_are_fast() -> bool");
   m.def("sources() -> str");
-  m.def("small_gram(Tensor[] saliencies, Tensor scale, Tensor anchors, bool with_grad) -> "
-        "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("small_gram(Tensor[] saliencies, Tensor scale, Tensor anchors, bool with_grad, "
+        "Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("small_gradient(Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor scale, "
         "Tensor anchors, Tensor factor, Tensor pull, Tensor contrast_grad, Tensor projection, "
         "Tensor matrix, Tensor rank, Tensor curl, Tensor tug, Tensor negatives, "
-        "Tensor? position_grad) -> ()");
+        "Tensor? position_grad, Tensor? mask=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CompositeExplicitAutograd, m) {

@@ -88,10 +88,16 @@ REPMTL_CLONES void multiply_some_rows(const float* a, int64_t row, int64_t count
   multiply_rows(a, row, 1, b, count, out, out_row, 0, last);
 }
 
+// Zeros where the mask is zero, whatever is there.
+void keep(const unsigned char* mask, int64_t columns, float* row) {
+  for (int64_t n = 0; n < columns; ++n) row[n] = mask[n] ? row[n] : 0.0f;
+}
+
 // Reads rows of one task and sample.
 struct Reader {
   const View<const float>& view;
   int64_t columns;
+  const unsigned char* mask;  // (B, columns) or null
 
   // Channel c of sample b, times factor.
   void copy(int64_t b, int64_t c, float factor, float* to) const {
@@ -101,6 +107,7 @@ struct Reader {
     } else {
       for (int64_t n = 0; n < columns; ++n) to[n] = *view.at(b, c, n) * factor;
     }
+    if (mask) keep(mask + b * columns, columns, to);
   }
 };
 
@@ -116,8 +123,8 @@ bool small_products_are_fast() {
 }
 
 void small_gram(const Shape& shape, const View<const float>* views, const float* scale,
-                const float* anchors, float* norm, float* positive, float* projection,
-                float* matrix, const ParallelFor& parallel_for) {
+                const float* anchors, const unsigned char* mask, float* norm, float* positive,
+                float* projection, float* matrix, const ParallelFor& parallel_for) {
   const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   const int64_t rows = ceil_div(tasks, kRows) * kRows;
   parallel_for(tasks * batch, 1, [&](int64_t begin, int64_t end) {
@@ -125,7 +132,7 @@ void small_gram(const Shape& shape, const View<const float>* views, const float*
         projected(rows * kSmall);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t t = i / batch, b = i % batch;
-      const Reader reader{views[t], N};
+      const Reader reader{views[t], N, mask};
       std::fill(products.begin(), products.end(), 0.0f);
       std::fill(projected.begin(), projected.end(), 0.0f);
       for (int64_t first = 0; first < C; first += kPanel) {
@@ -185,6 +192,9 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
     std::vector<float> factors(count * kSmall), rows(kRows * count), sums(kRows * kSmall);
     std::vector<float> positive(ceil_div(C, kRows) * kRows * columns);
     for (int64_t b = begin; b < end; ++b) {
+      const unsigned char* mask = g.mask ? g.mask + b * N : nullptr;
+      const int64_t others = mask ? std::count(mask, mask + N, 0) : 0;
+      const float there = static_cast<float>(std::max<int64_t>(1, N - others));
       std::fill(positive.begin(), positive.end(), 0.0f);  // sum_t rank_t S^_t S^_t^T u, (C, T)
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t sample = t * batch + b;
@@ -193,7 +203,7 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
           const float* from = g.projection + (sample * tasks + v) * N;
           for (int64_t n = 0; n < N; ++n) factors[n * kSmall + v] = g.rank[sample] * from[n];
         }
-        const Reader reader{views[t], N};
+        const Reader reader{views[t], N, g.mask};
         for (int64_t c = 0; c < C; c += kRows) {
           copy_rows(reader, C, b, c, g.scale[sample], rows.data(), N);
           multiply_some_rows(rows.data(), N, N, factors.data(), tasks, &positive[c * columns],
@@ -210,7 +220,7 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
           const float factor = k < N ? curl : rank;
           for (int64_t n = 0; n < N; ++n) factors[k * kSmall + n] = factor * from[n];
         }
-        const Reader reader{views[t], N};
+        const Reader reader{views[t], N, g.mask};
         for (int64_t c = 0; c < C; c += kRows) {
           const int64_t some =
               copy_rows(reader, C, b, c, g.scale[sample], rows.data(), count);
@@ -222,7 +232,7 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
             const float through =
                 g.factor[b] * (positive[(c + r) * columns + t] - g.tug[b] * g.pull[place]);
             const float da =
-                (*g.negatives * g.contrast_grad[place] + through) / static_cast<float>(N);
+                (*g.negatives * g.contrast_grad[place] + through) / there;
             float* sum = &sums[r * kSmall];
             for (int64_t n = 0; n < N; ++n) {
               sum[n] = da + (g.position_grad ? g.position_grad[sample * N + n] : 0);
@@ -231,7 +241,8 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
           multiply_some_rows(rows.data(), count, count, factors.data(), N, sums.data(), kSmall);
           const View<float>& output = outputs[i];
           for (int64_t r = 0; r < some; ++r) {
-            const float* sum = &sums[r * kSmall];
+            float* sum = &sums[r * kSmall];
+            if (mask) keep(mask, N, sum);
             if (output.positions_are_adjacent()) {
               std::copy_n(sum, N, output.at(b, c + r, 0));
             } else {

@@ -15,9 +15,9 @@ bool small_products_are_fast();
 
 // For S^ = scale S (T, B, C, N), N <= kSmall, anchors u (T, B, C): norm (T, B) of the Gram matrix
 // S^^T S^, positive (T, B) = sum_u |S^^T u_u|^2; projection (T, B, T, N) = S^^T u_u, matrix
-// (T, B, N, N), either null.
+// (T, B, N, N), either null. mask (B, N) or null: S is zero where it is.
 void small_gram(const Shape& shape, const View<const float>* views, const float* scale,
-                const float* anchors, float* norm, float* positive, float* projection,
+                const float* anchors, const unsigned char* mask, float* norm, float* positive, float* projection,
                 float* matrix, const ParallelFor& parallel_for);
 
 // What the gradient needs of the forward pass, of the stage before and of CSAGradient.
@@ -29,6 +29,7 @@ struct SmallGradient {
   const float* matrix;                         // (T, B, N, N)
   const float* negatives;                      // ()
   const float* position_grad;                  // (T, B, N) or null
+  const unsigned char* mask;                   // (B, N) or null: S and its gradient are zero where it is
 };
 
 // The most tasks of it.

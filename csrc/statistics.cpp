@@ -88,20 +88,41 @@ REPMTL_CLONES void widen_row(const float16* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
+template <typename A>
+inline __attribute__((always_inline)) void keep_body(const unsigned char* __restrict mask,
+                                                     int64_t count, A* __restrict row) {
+  for (int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : A(0);
+}
+
+// Zeros where the mask is zero, whatever is there.
+REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, float* row) {
+  keep_body(mask, count, row);
+}
+
+REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, double* row) {
+  keep_body(mask, count, row);
+}
+
 // Saliencies of one task and sample as rows along memory.
 template <typename S>
 struct Rows {
   const S* data;
   int64_t row_stride, stride;           // of the elements in a row
   const int64_t *row_offsets, *offsets;  // in place of a stride, or null
+  const unsigned char *row_mask, *mask;  // which rows, or which elements of each, are there; or null
 
   // Whether rows can be read where they are.
   bool direct() const {
-    return std::is_same_v<S, acc_t<S>> && stride == 1 && !row_offsets && !offsets;
+    return std::is_same_v<S, acc_t<S>> && stride == 1 && !row_offsets && !offsets &&
+           !row_mask && !mask;
   }
 
   // `count` elements of row r from `begin` on.
   void copy(int64_t r, int64_t begin, int64_t count, acc_t<S>* to) const {
+    if (row_mask && !row_mask[r]) {
+      std::fill_n(to, count, acc_t<S>(0));
+      return;
+    }
     const S* from = data + (row_offsets ? row_offsets[r] : r * row_stride);
     if (offsets) {
       for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<S>>(from[offsets[begin + i]]);
@@ -113,6 +134,7 @@ struct Rows {
     } else {
       widen_row(from + begin, count, to);
     }
+    if (mask) keep(mask + begin, count, to);
   }
 };
 
@@ -163,7 +185,7 @@ acc_t<S> add_chunk(const Rows<S>& matrix, int64_t first, int64_t rows, int64_t l
 
 template <typename S>
 void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions, acc_t<S>* channels,
-                acc_t<S>* scale, const ParallelFor& parallel_for) {
+                acc_t<S>* scale, const unsigned char* mask, const ParallelFor& parallel_for) {
   using A = acc_t<S>;
   const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   struct Task {
@@ -181,9 +203,11 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
     Task task{};
     task.by_channel = view.channel_stride != 1 || (view.position_stride == 1 && N > 1);
     if (task.by_channel) {
-      task.rows = {view.data, view.channel_stride, view.position_stride, nullptr, offsets};
+      task.rows = {view.data, view.channel_stride, view.position_stride, nullptr, offsets, nullptr,
+                   mask};
     } else {
-      task.rows = {view.data, view.position_stride, view.channel_stride, offsets, nullptr};
+      task.rows = {view.data, view.position_stride, view.channel_stride, offsets, nullptr, mask,
+                   nullptr};
     }
     task.across = task.by_channel ? positions : channels;
     task.along = scale || (task.by_channel ? channels : positions);
@@ -210,6 +234,8 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
       const int64_t mine = u - task->unit, b = mine / task->chunks, k = mine % task->chunks;
       Rows<S> rows = task->rows;
       rows.data += b * views[task - plan.begin()].batch_stride;
+      if (rows.row_mask) rows.row_mask += b * N;
+      if (rows.mask) rows.mask += b * N;
       double *sums = nullptr, *sums_of_rows = nullptr;
       if (task->across) {
         sums = across.get() + task->partial + mine * task->length;
@@ -227,18 +253,20 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = plan[i / batch];
       const int64_t b = i % batch, first = task.unit + b * task.chunks;
+      const int64_t others = mask ? std::count(mask + b * N, mask + (b + 1) * N, 0) : 0;
+      const double there = static_cast<double>(std::max<int64_t>(1, N - others));
       A* by_row = task.by_channel ? channels : positions;
       A* by_element = task.by_channel ? positions : channels;
       if (by_row) {
         const double* sums = along.get() + task.row + b * task.chunks * task.chunk;
-        const double length = static_cast<double>(task.length);
+        const double length = task.by_channel ? there : static_cast<double>(C);
         A* out = by_row + i * task.count;
         for (int64_t r = 0; r < task.count; ++r) out[r] = static_cast<A>(sums[r] / length);
       }
       if (by_element) {
         A* out = by_element + i * task.length;
         double* sums = across.get() + task.partial + b * task.chunks * task.length;
-        const double count = static_cast<double>(task.count);
+        const double count = task.by_channel ? static_cast<double>(C) : there;
         for (int64_t k = 1; k < task.chunks; ++k) {
           for (int64_t j = 0; j < task.length; ++j) sums[j] += sums[k * task.length + j];
         }
@@ -255,7 +283,7 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
 
 #define INSTANTIATE(S)                                                                         \
   template void statistics(const Shape&, const View<const S>*, acc_t<S>*, acc_t<S>*, acc_t<S>*, \
-                           const ParallelFor&);
+                           const unsigned char*, const ParallelFor&);
 REPMTL_FOR_SALIENCY_TYPES(INSTANTIATE)
 #undef INSTANTIATE
 

@@ -139,6 +139,30 @@ def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.
         raise ValueError(f"present: expected device {device}; got {present.device}")
 
 
+def check_positions(
+    positions: Tensor | None, saliency: Tensor, channel_dim: int, name: str = "positions"
+) -> None:
+    """``saliency``: one task's, checked."""
+    if positions is None:
+        return
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"{name}: expected a bool Tensor or None, got {type(positions).__name__}")
+    check_plain(name, positions)
+    if positions.dtype != torch.bool:
+        raise TypeError(f"{name}: expected a bool Tensor, got {positions.dtype}")
+    if positions.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided Tensor, got layout {positions.layout}")
+    expected = list(saliency.shape)
+    del expected[channel_dim]
+    if list(positions.shape) != expected:
+        raise ValueError(
+            f"{name}: expected shape (B, *spatial) = {tuple(expected)}, that of one task's "
+            f"saliency without its channels; got {tuple(positions.shape)}"
+        )
+    if positions.device != saliency.device:
+        raise ValueError(f"{name}: expected device {saliency.device}; got {positions.device}")
+
+
 def check_tsr_options(
     *, over: str, normalizer: str, temperature: float, floor: float, eps: float, prefix: str = ""
 ) -> None:
@@ -198,13 +222,16 @@ def tsr_arguments(
     temperature: float,
     floor: float,
     eps: float,
+    positions: Tensor | None,
     channel_dim: int,
 ) -> tuple[tuple[Tensor, ...], bool]:
     """Checked operands of TSR and whether they are one stacked tensor."""
     check_tsr_options(
         over=over, normalizer=normalizer, temperature=temperature, floor=floor, eps=eps
     )
-    return check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    return operands, stacked
 
 
 def csa_arguments(
@@ -213,6 +240,7 @@ def csa_arguments(
     temperature: float,
     eps: float,
     present: Tensor | None,
+    positions: Tensor | None,
     channel_dim: int,
     group: str,
     memory: str = "auto",
@@ -222,4 +250,5 @@ def csa_arguments(
     check_csa_options(temperature=temperature, eps=eps, group=None, memory=memory, prefix=prefix)
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
     check_csa_batch(operands, stacked, present, group)
+    check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
     return operands, stacked

@@ -22,6 +22,7 @@ from repmtl_kernels._saliency import (
     DTYPES,
     NORMALIZERS,
     OVER,
+    canonical_mask,
     canonical_tasks,
     positions_to_saliency,
     without_autocast,
@@ -96,29 +97,36 @@ NO_BATCHED_GRADIENTS = (
 
 
 def evaluate(
-    config: Config, operands: Sequence[Tensor], present: Tensor | None
+    config: Config,
+    operands: Sequence[Tensor],
+    present: Tensor | None,
+    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``(tsr, csa)`` of checked operands; a loss that ``config`` leaves out is an empty tensor."""
     if torch.compiler.is_compiling():
         # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
         from repmtl_kernels._graph_node import graph_node
 
-        return graph_node(present, tuple(config), *operands)
-    tsr, csa, *_ = Losses.apply(False, config, present, *operands)
+        return graph_node(present, positions, tuple(config), *operands)
+    tsr, csa, *_ = Losses.apply(False, config, present, positions, *operands)
     return tsr, csa
 
 
 def forward(
-    config: Config, operands: Sequence[Tensor], present: Tensor | None
+    config: Config,
+    operands: Sequence[Tensor],
+    present: Tensor | None,
+    positions: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """``(tsr, csa, *saved)``."""
     stages = backends.load(config.backend)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
+    mask = canonical_mask(positions)
     with without_autocast(operands[0].device):
         operators = _in_one_call(stages, config, saliencies)
         if operators is not None and not config.group:  # between the stages of a group ranks talk
-            return tuple(_run_in_one_call(operators, config, saliencies, present))
-        tsr, csa, saved = _run_stages(stages, config, operands, saliencies, present)
+            return tuple(_run_in_one_call(operators, config, saliencies, present, mask))
+        tsr, csa, saved = _run_stages(stages, config, operands, saliencies, present, mask)
     return tsr, csa, *(value.contiguous() for value in saved)
 
 
@@ -133,11 +141,16 @@ def _in_one_call(
 
 
 def _run_in_one_call(
-    operators: ModuleType, config: Config, saliencies: list[Tensor], present: Tensor | None
+    operators: ModuleType,
+    config: Config,
+    saliencies: list[Tensor],
+    present: Tensor | None,
+    mask: Tensor | None,
 ) -> list[Tensor]:
     return operators.losses(
         saliencies,
         None if present is None else present.contiguous(),
+        mask,
         config.tsr,
         config.csa,
         config.over == "tasks",
@@ -156,14 +169,15 @@ def _run_stages(
     operands: Sequence[Tensor],
     saliencies: list[Tensor],
     present: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Saved]:
-    peers = _meet(config, saliencies) if config.csa and config.group else None
-    statistics = stages.statistics(saliencies, positions=config.tsr, channels=config.csa)
+    peers = _meet(config, saliencies, mask) if config.csa and config.group else None
+    statistics = stages.statistics(saliencies, positions=config.tsr, channels=config.csa, mask=mask)
     # One tensor each: operators may not return the same tensor twice.
     tsr, csa, *empty = (operands[0].new_empty(0) for _ in range(2 + len(Saved._fields)))
     saved = Saved(*empty)
     if config.tsr:
-        entropy = _entropy(stages, config, statistics.positions)
+        entropy = _entropy(stages, config, statistics.positions, mask)
         tsr = entropy.value
         if config.with_grad:
             saved = saved._replace(position_grad=entropy.grad)
@@ -177,6 +191,7 @@ def _run_stages(
             anchors.unit,
             eps=config.eps,
             with_grad=config.with_grad and not config.recompute,
+            mask=mask,
         )
         everyone = None
         if peers is not None:
@@ -206,11 +221,11 @@ def _run_stages(
             if not config.recompute:
                 saved = saved._replace(projection=gram.projection, matrix=gram.matrix)
     if peers is not None:
-        tsr, csa, saved = _shared(tsr, csa, saved, peers)
+        tsr, csa, saved = _shared(tsr, csa, saved, peers, _tsr_share(config, peers, mask))
     return tsr, csa, saved
 
 
-def _meet(config: Config, saliencies: Sequence[Tensor]) -> Peers:
+def _meet(config: Config, saliencies: Sequence[Tensor], mask: Tensor | None) -> Peers:
     batch, channels = saliencies[0].shape[:2]
     facts = Facts(
         batch=batch,
@@ -218,6 +233,7 @@ def _meet(config: Config, saliencies: Sequence[Tensor]) -> Peers:
         channels=channels,
         dtype=DTYPES.index(saliencies[0].dtype),
         with_grad=config.with_grad,
+        positions=mask is not None,
         temperature=config.csa_temperature,
         eps=config.eps,
         tsr=config.tsr,
@@ -231,19 +247,33 @@ def _meet(config: Config, saliencies: Sequence[Tensor]) -> Peers:
     return _distributed.meet(config.group, facts, saliencies)
 
 
-def _shared(tsr: Tensor, csa: Tensor, saved: Saved, peers: Peers) -> tuple[Tensor, Tensor, Saved]:
+def _tsr_share(config: Config, peers: Peers, mask: Tensor | None) -> float | Tensor:
+    """:attr:`Peers.share` of what TSR is a mean over: over tasks, of the positions."""
+    if not config.tsr or mask is None or config.over == "space":
+        return peers.share
+    count = mask.sum()
+    return len(peers.sizes) * count / _distributed.summed(count, config.group).clamp_min(1)
+
+
+def _shared(
+    tsr: Tensor, csa: Tensor, saved: Saved, peers: Peers, tsr_share: float | Tensor
+) -> tuple[Tensor, Tensor, Saved]:
     """This rank's part: the plain average of the ranks' parts is the mean over all samples."""
     parts = saved._replace(
-        position_grad=saved.position_grad * peers.share,
+        position_grad=saved.position_grad * tsr_share,
         weight=saved.weight * peers.share,
         # That of the mean over all samples: this rank's anchors are in every rank's loss.
         contrast_grad=saved.contrast_grad * len(peers.sizes),
     )
-    return tsr * peers.share, csa * peers.share, parts
+    return tsr * tsr_share, csa * peers.share, parts
 
 
-def _entropy(stages: ModuleType, config: Config, x: Tensor) -> Entropy:
-    """TSR of ``x`` (T, B, N) and its gradient; with a floor, of ``|x| + floor * mean |x|``."""
+def _entropy(stages: ModuleType, config: Config, x: Tensor, mask: Tensor | None) -> Entropy:
+    """TSR of ``x`` (T, B, N) and its gradient; with a floor, of ``|x| + floor * mean |x|``.
+
+    With a mask, ``x`` is 0 at the positions that are not there, and the gradient there is not that
+    of TSR: ``backward`` leaves it out.
+    """
     options = {
         "over": config.over,
         "normalizer": config.normalizer,
@@ -253,12 +283,43 @@ def _entropy(stages: ModuleType, config: Config, x: Tensor) -> Entropy:
     }
     floor = config.tsr_floor
     if not floor:
-        return stages.entropy(x, **options)
-    magnitude = x.abs()
-    value, grad = stages.entropy(magnitude + floor * magnitude.mean(), **options)
-    if grad is not None:
-        grad = (grad + floor * grad.mean()) * x.sign()
-    return Entropy(value, grad)
+        found = stages.entropy(_without_others(config, x, mask), **options)
+    else:
+        magnitude = x.abs()
+        raised = magnitude + floor * _mean_of_positions(magnitude, mask)
+        value, grad = stages.entropy(_without_others(config, raised, mask), **options)
+        if grad is not None:
+            grad = (grad + floor * _mean_of_positions(grad, mask)) * x.sign()
+        found = Entropy(value, grad)
+    if mask is None or config.over == "space":
+        return found
+    # The stage divides by all positions.
+    factor = mask.numel() / mask.sum().clamp_min(1).to(x.dtype)
+    return Entropy(*(None if part is None else part * factor for part in found))
+
+
+def _mean_of_positions(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of ``values`` (T, B, N) over all tasks and the positions that are there."""
+    if mask is None:
+        return values.mean()
+    count = len(values) * mask.sum().clamp_min(1)
+    return values.where(mask, 0).sum() / count
+
+
+def _without_others(config: Config, x: Tensor, mask: Tensor | None) -> Tensor:
+    """``x`` (T, B, N) whose other positions have no part in a distribution over space, and are
+    distributions of entropy 0 over tasks."""
+    if mask is None:
+        return x
+    if config.normalizer == "abs":
+        return x.where(mask, 0)
+    x = x.masked_fill(~mask, -math.inf)
+    # Where nothing is there, one is all of the distribution.
+    if config.over == "tasks":
+        x[0].masked_fill_(~mask, 0)
+    else:
+        x[:, :, 0].masked_fill_(~mask.any(1), 0)
+    return x
 
 
 def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: float) -> Tensor:
@@ -275,28 +336,34 @@ def backward(
     wanted: Sequence[bool],
     grad_tsr: Tensor | None,
     grad_csa: Tensor | None,
+    positions: Tensor | None,
     operands: Sequence[Tensor],
     saved: Saved,
 ) -> list[Tensor]:
     """The gradients of the wanted operands."""
     stages = backends.load(config.backend)
     tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
+    mask = canonical_mask(positions)
     position_grad = None
     if grad_tsr is not None:
         position_grad = saved.position_grad * (grad_tsr / tasks[0].shape[1])
+        if mask is not None:  # NaN elsewhere, or an infinite gradient, must not spread to padding
+            position_grad = position_grad.masked_fill_(~mask, 0)
     if grad_csa is None:
         return expanded_grads(config, wanted, position_grad, operands)
     grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
     outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
         if (operators := _in_one_call(stages, config, tasks)) is not None:
-            _run_backward_in_one_call(operators, grad_csa, position_grad, tasks, outputs, saved)
+            _run_backward_in_one_call(
+                operators, grad_csa, position_grad, mask, tasks, outputs, saved
+            )
             return [g for g in grads if g is not None]
         csa = _csa_gradient(grad_csa, saved)
         if config.recompute:
-            _recompute(stages, config, tasks, outputs, csa, position_grad)
+            _recompute(stages, config, tasks, outputs, csa, position_grad, mask)
         else:
-            stages.saliency_grad(tasks, outputs, csa, position_grad)
+            stages.saliency_grad(tasks, outputs, csa, position_grad, mask=mask)
     return [g for g in grads if g is not None]
 
 
@@ -304,6 +371,7 @@ def _run_backward_in_one_call(
     operators: ModuleType,
     grad_csa: Tensor,
     position_grad: Tensor | None,
+    mask: Tensor | None,
     tasks: list[Tensor],
     outputs: list[Tensor | None],
     saved: Saved,
@@ -311,7 +379,7 @@ def _run_backward_in_one_call(
     numbers = [t for t, output in enumerate(outputs) if output is not None]
     some = [outputs[t] for t in numbers]
     operators.losses_backward(
-        grad_csa.resolve_neg(), position_grad, tasks, some, numbers, list(saved)
+        grad_csa.resolve_neg(), position_grad, mask, tasks, some, numbers, list(saved)
     )
 
 
@@ -322,6 +390,7 @@ def _recompute(
     outputs: list[Tensor | None],
     csa: CSAGradient,
     position_grad: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
     """``saliency_grad`` of a few samples at a time, their Gram matrices made again before it.
 
@@ -331,10 +400,11 @@ def _recompute(
     step = samples_at_a_time(tasks[0].shape, len(tasks))
     for first in range(0, len(tasks[0]), step):
         some = slice(first, first + step)
-        part = _of_samples(csa, some)
+        part = csa.of_samples(some)
         saliencies = [s[some] for s in tasks]
+        kept = None if mask is None else mask[some]
         gram = stages.gram(
-            saliencies, part.scale, part.anchors.unit, eps=config.eps, with_grad=True
+            saliencies, part.scale, part.anchors.unit, eps=config.eps, with_grad=True, mask=kept
         )
         made = part.gram._replace(projection=gram.projection, matrix=gram.matrix)
         stages.saliency_grad(
@@ -342,6 +412,7 @@ def _recompute(
             [None if output is None else output[some] for output in outputs],
             part._replace(gram=made),
             None if position_grad is None else position_grad[:, some].contiguous(),
+            mask=kept,
         )
 
 
@@ -349,24 +420,6 @@ def samples_at_a_time(shape: Sequence[int], tasks: int) -> int:
     """Whose Gram matrices the backward makes together; ``shape``: (B, C, *spatial)."""
     side = min(shape[1], math.prod(shape[2:]))
     return max(1, RECOMPUTE_BLOCK // (tasks * side * side))
-
-
-def _of_samples(csa: CSAGradient, some: slice) -> CSAGradient:
-    """What the gradient of some samples needs, contiguous as the stages take it."""
-
-    def cut(value: Tensor) -> Tensor:  # (T, B, ...)
-        return value[:, some].contiguous()
-
-    return CSAGradient(
-        scale=cut(csa.scale),
-        anchors=Anchors(cut(csa.anchors.unit), csa.anchors.factor[some], cut(csa.anchors.pull)),
-        contrast_grad=cut(csa.contrast_grad),
-        gram=Gram(*(cut(value) for value in csa.gram[:3]), None, None),
-        rank=cut(csa.rank),
-        curl=cut(csa.curl),
-        tug=csa.tug[some],
-        negatives=csa.negatives,
-    )
 
 
 def _csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
@@ -415,7 +468,8 @@ def _one_by_one(
 
 
 class Losses(torch.autograd.Function):
-    """``(traced, config, present, *operands) -> (tsr, csa, *saved)``; the losses differentiable.
+    """``(traced, config, present, positions, *operands) -> (tsr, csa, *saved)``; the losses
+    differentiable.
 
     traced: by a compiler, which is to see operators; not in every part of it does PyTorch 2.11
     know that it is compiling.
@@ -423,11 +477,15 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        traced: bool, config: Config, present: Tensor | None, *operands: Tensor
+        traced: bool,
+        config: Config,
+        present: Tensor | None,
+        positions: Tensor | None,
+        *operands: Tensor,
     ) -> tuple[Tensor, ...]:
         if traced:
-            return tuple(torch.ops.repmtl.losses(operands, present, *config))
-        return forward(config, operands, present)
+            return tuple(torch.ops.repmtl.losses(operands, present, positions, *config))
+        return forward(config, operands, present, positions)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -439,20 +497,20 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        traced, config, _, *operands = inputs
+        traced, config, _, positions, *operands = inputs
         _, _, *saved = output
         ctx.traced = traced
         ctx.config = config
         ctx.operands = len(operands)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*operands, *saved)
+        ctx.save_for_backward(positions, *operands, *saved)
 
     @staticmethod
     def backward(ctx, grad_tsr, grad_csa, *_):
-        wanted = tuple(ctx.needs_input_grad[3:])
+        wanted = tuple(ctx.needs_input_grad[4:])
         if grad_tsr is None and grad_csa is None:
-            return None, None, None, *(None for _ in wanted)
+            return None, None, None, None, *(None for _ in wanted)
         batched = torch._C._functorch.is_legacy_batchedtensor
         if any(g is not None and batched(g) for g in (grad_tsr, grad_csa)):
             raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
@@ -460,22 +518,22 @@ class Losses(torch.autograd.Function):
         traced = ctx.traced or torch.compiler.is_compiling()
         given = traced, ctx.config, wanted, ctx.operands, grad_tsr, grad_csa
         found = iter(Gradient.apply(*given, *saved))
-        return None, None, None, *(next(found) if w else None for w in wanted)
+        return None, None, None, None, *(next(found) if w else None for w in wanted)
 
 
 class Gradient(torch.autograd.Function):
     """The backward of :class:`Losses`, a node of its own so that a second derivative is refused."""
 
     @staticmethod
-    def forward(traced, config, wanted, count, grad_tsr, grad_csa, *tensors):
+    def forward(traced, config, wanted, count, grad_tsr, grad_csa, positions, *tensors):
         operands, saved = tensors[:count], Saved(*tensors[count:])
         if traced:
             return tuple(
                 torch.ops.repmtl.losses_backward(
-                    grad_tsr, grad_csa, operands, saved, wanted, *config
+                    grad_tsr, grad_csa, positions, operands, saved, wanted, *config
                 )
             )
-        return tuple(backward(config, wanted, grad_tsr, grad_csa, operands, saved))
+        return tuple(backward(config, wanted, grad_tsr, grad_csa, positions, operands, saved))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):

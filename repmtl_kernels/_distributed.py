@@ -95,6 +95,7 @@ class Facts(NamedTuple):
     channels: int
     dtype: int  # its place in DTYPES
     with_grad: bool
+    positions: bool  # whether a mask of them is given
     temperature: float
     eps: float
     tsr: bool
@@ -136,6 +137,7 @@ _SAME = {
     "channels": "the same number of channels C",
     "dtype": "saliencies of the same dtype",
     "with_grad": "saliencies that require a gradient, or none",
+    "positions": "a mask of positions, or none,",
     "tsr": "the same loss, csa_loss or rep_mtl_loss,",
     "calls": "the same number of training calls before this one",
 }

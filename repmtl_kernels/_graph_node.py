@@ -9,8 +9,10 @@ from repmtl_kernels._autograd import Config, Losses
 
 
 @torch.compiler.allow_in_graph
-def graph_node(present: Tensor | None, config: tuple, *operands: Tensor) -> tuple[Tensor, Tensor]:
+def graph_node(
+    present: Tensor | None, positions: Tensor | None, config: tuple, *operands: Tensor
+) -> tuple[Tensor, Tensor]:
     """``Losses`` traced below the compiler's front end, which can't trace an ``autograd.Function``
     inside ``torch.func.grad``; autograd and function transforms see an ordinary one here."""
-    tsr, csa, *_ = Losses.apply(True, Config(*config), present, *operands)
+    tsr, csa, *_ = Losses.apply(True, Config(*config), present, positions, *operands)
     return tsr, csa

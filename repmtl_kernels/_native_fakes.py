@@ -10,7 +10,7 @@ from torch.library import register_fake
 from repmtl_kernels._saliency import accumulation_dtype
 
 
-def _statistics(saliencies, positions, channels):
+def _statistics(saliencies, positions, channels, mask=None):
     first = saliencies[0]
     dtype = accumulation_dtype(first.dtype)
     pair = (len(saliencies), first.shape[0])
@@ -39,7 +39,7 @@ def _nothing(*arguments):
     """Of operators that write one of their arguments."""
 
 
-def _small_gram(saliencies, scale, anchors, with_grad):
+def _small_gram(saliencies, scale, anchors, with_grad, mask=None):
     tasks, batch = scale.shape
     positions = saliencies[0].shape[2:].numel()
     last = (
@@ -51,7 +51,7 @@ def _small_gram(saliencies, scale, anchors, with_grad):
     return tuple(scale.new_empty(shape) for shape in shapes)
 
 
-def _gram(saliencies, scale, anchors, eps, with_grad):
+def _gram(saliencies, scale, anchors, eps, with_grad, mask=None):
     first = saliencies[0]
     tasks, batch = scale.shape
     side = torch.sym_min(first.shape[1], first.shape[2:].numel())
@@ -63,7 +63,7 @@ def _gram(saliencies, scale, anchors, eps, with_grad):
 
 
 def _losses(
-    saliencies, present, tsr, csa, over_tasks, softmax, tsr_temperature, tsr_floor,
+    saliencies, present, mask, tsr, csa, over_tasks, softmax, tsr_temperature, tsr_floor,
     csa_temperature, eps, with_grad,
 ):  # fmt: skip
     from repmtl_kernels._operators import empty_results

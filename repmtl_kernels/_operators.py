@@ -25,25 +25,26 @@ _CONFIG = (
 @torch.library.custom_op(
     "repmtl::losses",
     mutates_args=(),
-    schema=f"(Tensor[] operands, Tensor? present, {_CONFIG}) -> Tensor[]",
+    schema=f"(Tensor[] operands, Tensor? present, Tensor? positions, {_CONFIG}) -> Tensor[]",
 )
-def losses(operands, present, *config):
-    return list(_autograd.forward(Config(*config), operands, present))
+def losses(operands, present, positions, *config):
+    return list(_autograd.forward(Config(*config), operands, present, positions))
 
 
 @torch.library.custom_op(
     "repmtl::losses_backward",
     mutates_args=(),
-    schema="(Tensor? grad_tsr, Tensor? grad_csa, Tensor[] operands, Tensor[] saved, bool[] wanted, "
-    f"{_CONFIG}) -> Tensor[]",
+    schema="(Tensor? grad_tsr, Tensor? grad_csa, Tensor? positions, Tensor[] operands, "
+    f"Tensor[] saved, bool[] wanted, {_CONFIG}) -> Tensor[]",
 )
-def losses_backward(grad_tsr, grad_csa, operands, saved, wanted, *config):
+def losses_backward(grad_tsr, grad_csa, positions, operands, saved, wanted, *config):
     """The gradients of the wanted operands."""
-    return _autograd.backward(Config(*config), wanted, grad_tsr, grad_csa, operands, Saved(*saved))
+    given = grad_tsr, grad_csa, positions, operands, Saved(*saved)
+    return _autograd.backward(Config(*config), wanted, *given)
 
 
 @losses.register_fake
-def _(operands, present, *config):
+def _(operands, present, positions, *config):
     config = Config(*config)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     return empty_results(
@@ -89,15 +90,15 @@ def empty_results(
 
 
 def _keep(ctx, inputs, output) -> None:
-    operands, present, *config = inputs
-    Losses.setup_context(ctx, (True, Config(*config), present, *operands), output)
+    operands, present, positions, *config = inputs
+    Losses.setup_context(ctx, (True, Config(*config), present, positions, *operands), output)
 
 
 def _differentiate(ctx, grads):
     """For graphs that keep the operator whole, as ``torch.export`` makes them."""
     wanted = ctx.needs_input_grad
-    ctx.needs_input_grad = (False, False, False, *wanted[0])
-    _, _, _, *found = Losses.backward(ctx, *grads)
+    ctx.needs_input_grad = (False, False, False, False, *wanted[0])
+    _, _, _, _, *found = Losses.backward(ctx, *grads)
     ctx.needs_input_grad = wanted
     return found, *(None for _ in wanted[1:])
 
@@ -106,7 +107,7 @@ losses.register_autograd(_differentiate, setup_context=_keep)
 
 
 @losses_backward.register_fake
-def _(grad_tsr, grad_csa, operands, saved, wanted, *config):
+def _(grad_tsr, grad_csa, positions, operands, saved, wanted, *config):
     if grad_csa is None:
         position_grad = Saved(*saved).position_grad
         return _autograd.expanded_grads(Config(*config), wanted, position_grad, operands)

@@ -58,6 +58,11 @@ def _canonical(saliency: Tensor, channel_dim: int) -> Tensor:
     return view if view.ndim > 2 else view.unsqueeze(-1)
 
 
+def canonical_mask(positions: Tensor | None) -> Tensor | None:
+    """``positions`` (B, *spatial) as the stages take it: (B, N), contiguous."""
+    return None if positions is None else positions.reshape(len(positions), -1).contiguous()
+
+
 def positions_to_saliency(values: Tensor, saliency: Tensor, channel_dim: int) -> Tensor:
     """``(B, N)`` values expanded (not copied) along the channels to the shape of ``saliency``.
 

@@ -36,6 +36,7 @@ def tsr_loss(
     temperature: float = 1.0,
     floor: float = 0.0,
     eps: float = 0.0,
+    positions: Tensor | None = None,
     channel_dim: int = 1,
     backend: str = "auto",
 ) -> Tensor:
@@ -58,7 +59,9 @@ def tsr_loss(
             sequence of T tensors ``(B, C, *spatial)``, or one tensor ``(T, B, C, *spatial)``, with
             0 to 3 spatial dimensions and any strides; float64, float32, bfloat16 or float16.
         over: axis of the distribution, ``"tasks"`` or ``"space"``.
-        normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``.
+        normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``, where a
+            mean of -inf has probability 0 and adds 0 to value and gradient; NaN, +inf and a
+            distribution of nothing but -inf give NaN.
         temperature: of the softmax, above 0; not used by ``"abs"``.
         floor: of ``"abs"``, at least 0: the distribution is made from ``|x| + floor * mean |x|``,
             the mean over all tasks, samples and positions, and differentiated. The gradient is of
@@ -66,6 +69,14 @@ def tsr_loss(
             a floor, e.g. 0.1, bounds their part. 0, the default, is the paper.
         eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution
             that is zero everywhere has entropy 0 and gradient 0.
+        positions: bool ``(B, *spatial)``, True where a position is there, False where it is
+            padding, of tokens or of images of different sizes. What the saliencies hold at the
+            others is never used, NaN and inf included, and their gradient is exactly 0. Over tasks,
+            the loss is the mean over the positions that are there, sum over all samples divided by
+            their number; over space, distributions have no other positions and the loss is the mean
+            over ``B * T`` of them. ``floor`` is a share of the mean over the positions that are
+            there. A sample without any position counts as one whose saliencies are zero: entropy 0,
+            gradient 0; without any position in the batch the loss is 0. None: all are there.
         channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
             ``(B, N, D)``. Not 0, the batch.
         backend: ``"auto"``, ``"reference"``, ``"eager"``, ``"native"`` or ``"triton"``.
@@ -84,6 +95,7 @@ def tsr_loss(
         temperature=temperature,
         floor=floor,
         eps=eps,
+        positions=positions,
         channel_dim=channel_dim,
     )
     name = backends.resolve(backend, operands[0])
@@ -95,6 +107,7 @@ def tsr_loss(
             temperature=temperature,
             floor=floor,
             eps=eps,
+            positions=positions,
             channel_dim=channel_dim,
         )
     config = Config(
@@ -113,7 +126,7 @@ def tsr_loss(
         group="",
         recompute=False,
     )
-    return evaluate(config, operands, None)[0]
+    return evaluate(config, operands, None, positions)[0]
 
 
 def csa_loss(
@@ -122,6 +135,7 @@ def csa_loss(
     temperature: float = 0.5,
     eps: float = 0.0,
     present: Tensor | None = None,
+    positions: Tensor | None = None,
     channel_dim: int = 1,
     group: Group | None = None,
     memory: str = "auto",
@@ -141,6 +155,9 @@ def csa_loss(
             whose saliency or anchor is exactly zero has similarity 0 and gradient 0.
         present: bool ``(T, B)``, which task has a label for which sample; positives are averaged
             over those. None: over all tasks.
+        positions: as for :func:`tsr_loss`. ``a_bt`` is the mean over the sample's positions that
+            are there and ``M_bt`` is made of them alone. A sample without any has similarity 0 to
+            everything, and gradient 0.
         channel_dim: as for :func:`tsr_loss`.
         group: None: negatives are the other samples of this process. ``"world"``, a
             ``ProcessGroup`` or a 1-D ``DeviceMesh``: those of all its ranks, whose batches may
@@ -171,6 +188,7 @@ def csa_loss(
             temperature=temperature,
             eps=eps,
             present=present,
+            positions=positions,
             channel_dim=channel_dim,
             group=group_name,
             memory=memory,
@@ -181,7 +199,12 @@ def csa_loss(
             reference.check_nothing_is_recomputed(memory)
     if name == "reference":
         return reference.csa_loss(
-            saliencies, temperature=temperature, eps=eps, present=present, channel_dim=channel_dim
+            saliencies,
+            temperature=temperature,
+            eps=eps,
+            present=present,
+            positions=positions,
+            channel_dim=channel_dim,
         )
     config = Config(
         backend=name,
@@ -199,7 +222,7 @@ def csa_loss(
         group=group_name,
         recompute=memory == "recompute",
     )
-    return evaluate(config, operands, present)[1]
+    return evaluate(config, operands, present, positions)[1]
 
 
 def rep_mtl_loss(
@@ -214,6 +237,7 @@ def rep_mtl_loss(
     csa_temperature: float = 0.5,
     eps: float = 0.0,
     present: Tensor | None = None,
+    positions: Tensor | None = None,
     channel_dim: int = 1,
     group: Group | None = None,
     memory: str = "auto",
@@ -231,9 +255,12 @@ def rep_mtl_loss(
         over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
         csa_temperature, present: of :func:`csa_loss`.
         group: of :func:`csa_loss`. TSR is weighted in the same way, by the rank's share of the
-            samples; the mean in ``tsr_floor`` is that of this rank's saliencies.
+            samples; with ``positions`` over tasks by its share of the positions that are there,
+            and every rank gives them or none does. The mean in ``tsr_floor`` is that of this rank's
+            saliencies.
         eps: guard of both losses; 0 is exact.
         memory: of :func:`csa_loss`. TSR keeps ``T B N`` numbers either way.
+        positions: of both losses, see :func:`tsr_loss` and :func:`csa_loss`.
         channel_dim, backend: as for :func:`tsr_loss`.
 
     Returns:
@@ -259,6 +286,7 @@ def rep_mtl_loss(
             temperature=csa_temperature,
             eps=eps,
             present=present,
+            positions=positions,
             channel_dim=channel_dim,
             group=group_name,
             memory=memory,
@@ -276,6 +304,7 @@ def rep_mtl_loss(
             temperature=tsr_temperature,
             floor=tsr_floor,
             eps=eps,
+            positions=positions,
             channel_dim=channel_dim,
         )
         csa = reference.csa_loss(
@@ -283,6 +312,7 @@ def rep_mtl_loss(
             temperature=csa_temperature,
             eps=eps,
             present=present,
+            positions=positions,
             channel_dim=channel_dim,
         )
     else:
@@ -305,7 +335,7 @@ def rep_mtl_loss(
             lambda_tsr=float(lambda_tsr) if group_name else 0.0,
             lambda_csa=float(lambda_csa) if group_name else 0.0,
         )
-        tsr, csa = evaluate(config, operands, present)
+        tsr, csa = evaluate(config, operands, present, positions)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)
 
 

@@ -73,8 +73,10 @@ class TSRLoss(_Loss):
             backend=backend,
         )
 
-    def forward(self, saliencies: Tensor | Sequence[Tensor]) -> Tensor:
-        return tsr_loss(saliencies, **self.options())
+    def forward(
+        self, saliencies: Tensor | Sequence[Tensor], positions: Tensor | None = None
+    ) -> Tensor:
+        return tsr_loss(saliencies, positions=positions, **self.options())
 
 
 class CSALoss(_Loss):
@@ -101,9 +103,12 @@ class CSALoss(_Loss):
         )
 
     def forward(
-        self, saliencies: Tensor | Sequence[Tensor], present: Tensor | None = None
+        self,
+        saliencies: Tensor | Sequence[Tensor],
+        present: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        return csa_loss(saliencies, present=present, **self.options())
+        return csa_loss(saliencies, present=present, positions=positions, **self.options())
 
 
 class RepMTLLoss(_Loss):
@@ -154,6 +159,9 @@ class RepMTLLoss(_Loss):
         )
 
     def forward(
-        self, saliencies: Tensor | Sequence[Tensor], present: Tensor | None = None
+        self,
+        saliencies: Tensor | Sequence[Tensor],
+        present: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> RepMTLLosses:
-        return rep_mtl_loss(saliencies, present=present, **self.options())
+        return rep_mtl_loss(saliencies, present=present, positions=positions, **self.options())

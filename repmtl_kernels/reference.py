@@ -8,6 +8,7 @@ scale-safe: saliencies below about 1e-9 in float32 underflow here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,12 @@ from torch import Tensor
 
 from repmtl_kernels._arguments import csa_arguments, tsr_arguments
 from repmtl_kernels._distributed import Group, name_of
-from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks, without_autocast
+from repmtl_kernels._saliency import (
+    accumulation_dtype,
+    canonical_mask,
+    canonical_tasks,
+    without_autocast,
+)
 
 
 def tsr_loss(
@@ -26,6 +32,7 @@ def tsr_loss(
     temperature: float = 1.0,
     floor: float = 0.0,
     eps: float = 0.0,
+    positions: Tensor | None = None,
     channel_dim: int = 1,
 ) -> Tensor:
     """Task-specific saliency regulation, eq. 4 to 6, as :func:`repmtl_kernels.tsr_loss`."""
@@ -36,33 +43,61 @@ def tsr_loss(
         temperature=temperature,
         floor=floor,
         eps=eps,
+        positions=positions,
         channel_dim=channel_dim,
     )
-    tasks = canonical_tasks(operands, stacked, channel_dim)
+    tasks, mask = _with_zeros(canonical_tasks(operands, stacked, channel_dim), positions)
     with without_autocast(operands[0].device):
-        return _entropy(tasks, over, normalizer, temperature, floor, eps)
+        return _entropy(tasks, mask, over, normalizer, temperature, floor, eps)
+
+
+def _with_zeros(
+    tasks: list[Tensor], positions: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """The saliencies (B, C, N), zero where no position is, and a mask (B, N) of those there."""
+    tasks = [task.flatten(2) for task in tasks]
+    mask = canonical_mask(positions)
+    if mask is not None:
+        tasks = [task.where(mask[:, None], 0) for task in tasks]
+    return tasks, mask
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over the last dimensions, of size (B, N), and over those before."""
+    if mask is None:
+        return values.mean()
+    count = mask.expand(values.shape).sum().clamp_min(1)
+    total = values.where(mask, 0).sum(dtype=accumulation_dtype(values.dtype))
+    return total / count
 
 
 def _entropy(
     tasks: list[Tensor],
+    mask: Tensor | None,
     over: str,
     normalizer: str,
     temperature: float,
     floor: float,
     eps: float,
 ) -> Tensor:
-    x = torch.stack([s.mean(dim=1).flatten(1) for s in tasks])  # (T, B, N), eq. 4
+    x = torch.stack([s.mean(dim=1) for s in tasks])  # (T, B, N), eq. 4
     dim = 0 if over == "tasks" else 2
     if normalizer == "abs":
         magnitude = x.abs()
         if floor:
-            magnitude = magnitude + floor * magnitude.mean()
+            magnitude = magnitude + floor * _mean(magnitude, mask)
+            if mask is not None:
+                magnitude = magnitude.where(mask, 0)
         total = magnitude.sum(dim, keepdim=True) + eps
         p = magnitude / total.where(total != 0, 1)  # eq. 5
-    else:
+    elif over == "tasks" or mask is None:
         p = torch.softmax(x / temperature, dim)
+    else:
+        there = mask | ~mask.any(1, keepdim=True)  # a distribution of nothing is NaN
+        p = torch.softmax(x.where(there, -math.inf) / temperature, dim).where(mask, 0)
     entropy = -(p * p.where(p != 0, 1).log()).sum(dim)
-    return entropy.mean().to(accumulation_dtype(x.dtype))  # eq. 6
+    entropy = _mean(entropy, mask if over == "tasks" else None)
+    return entropy.to(accumulation_dtype(x.dtype))  # eq. 6
 
 
 def csa_loss(
@@ -71,6 +106,7 @@ def csa_loss(
     temperature: float = 0.5,
     eps: float = 0.0,
     present: Tensor | None = None,
+    positions: Tensor | None = None,
     channel_dim: int = 1,
     group: Group | None = None,
     memory: str = "auto",
@@ -86,14 +122,15 @@ def csa_loss(
         temperature=temperature,
         eps=eps,
         present=present,
+        positions=positions,
         channel_dim=channel_dim,
         group="",
         memory=memory,
     )
     check_nothing_is_recomputed(memory)
-    tasks = canonical_tasks(operands, stacked, channel_dim)
+    tasks, mask = _with_zeros(canonical_tasks(operands, stacked, channel_dim), positions)
     with without_autocast(operands[0].device):
-        return _contrastive(tasks, temperature, eps, present)
+        return _contrastive(tasks, mask, temperature, eps, present)
 
 
 def check_group_of_one(name: str) -> None:
@@ -113,11 +150,15 @@ def check_nothing_is_recomputed(memory: str) -> None:
 
 
 def _contrastive(
-    tasks: list[Tensor], temperature: float, eps: float, present: Tensor | None
+    tasks: list[Tensor], mask: Tensor | None, temperature: float, eps: float, present: Tensor | None
 ) -> Tensor:
-    s = torch.stack([task.flatten(2) for task in tasks])  # (T, B, C, N)
+    s = torch.stack(tasks)  # (T, B, C, N)
     affinity = _normalized(s @ s.mT, eps)  # (T, B, C, C), eq. 7
-    a = s.mean(dim=3).permute(1, 2, 0)  # (B, C, T)
+    a = s.mean(dim=3)
+    if mask is not None:
+        count = mask.sum(1, keepdim=True).clamp_min(1)
+        a = (s.sum(dim=3, dtype=accumulation_dtype(s.dtype)) / count).to(s.dtype)
+    a = a.permute(1, 2, 0)  # (B, C, T)
     anchor = _normalized(a @ a.mT, eps)  # (B, C, C), eq. 8
     positive = (anchor * affinity).sum((2, 3))  # (T, B)
     negative = anchor.flatten(1) @ anchor.flatten(1).T  # (B, B)

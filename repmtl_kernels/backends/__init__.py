@@ -7,25 +7,44 @@ the number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N
 is ``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled operands:
 ``S^ = scale * S``. No stage writes its arguments.
 
-``statistics(saliencies, *, positions, channels) -> Statistics``
+``statistics(saliencies, *, positions, channels, mask=None) -> Statistics``
     One read of the saliencies.
 ``entropy(x, *, over, normalizer, temperature, eps, with_grad) -> Entropy``
-    TSR of the position means (eq. 5 and 6) and its gradient.
+    TSR of the position means (eq. 5 and 6) and its gradient. ``"softmax"`` takes -inf: a
+    probability of 0 adds 0 to value and gradient, as in the reference. NaN and +inf give NaN, and
+    so does a distribution that is -inf everywhere.
 ``anchors(a, *, eps, with_grad) -> Anchors``
     Unit anchors (eq. 8).
-``gram(saliencies, scale, anchors, *, eps, with_grad) -> Gram``
+``gram(saliencies, scale, anchors, *, eps, with_grad, mask=None) -> Gram``
     Similarity of each task's affinity (eq. 7) with its anchor, without a ``C x C`` matrix unless
     that is the smaller one.
 ``contrast(anchors, *, temperature, with_grad, everyone=None) -> Contrast``
     The negatives' half of CSA (eq. 9): these samples against those of ``everyone``, with memory
     linear in their number. None: against each other.
-``saliency_grad(saliencies, outputs, csa, position_grad)``
+``saliency_grad(saliencies, outputs, csa, position_grad, mask=None)``
     Writes the gradient of each task into ``outputs`` (views like the saliencies, or None where no
     gradient is wanted).
 
+``mask`` (B, N), bool and contiguous, is True where a position is there; None: all are. What the
+saliencies hold elsewhere is never used, NaN and inf included: it is replaced by 0, not multiplied
+with 0. The stages do the following with it, without a copy of the saliencies; a sample may have no
+position.
+
+- ``statistics``: ``x`` is exactly 0 at the other positions, ``a`` is the sum over a sample's
+  positions divided by their number (0 where there is none), ``scale`` is that of the largest
+  magnitude at them (1 where there is none).
+- ``gram``: the affinities are those of the positions that are there; on the N side, rows and
+  columns of the matrix and columns of the projection are 0 at the others.
+- ``saliency_grad``: the gradient is exactly 0 at the other positions, and ``da`` is divided by the
+  sample's number of positions instead of ``N``. ``position_grad`` is 0 at the others already.
+
+``entropy`` has no mask: its caller prepares ``x``.
+
 A module may also have ``in_one_call(saliency)``: a namespace of operators ``losses`` and
 ``losses_backward`` that do all stages of such saliencies in one call each, or None. Their schemas
-are in ``csrc/cuda/operators.cpp``.
+are in ``csrc/cuda/operators.cpp``: ``losses(saliencies, present, mask, ...)`` and
+``losses_backward(grad_csa, position_grad, mask, ...)``. The first also does what
+``_autograd._entropy`` does around the entropy stage.
 
 With ``eps`` the norms are ``max(norm, eps)``; without, a zero norm gives similarity and gradient 0.
 """
@@ -95,7 +114,8 @@ class Gram(NamedTuple):
 class CSAGradient(NamedTuple):
     """What ``saliency_grad`` needs of CSA: with ``u`` the unit anchors and per (task, sample)
 
-    ``dS^ = rank sum_u u_u (u_u^T S^) + curl S^ (S^^T S^)``, times ``scale``, plus ``da 1^T / N``,
+    ``dS^ = rank sum_u u_u (u_u^T S^) + curl S^ (S^^T S^)``, times ``scale``, plus ``da 1^T / N``
+    (with a mask, over the sample's number of positions),
     ``da_u = negatives * contrast_grad_u + factor (sum_t rank_t S^_t S^_t^T u_u - tug pull_u)``.
     """
 
@@ -107,6 +127,24 @@ class CSAGradient(NamedTuple):
     curl: Tensor  # (T, B): rank * slope
     tug: Tensor  # (B,): sum_t 2 (dL/ds) s
     negatives: Tensor  # (): dL / d mean_b logsumexp
+
+    def of_samples(self, some: slice) -> CSAGradient:
+        """What the gradient of some samples needs, contiguous as the stages take it."""
+
+        def cut(value: Tensor | None) -> Tensor | None:  # (T, B, ...)
+            return None if value is None else value[:, some].contiguous()
+
+        unit, factor, pull = self.anchors
+        return CSAGradient(
+            scale=cut(self.scale),
+            anchors=Anchors(cut(unit), factor[some], cut(pull)),
+            contrast_grad=cut(self.contrast_grad),
+            gram=Gram(*map(cut, self.gram)),
+            rank=cut(self.rank),
+            curl=cut(self.curl),
+            tug=self.tug[some],
+            negatives=self.negatives,
+        )
 
 
 KNOWN = ("reference", "eager", "native", "triton")

@@ -24,21 +24,61 @@ from repmtl_kernels.backends import (
 GRAM_BLOCK = 128
 # Elements of one block of anchor products: bounds the memory of the contrast stage.
 CONTRAST_BLOCK = 1 << 22
+# Elements of one task's saliency that are copied at a time, with 0 where no position is, unless
+# those of one sample are more.
+MASKED_BLOCK = 1 << 22
 # Products of operands with max in [2^-30, 2^30] neither overflow nor underflow in float32.
 SAFE_EXPONENT = 30
 
 
-def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> Statistics:
+def statistics(
+    saliencies: list[Tensor], *, positions: bool, channels: bool, mask: Tensor | None = None
+) -> Statistics:
     dtype = accumulation_dtype(saliencies[0].dtype)
     flat = [s.flatten(2) for s in saliencies]
     x = a = scale = None
     if positions:
         x = torch.stack([s.sum(1, dtype=dtype) for s in flat]).div_(flat[0].shape[1])
+        if mask is not None:
+            x.masked_fill_(~mask, 0)
     if channels:
-        a = torch.stack([s.sum(2, dtype=dtype) for s in flat]).div_(flat[0].shape[2])
-        largest = [torch.maximum(s.amax((1, 2)), -s.amin((1, 2))) for s in flat]
+        sums, largest = zip(*(_over_positions(s, mask, dtype) for s in flat), strict=True)
+        a = torch.stack(sums).div_(_number_of_positions(flat[0], mask))
         scale = _power_of_two(torch.stack(largest).to(dtype))
     return Statistics(x, a, scale)
+
+
+def _over_positions(
+    saliency: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Sums (B, C) and largest magnitudes (B,) of (B, C, N)."""
+    if mask is None:
+        largest = torch.maximum(saliency.amax((1, 2)), -saliency.amin((1, 2)))
+        return saliency.sum(2, dtype=dtype), largest
+    parts = (
+        _over_positions(_masked(saliency[some], mask[some]), None, dtype)
+        for some in _some_samples(saliency)
+    )
+    sums, largest = zip(*parts, strict=True)
+    return torch.cat(sums), torch.cat(largest)
+
+
+def _masked(saliency: Tensor, mask: Tensor) -> Tensor:
+    """(B, C, N) with 0 where no position is, whatever is there."""
+    return saliency.where(mask[:, None], 0)
+
+
+def _some_samples(saliency: Tensor) -> list[slice]:
+    """The samples that are masked together."""
+    step = max(1, MASKED_BLOCK // saliency[0].numel())
+    return [slice(first, first + step) for first in range(0, len(saliency), step)]
+
+
+def _number_of_positions(saliency: Tensor, mask: Tensor | None) -> int | Tensor:
+    """That of each sample, (B, 1), at least 1; without a mask, ``N``."""
+    if mask is None:
+        return saliency.shape[2:].numel()
+    return mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def _power_of_two(largest: Tensor) -> Tensor:
@@ -69,7 +109,8 @@ def entropy(
         log_p = p.log().where(p >= torch.finfo(p.dtype).tiny, log_p)
     else:
         p = torch.softmax(x / temperature, dim)
-        log_p = torch.log_softmax(x / temperature, dim)
+        # A probability of 0 adds 0, though its logarithm may be -inf.
+        log_p = torch.log_softmax(x / temperature, dim).where(p != 0, 0)
     h = -(p * log_p).sum(dim, keepdim=True)
     grad = None
     if with_grad:
@@ -150,9 +191,28 @@ def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, T
 
 
 def gram(
-    saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
+    saliencies: list[Tensor],
+    scale: Tensor,
+    anchors: Tensor,
+    *,
+    eps: float,
+    with_grad: bool,
+    mask: Tensor | None = None,
 ) -> Gram:
     first = saliencies[0]
+    if mask is not None and len(parts := _some_samples(first)) > 1:
+        whole: Gram | None = None
+        for some in parts:
+            given = [s[some] for s in saliencies], scale[:, some], anchors[:, some]
+            part = gram(*given, eps=eps, with_grad=with_grad, mask=mask[some])
+            if whole is None:
+                whole = Gram(
+                    *(v if v is None else v.new_empty(*scale.shape, *v.shape[2:]) for v in part)
+                )
+            for of_all, value in zip(whole, part, strict=True):
+                if value is not None:
+                    of_all[:, some] = value
+        return whole
     n_side = _is_n_side(first)
     side = min(first.shape[1], first.shape[2:].numel())
     stored = first.new_empty(*scale.shape, side, side) if with_grad else None
@@ -163,7 +223,7 @@ def gram(
     norms, positives, projections = [], [], []
     prescale = _needs_prescale(first, scale)
     for t, s in enumerate(saliencies):
-        x, rest = _operand(s, scale[t], prescale)  # (B, C, N)
+        x, rest = _operand(s, scale[t], prescale, mask)  # (B, C, N)
         u = anchors.transpose(0, 1)  # (B, T, C)
         matrix = stored[t] if in_place else scratch
         norms.append(_half_gram(x.mT if n_side else x, rest.square(), matrix))
@@ -218,12 +278,17 @@ def _needs_prescale(saliency: Tensor, scale: Tensor) -> bool:
     return not bool(((scale <= bound) & (scale >= 1 / bound)).all())
 
 
-def _operand(saliency: Tensor, scale: Tensor, prescale: bool) -> tuple[Tensor, Tensor]:
+def _operand(
+    saliency: Tensor, scale: Tensor, prescale: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """``x`` (B, C, N) and ``rest`` (B,), ``x * rest = S^``, in the dtype of ``scale``.
 
     PyTorch's 16-bit matrix products round their results.
     """
-    x = saliency.flatten(2).to(scale.dtype)
+    x = saliency.flatten(2)
+    if mask is not None:
+        x = _masked(x, mask)
+    x = x.to(scale.dtype)
     if not prescale:
         return x, scale
     return x * scale[:, None, None], torch.ones_like(scale)
@@ -255,39 +320,59 @@ def _square_norm(x: Tensor) -> Tensor:
 
 
 class GradientTerms(NamedTuple):
-    """One task's gradient (B, C, N): ``a @ b + da 1^T + sum_k left_k right_k^T``, without TSR's."""
+    """One task's gradient (B, C, N): ``a @ b + da 1^T + 1 dx^T + sum_k left_k right_k^T``."""
 
-    task: int
     output: Tensor  # (B, C, *spatial), where it goes
     a: Tensor  # (B, C, R)
     b: Tensor  # (B, R, N)
     da: Tensor  # (B, C)
+    dx: Tensor | None  # (B, N): TSR's
     left: Tensor  # (K, B, C)
     right: Tensor  # (B, K, N)
 
 
 def gradient_terms(
-    saliencies: list[Tensor], outputs: list[Tensor | None], csa: CSAGradient
+    saliencies: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+    mask: Tensor | None,
 ) -> Iterator[GradientTerms]:
-    """Of each task whose gradient is wanted."""
+    """Of each task whose gradient is wanted; with a mask, of a few samples at a time.
+
+    The caller has written the output of one before it asks for the next.
+    """
+    if mask is not None and len(parts := _some_samples(saliencies[0])) > 1:
+        for some in parts:
+            yield from gradient_terms(
+                [s[some] for s in saliencies],
+                [None if output is None else output[some] for output in outputs],
+                csa.of_samples(some),
+                None if position_grad is None else position_grad[:, some],
+                mask[some],
+            )
+        return
     prescale = _needs_prescale(saliencies[0], csa.scale)
     anchors = csa.anchors.unit  # (T, B, C)
-    anchor_grad = _anchor_grad(saliencies, csa, prescale)
+    anchor_grad = _anchor_grad(saliencies, csa, prescale, mask)
     for t, (s, output) in enumerate(zip(saliencies, outputs, strict=True)):
         if output is None:
             continue
-        x, rest = _operand(s, csa.scale[t], prescale)
+        x, rest = _operand(s, csa.scale[t], prescale, mask)
         rank = csa.rank[t] * csa.scale[t]
         curl = csa.curl[t] * csa.scale[t] * rest / _storage_factor(s)
         matrix = csa.gram.matrix[t] * curl[:, None, None]
+        dx = None if position_grad is None else position_grad[t]
         if _is_n_side(s):
             right = csa.gram.projection[t] * rank[:, None, None]
-            yield GradientTerms(t, output, x, matrix, anchor_grad[t], anchors, right)
+            yield GradientTerms(output, x, matrix, anchor_grad[t], dx, anchors, right)
         else:
             weighted = anchors.permute(1, 2, 0) * (rank * rest)[:, None, None]
             matrix.baddbmm_(weighted, anchors.transpose(0, 1))
             right = x.new_empty(len(x), 0, x.shape[2])
-            yield GradientTerms(t, output, matrix, x, anchor_grad[t], anchors[:0], right)
+            yield GradientTerms(output, matrix, x, anchor_grad[t], dx, anchors[:0], right)
+        if mask is not None:
+            output.masked_fill_(~mask.view(len(mask), 1, *output.shape[2:]), 0)
 
 
 def saliency_grad(
@@ -295,30 +380,34 @@ def saliency_grad(
     outputs: list[Tensor | None],
     csa: CSAGradient,
     position_grad: Tensor | None,
+    mask: Tensor | None = None,
 ) -> None:
-    for term in gradient_terms(saliencies, outputs, csa):
+    for term in gradient_terms(saliencies, outputs, csa, position_grad, mask):
         # All but the product with the Gram matrix is a sum of few outer products (C) x (N).
         ones = term.da.new_ones(len(term.da), 1, 1)
         left = [term.da[:, :, None], term.left.permute(1, 2, 0)]
         right = [ones.expand(-1, 1, term.b.shape[2]), term.right]
-        if position_grad is not None:
+        if term.dx is not None:
             left.append(ones.expand(-1, term.a.shape[1], 1))
-            right.append(position_grad[term.task][:, None])
+            right.append(term.dx[:, None])
         outer = torch.cat(left, 2), torch.cat(right, 1)
         _write_sum(term.output, outer, (term.a, term.b))
 
 
-def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, prescale: bool) -> Tensor:
+def _anchor_grad(
+    saliencies: list[Tensor], csa: CSAGradient, prescale: bool, mask: Tensor | None
+) -> Tensor:
     """``da / N`` (T, B, C)."""
     positive = torch.zeros_like(csa.anchors.unit)  # sum_t rank_t S^_t S^_t^T u
     for t, s in enumerate(saliencies):
         v = csa.gram.projection[t] * csa.rank[t][:, None, None]  # (B, T, R)
         if _is_n_side(s):
-            x, rest = _operand(s, csa.scale[t], prescale)
+            x, rest = _operand(s, csa.scale[t], prescale, mask)
             v = (v * rest[:, None, None]) @ x.mT
         positive += v.transpose(0, 1)
     through = csa.anchors.factor[:, None] * (positive - csa.tug[:, None] * csa.anchors.pull)
-    return (csa.negatives * csa.contrast_grad + through) / saliencies[0].shape[2:].numel()
+    da = csa.negatives * csa.contrast_grad + through
+    return da / _number_of_positions(saliencies[0], mask)
 
 
 def rows_of(output: Tensor) -> tuple[Tensor | None, bool]:

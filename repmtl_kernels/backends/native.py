@@ -53,8 +53,10 @@ def _on_cuda(x: Tensor) -> bool:
     return _native.library_of(x) == "cuda"
 
 
-def statistics(saliencies: list[Tensor], *, positions: bool, channels: bool) -> Statistics:
-    x, a, scale = ops_of(saliencies[0]).statistics(saliencies, positions, channels)
+def statistics(
+    saliencies: list[Tensor], *, positions: bool, channels: bool, mask: Tensor | None = None
+) -> Statistics:
+    x, a, scale = ops_of(saliencies[0]).statistics(saliencies, positions, channels, mask)
     return Statistics(x if positions else None, *((a, scale) if channels else (None, None)))
 
 
@@ -132,15 +134,21 @@ def _weighted_sums(weights: Tensor, others: Tensor) -> Tensor:
 
 
 def gram(
-    saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
+    saliencies: list[Tensor],
+    scale: Tensor,
+    anchors: Tensor,
+    *,
+    eps: float,
+    with_grad: bool,
+    mask: Tensor | None = None,
 ) -> Gram:
     first, ops = saliencies[0], ops_of(saliencies[0])
     if _on_cuda(first):
-        *found, projection, matrix = ops.gram(saliencies, scale, anchors, eps, with_grad)
+        *found, projection, matrix = ops.gram(saliencies, scale, anchors, eps, with_grad, mask)
         return Gram(*found, *((projection, matrix) if with_grad else (None, None)))
     if not _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
-        return eager.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad)
-    norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad)
+        return eager.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad, mask=mask)
+    norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad, mask)
     stored = (projection, matrix) if with_grad else (None, None)
     return eager.gram_of(norm, positive, scale, eps, *stored)
 
@@ -162,6 +170,7 @@ def saliency_grad(
     outputs: list[Tensor | None],
     csa: CSAGradient,
     position_grad: Tensor | None,
+    mask: Tensor | None = None,
 ) -> None:
     first, ops = saliencies[0], ops_of(saliencies[0])
     whole = None
@@ -187,10 +196,11 @@ def saliency_grad(
             csa.tug,
             csa.negatives,
             None if position_grad is None else position_grad.contiguous(),
+            mask,
         )
         return
-    for term in eager.gradient_terms(saliencies, outputs, csa):
-        dx = None if position_grad is None else position_grad[term.task].contiguous()
+    for term in eager.gradient_terms(saliencies, outputs, csa, position_grad, mask):
+        dx = None if term.dx is None else term.dx.contiguous()
         rest = term.da.contiguous(), dx, term.left.contiguous(), term.right, term.output
         rows, transposed = eager.rows_of(term.output)
         a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
