@@ -357,9 +357,18 @@ def _gradient_kernel(
     # Unscaled saliencies: elements of the matrix and of anchors are of order 1.
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     w = tl.zeros((BLOCK_K, COLUMNS), tl.float32)  # C side: S^T u
+    # On the C side each position has columns of its own. Masked loads are of single elements: of odd
+    # rows they are anyway.
+    MASKED: tl.constexpr = valid is not None and N_SIDE
+    LEFT_OUT: tl.constexpr = R_ALIGN == 1 and x_0 is None
     for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
         q = start + tl.arange(0, DEPTH)
         inside_q = q < rows
+        wanted_q = inside_q
+        if MASKED:
+            there_q = tl.load(valid + q, mask=inside_q, other=0)
+            if LEFT_OUT:
+                wanted_q = there_q
         if x_0 is not None:
             g = load_block(matrix_blocks, sample, first_r, start, BLOCK_R, DEPTH, False)
             x_q = load_block(x_blocks, b, start, first_k, DEPTH, BLOCK_K, ROWS_LAST)
@@ -371,13 +380,12 @@ def _gradient_kernel(
             )
             x_q = tl.load(
                 x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
-                mask=inside_q[:, None] & inside_k[None, :],
+                mask=wanted_q[:, None] & inside_k[None, :],
                 other=0.0,
             )
         if TOUCH:
             x_q = touched(x_q)
-        if valid is not None and N_SIDE:  # on the C side a position has a column of its own
-            there_q = tl.load(valid + q, mask=inside_q, other=0)
+        if MASKED and not LEFT_OUT:
             x_q = zero_unless(there_q[:, None], x_q)
         acc = matmul(g, x_q, acc, PRECISION)
         if not N_SIDE:
