@@ -221,7 +221,8 @@ def _run_stages(
             if not config.recompute:
                 saved = saved._replace(projection=gram.projection, matrix=gram.matrix)
     if peers is not None:
-        tsr, csa, saved = _shared(tsr, csa, saved, peers, _tsr_share(config, peers, mask))
+        share = _tsr_share(config, peers, mask, saved.position_grad.dtype)
+        tsr, csa, saved = _shared(tsr, csa, saved, peers, share)
     return tsr, csa, saved
 
 
@@ -247,12 +248,15 @@ def _meet(config: Config, saliencies: Sequence[Tensor], mask: Tensor | None) -> 
     return _distributed.meet(config.group, facts, saliencies)
 
 
-def _tsr_share(config: Config, peers: Peers, mask: Tensor | None) -> float | Tensor:
+def _tsr_share(
+    config: Config, peers: Peers, mask: Tensor | None, dtype: torch.dtype
+) -> float | Tensor:
     """:attr:`Peers.share` of what TSR is a mean over: over tasks, of the positions."""
     if not config.tsr or mask is None or config.over == "space":
         return peers.share
     count = mask.sum()
-    return len(peers.sizes) * count / _distributed.summed(count, config.group).clamp_min(1)
+    total = _distributed.summed(count, config.group).clamp_min(1)
+    return len(peers.sizes) * count.to(dtype) / total
 
 
 def _shared(
@@ -398,6 +402,7 @@ def _recompute(
     over the tasks.
     """
     step = samples_at_a_time(tasks[0].shape, len(tasks))
+    csa = csa._replace(gram=csa.gram._replace(projection=None, matrix=None))  # empty tensors
     for first in range(0, len(tasks[0]), step):
         some = slice(first, first + step)
         part = csa.of_samples(some)

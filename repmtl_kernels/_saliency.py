@@ -60,7 +60,9 @@ def _canonical(saliency: Tensor, channel_dim: int) -> Tensor:
 
 def canonical_mask(positions: Tensor | None) -> Tensor | None:
     """``positions`` (B, *spatial) as the stages take it: (B, N), contiguous."""
-    return None if positions is None else positions.reshape(len(positions), -1).contiguous()
+    if positions is None:
+        return None
+    return positions.reshape(positions.shape[0], -1).contiguous()  # len() is a compiler's constant
 
 
 def positions_to_saliency(values: Tensor, saliency: Tensor, channel_dim: int) -> Tensor:

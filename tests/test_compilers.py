@@ -397,10 +397,10 @@ def test_operators(backend: str, name: str):
     operands = [t.detach() for t in CASE.make(dtype)]
     if config.stacked:
         operands = [torch.stack(operands)]
-    torch.library.opcheck(torch.ops.repmtl.losses.default, (operands, None, *config))
+    torch.library.opcheck(torch.ops.repmtl.losses.default, (operands, None, None, *config))
     if not config.with_grad:
         return
-    _, _, *saved = torch.ops.repmtl.losses(operands, None, *config)
+    _, _, *saved = torch.ops.repmtl.losses(operands, None, None, *config)
     assert len(saved) == len(Saved._fields)
     one = torch.ones((), dtype=dtype, device=DEVICE)
     wanted = [True] if config.stacked else [False, True]
@@ -410,7 +410,7 @@ def test_operators(backend: str, name: str):
     for grad_tsr, grad_csa in grads:
         torch.library.opcheck(
             torch.ops.repmtl.losses_backward.default,
-            (grad_tsr, grad_csa, operands, saved, wanted, *config),
+            (grad_tsr, grad_csa, None, operands, saved, wanted, *config),
         )
 
 
@@ -418,4 +418,5 @@ def test_operators(backend: str, name: str):
 def test_operator_takes_the_mask(backend: str):
     operands = [t.detach() for t in CASE.make(torch.float32)]
     present = torch.tensor([[True, False, True], [True, True, False]], device=DEVICE)
-    torch.library.opcheck(torch.ops.repmtl.losses.default, (operands, present, *_config(backend)))
+    given = operands, present, None, *_config(backend)
+    torch.library.opcheck(torch.ops.repmtl.losses.default, given)

@@ -117,6 +117,14 @@ GOOD = torch.ones(2, 3, 4)
         (lambda: ops.small_gradient([GOOD], [GOOD], [1], *[GOOD] * 11, None), "tasks: .*got 1"),
         (lambda: ops.small_gradient([GOOD], [], [0], *[GOOD] * 11, None), "of 1 tasks, got 0"),
         (lambda: ops.small_gradient([GOOD], [GOOD], [0], *[GOOD] * 11, None), "scale: "),
+        (lambda: ops.statistics([GOOD], True, True, GOOD[0] > 0), r"mask: .*shape \(2, 4\)"),
+        (lambda: ops.statistics([GOOD], True, True, GOOD[:, 0]), "mask: .*contiguous"),
+        (
+            lambda: ops.small_gram(
+                [GOOD], torch.ones(1, 2), torch.ones(1, 2, 3), True, GOOD[:, :, 0] > 0
+            ),
+            r"mask: .*shape \(2, 4\)",
+        ),
     ],
 )
 def test_operators_refuse_what_they_cannot_read(call, message):
@@ -219,6 +227,9 @@ def test_opcheck(name: str):
     tests = ("test_schema", "test_faketensor")  # autograd is that of the losses
     operator = getattr(ops, name).default
     torch.library.opcheck(operator, _arguments()[name], test_utils=tests)
+    if operator._schema.arguments[-1].name == "mask":
+        given = *_arguments()[name], torch.rand(3, 16) < 0.5
+        torch.library.opcheck(operator, given, test_utils=tests)
 
 
 def test_tsr_of_fake_tensors():
