@@ -357,8 +357,8 @@ def _gradient_kernel(
     # Unscaled saliencies: elements of the matrix and of anchors are of order 1.
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     w = tl.zeros((BLOCK_K, COLUMNS), tl.float32)  # C side: S^T u
-    # On the C side each position has columns of its own. Masked loads are of single elements: of odd
-    # rows they are anyway.
+    # On the C side each position has columns of its own. Loads that leave out positions are of
+    # single elements, which those of odd rows are anyway.
     MASKED: tl.constexpr = valid is not None and N_SIDE
     LEFT_OUT: tl.constexpr = R_ALIGN == 1 and x_0 is None
     for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
