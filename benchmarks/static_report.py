@@ -175,13 +175,19 @@ def products_of(mode: str) -> AbstractContextManager[None]:
     return triton_products_in(MODES[mode][1] or "")
 
 
-def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> list:
-    """Compiles what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code."""
+def compile_stages(
+    shape: Shape, mode: str, layout: str, capability: int, *, masked: bool = False
+) -> list:
+    """Compiles what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code.
+
+    masked: with ``positions``.
+    """
     stages = backends.load("triton")
     dtype, _ = MODES[mode]
     saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
+    mask = torch.empty(shape.batch, shape.positions, dtype=torch.bool) if masked else None
     with products_of(mode), compiled_instead_of_launched(capability) as compiled:
-        statistics = stages.statistics(saliencies, positions=True, channels=True)
+        statistics = stages.statistics(saliencies, positions=True, channels=True, mask=mask)
         for over in ("tasks", "space"):
             for normalizer in ("abs", "softmax"):
                 entropy = stages.entropy(
@@ -193,7 +199,9 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
                     with_grad=True,
                 )
         anchors = stages.anchors(statistics.channels, eps=0.0, with_grad=True)
-        gram = stages.gram(saliencies, statistics.scale, anchors.unit, eps=0.0, with_grad=True)
+        gram = stages.gram(
+            saliencies, statistics.scale, anchors.unit, eps=0.0, with_grad=True, mask=mask
+        )
         contrast = stages.contrast(anchors, temperature=0.5, with_grad=True)
         pairs = gram.similarity
         csa = CSAGradient(
@@ -207,7 +215,7 @@ def compile_stages(shape: Shape, mode: str, layout: str, capability: int) -> lis
             negatives=pairs[0, 0],
         )
         outputs = [torch.empty_like(s) for s in saliencies]
-        stages.saliency_grad(saliencies, outputs, csa, entropy.grad)
+        stages.saliency_grad(saliencies, outputs, csa, entropy.grad, mask=mask)
     return list(compiled.values())
 
 
@@ -240,7 +248,12 @@ def saliency(
     return make((shape.batch, shape.channels, shape.positions), dtype=dtype)
 
 
-KERNELS = {"losses": compile_stages, "batch_norm": compile_batch_norm}
+KERNELS = {
+    "losses": compile_stages,
+    "batch_norm": compile_batch_norm,
+    "masked": functools.partial(compile_stages, masked=True),
+}
+REPORTED = ("losses", "batch_norm")
 
 
 def main() -> None:
@@ -249,7 +262,7 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
     parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
-    parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--kernels", nargs="+", default=list(REPORTED), choices=KERNELS)
     parser.add_argument(
         "--disassemble",
         nargs="+",
@@ -266,7 +279,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.everything:
         options.capability, options.layout, options.disassemble = DATACENTER, LAYOUTS, None
-        options.mode, options.shape, options.kernels = MODES, SPECIMENS, KERNELS
+        options.mode, options.shape, options.kernels = MODES, SPECIMENS, REPORTED
     rows = []
     for capability, mode, name, layout, kernels in itertools.product(
         options.capability, options.mode, options.shape, options.layout, options.kernels

@@ -30,7 +30,8 @@ class RepMTLStep:
     applied: bool = False
     """Whether this step had the regulariser."""
     underflow: dict[Hashable, Tensor] | None = None
-    """The share of each present task's saliency, by key or index, whose elements are zero or below 2^-14, where float16 loses bits; float32. Zeros that are zero in any precision (behind a
+    """For each present task, by key or index, the share of its saliency's elements that are zero or
+    below 2^-14, where float16 loses bits; float32. Zeros that are zero in any precision (behind a
     ReLU, say) count as well. None where saliencies are neither float16 nor taken under float16
     autocast, and where the regulariser was not applied. See ``RepMTL(scaler=)``."""
     ratio: Tensor | None = None

@@ -120,6 +120,24 @@ def by_kernel(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     return found
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_with_a_mask_compile_without_spills(capability: int):
+    modes = ("bfloat16", "ieee", "tf32")
+    options = ("--mode", *modes, "--shape", *SHAPES, "--kernels", "masked")
+    rows = compiled(capability, *options, "--disassemble", *HEAVY, "_statistics_kernel")
+    assert {(row["kernel"], row["mode"], row["shape"]) for row in rows} >= set(
+        itertools.product((*HEAVY, "_statistics_kernel"), modes, SHAPES)
+    )
+    for row in rows:
+        assert not row["spill_bytes"], row
+        assert row["shared_bytes"] <= SHARED_KILOBYTES[capability] * 1024, row
+        if row["kernel"] in HEAVY:
+            names = "".join(row["matrix_instructions"])
+            assert (TENSOR_CORES[capability] in names) == (row["mode"] != "ieee"), row
+        if row["kernel"] in (*HEAVY, "_statistics_kernel") and row["shape"] != "office49":
+            assert row["global_loads"]["128"] > 0, row
+
+
 @pytest.mark.parametrize("capability", [89, 120])
 def test_kernels_fit_into_consumer_gpus(capability: int):
     """GeForce and workstation cards have less shared memory than those of data centres."""

@@ -80,7 +80,7 @@ def test_saliencies_are_read_and_written_16_bytes_at_a_time(architecture: str):
     readers = "statistics|over_rows|over_columns|scaled_copy|add_outer"
     wide = re.compile(rf"({readers})_kernelI.*Li(8|4|2)E")
     found = {k: v for k, v in instructions(architecture).items() if wide.search(k)}
-    assert len(found) == 5 * 4  # of each type
+    assert len(found) == 2 * 5 * 4  # of each type, without a mask and with one
     for kernel, code in found.items():
         assert re.search(r"\bLDG\.\S*128", code), kernel
         if "scaled_copy" in kernel or "add_outer" in kernel:
@@ -91,7 +91,7 @@ def test_saliencies_are_read_and_written_16_bytes_at_a_time(architecture: str):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_small_products_of_16_bits_use_the_matrix_units(architecture: str):
     small = {k: v for k, v in instructions(architecture).items() if "small_gra" in k}
-    assert len(small) == 16  # two kernels, four types, two sizes
+    assert len(small) == 2 * 16  # two kernels, four types, two sizes; with a mask and without
     for kernel, code in small.items():
         is_16_bit = "6__half" in kernel or "13__nv_bfloat16" in kernel
         assert bool(re.search(r"\bHMMA\.", code)) == is_16_bit, kernel

@@ -137,21 +137,29 @@ GOOD = torch.ones(2, 3, 4, device=DEVICE)
             lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
             r"factor: .*of shape \(3\)",
         ),
+        (lambda: ops.statistics([GOOD], True, True, GOOD[:, 0].contiguous()), "mask: "),
+        (lambda: ops.statistics([GOOD], True, True, GOOD[:, :2, 0] > 0), r"mask: .*\(2, 4\)"),
         (lambda: ops.gram([GOOD], GOOD[:1, :, 0], GOOD[:1], 0.0, True), r"scale: .*\(1, 2\)"),
         (
-            lambda: ops.losses([GOOD], GOOD[:1, :2, 0], *(True,) * 4, 1.0, 0.0, 0.5, 0.0, True),
+            lambda: ops.losses(
+                [GOOD], GOOD[:1, :2, 0], None, *(True,) * 4, 1.0, 0.0, 0.5, 0.0, True
+            ),
             "present: ",
         ),
         (
-            lambda: ops.losses_backward(GOOD[0, 0, 0], None, [GOOD], [GOOD[:1]], [0], [GOOD] * 12),
+            lambda: ops.losses_backward(
+                GOOD[0, 0, 0], None, None, [GOOD], [GOOD[:1]], [0], [GOOD] * 12
+            ),
             "of one shape",
         ),
         (
-            lambda: ops.losses_backward(GOOD[0, 0, 0], None, [GOOD], [GOOD], [1], [GOOD] * 12),
+            lambda: ops.losses_backward(
+                GOOD[0, 0, 0], None, None, [GOOD], [GOOD], [1], [GOOD] * 12
+            ),
             "tasks: expected numbers of saliencies, got 1",
         ),
         (
-            lambda: ops.losses_backward(GOOD[0, 0, 0], None, [GOOD], [GOOD], [0], [GOOD]),
+            lambda: ops.losses_backward(GOOD[0, 0, 0], None, None, [GOOD], [GOOD], [0], [GOOD]),
             "saved: expected 12 tensors, got 1",
         ),
     ],
@@ -170,21 +178,22 @@ def _arguments() -> dict[str, tuple]:
     pair = torch.ones(2, 3, device=DEVICE)
     projection, matrix = randn(2, 3, 2, 16), randn(2, 3, 16, 16)
     outputs = [torch.zeros_like(saliencies[0])]
+    mask = torch.rand(3, 16, device=DEVICE) < 0.5
     saved = [randn(2, 3, 16), pair, u, ones, u, u, pair, pair, pair, pair, projection, matrix]
     return {
-        "statistics": (saliencies, True, True),
+        "statistics": (saliencies, True, True, mask),
         "entropy": (randn(2, 3, 16), True, False, 1.0, 0.0, True),
         "unit_anchors": (u, 0.0, True),
         "log_sum_exp": (randn(2, 3, 2, 3), 0, 0.5),
         "weigh_dots": (randn(2, 3, 2, 3), ones, 0, 0.5),
         "through_normalisation": (u.clone(), u, ones, u),
-        "gram": (saliencies, pair, u, 0.0, True),
+        "gram": (saliencies, pair, u, 0.0, True, mask),
         "saliency_grad": (
             saliencies, outputs, [1], pair, u, ones, u, u, projection, matrix, pair, pair, ones,
-            scalar, None,
+            scalar, None, mask,
         ),
-        "losses": (saliencies, None, True, True, True, False, 1.0, 0.0, 0.5, 0.0, True),
-        "losses_backward": (scalar, randn(2, 3, 16), saliencies, outputs, [0], saved),
+        "losses": (saliencies, None, mask, True, True, True, False, 1.0, 0.0, 0.5, 0.0, True),
+        "losses_backward": (scalar, randn(2, 3, 16), mask, saliencies, outputs, [0], saved),
     }  # fmt: skip
 
 
@@ -215,6 +224,6 @@ def test_results_without_a_gradient():
     saliencies = canonical_tasks([t.detach() for t in case.make(torch.float32)], False, 1)
     with torch.no_grad():
         value = rep_mtl_loss(saliencies, backend="native").total
-    found = ops.losses(saliencies, None, True, True, True, False, 1.0, 0.0, 0.5, 0.0, False)
+    found = ops.losses(saliencies, None, None, True, True, True, False, 1.0, 0.0, 0.5, 0.0, False)
     assert all(t.numel() == 0 for t in found[2:])
     torch.testing.assert_close(value, 0.01 * found[0] + 0.01 * found[1])

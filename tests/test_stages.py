@@ -1,6 +1,7 @@
 """The stage contract: every backend's six functions against the eager ones in float64."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -192,3 +193,155 @@ def test_gram(backend: str, dtype: torch.dtype, case: Case, eps: float):
     without = stage(views, scale, unit, eps=eps, with_grad=False)
     assert without.matrix is None and without.projection is None
     torch.testing.assert_close(without.similarity, found.similarity, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", [f for f in TSR_FORMS if f["normalizer"] == "softmax"], ids=str)
+@pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
+def test_entropy_where_a_probability_is_zero(backend: str, form: dict):
+    """What is -inf has no part in a softmax, as in the reference."""
+    x = torch.randn((5, 3, 1030), device=DEVICE)
+    absent = torch.rand(x.shape, device=DEVICE) < 0.4
+    absent[1:, :, 11], absent[2, 1, :-1] = True, True  # one value is all of some distributions
+    absent[0], absent[:, :, -1] = False, False  # and none is -inf everywhere
+    x[absent] = -math.inf
+    stage = backends.load(backend).entropy
+    found = stage(x, eps=0.0, with_grad=True, **form)
+    exact = x.double().requires_grad_()
+    probability = torch.softmax(exact / form["temperature"], 0 if form["over"] == "tasks" else 2)
+    logarithm = probability.where(probability != 0, 1).log()
+    value = -(probability * logarithm).sum(0 if form["over"] == "tasks" else 2).mean()
+    (grad,) = torch.autograd.grad(value, exact)
+    torch.testing.assert_close(found.value.double(), value.detach(), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(
+        found.grad.double(), grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item()
+    )
+    assert (found.grad[absent] == 0).all()
+    for other in (math.nan, math.inf):
+        spoiled = x.clone()
+        spoiled[1, 0, 3] = other
+        found = stage(spoiled, eps=0.0, with_grad=True, **form)
+        assert found.value.isnan() and found.grad[1, 0, 3].isnan()
+
+
+# The first sample has all its positions, the last none, the others some.
+MASKED_CASES = [
+    Case(2, 4, 96, (7, 7)),
+    Case(2, 4, 64, (8, 8)),
+    Case(2, 3, 150, (10, 13), "channels_last"),  # several tiles
+    Case(3, 3, 40, (4, 5), "tokens"),
+    Case(2, 3, 70, (9, 10)),  # C side, several tiles
+    Case(2, 4, 8, (5, 6), "channels_last"),
+    Case(2, 3, 16, (4, 6), "tokens"),
+    Case(3, 3, 17, (3, 4), "mixed"),
+    Case(2, 3, 11, (2, 3, 4), "crop"),
+    Case(9, 3, 17, ()),
+]
+
+
+def _mask_of(case: Case) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand((case.batch, math.prod(case.spatial)), generator=generator) < 0.6
+    mask[0], mask[-1] = True, False
+    return mask.to(DEVICE)
+
+
+def _masked_views(case: Case, dtype: torch.dtype, mask: torch.Tensor, scale: float = 1.0):
+    """Saliencies with anything at other positions than those of the mask, and the same with 0."""
+    views = _views(case, dtype, scale)
+    shaped = mask.view(case.batch, 1, *case.spatial or (1,))
+    anything = torch.tensor([math.nan, math.inf, -math.inf, torch.finfo(dtype).max], dtype=dtype)
+    anything = anything.repeat(mask.shape[1])[: mask.shape[1]].to(DEVICE).view(shaped.shape[1:])
+    for view in views:
+        view.copy_(torch.where(shaped, view, anything))
+    exact = [torch.where(shaped, v.double(), 0) for v in views]
+    return views, exact
+
+
+def _share(mask: torch.Tensor) -> torch.Tensor:
+    """(B,): N over the number of positions of a sample, 0 where there is none."""
+    count = mask.sum(1).double()
+    return (mask.shape[1] / count).where(count != 0, 0)
+
+
+@pytest.mark.parametrize("case", MASKED_CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_statistics_of_some_positions(backend: str, dtype: torch.dtype, case: Case):
+    mask = _mask_of(case)
+    views, zeroed = _masked_views(case, dtype, mask, 1.0 if dtype == torch.float16 else 1e-12)
+    stages = backends.load(backend)
+    found = stages.statistics(views, positions=True, channels=True, mask=mask)
+    exact = backends.load("eager").statistics(zeroed, positions=True, channels=True)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    _close(found.positions, exact.positions, precise)
+    _close(found.channels, exact.channels * _share(mask)[:, None], precise)
+    assert (found.positions[:, ~mask] == 0).all() and (found.channels[:, -1] == 0).all()
+    largest = torch.stack([z.abs().flatten(1).amax(1) for z in zeroed])
+    scaled = found.scale.double() * largest
+    assert ((scaled >= 0.5) & (scaled < 2))[:, :-1].all()
+    assert (found.scale[:, -1] == 1).all()
+    for options in ({"positions": True, "channels": False}, {"positions": False, "channels": True}):
+        alone = stages.statistics(views, mask=mask, **options)
+        for one, other in zip(alone, found, strict=True):
+            assert one is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-15])
+@pytest.mark.parametrize("case", MASKED_CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_gram_and_gradient_of_some_positions(
+    backend: str, dtype: torch.dtype, case: Case, scale: float
+):
+    if dtype == torch.float16 and scale != 1.0:
+        pytest.skip("not in the range of float16")
+    mask = _mask_of(case)
+    views, zeroed = _masked_views(case, dtype, mask, scale)
+    eager = backends.load("eager")
+    statistics = eager.statistics(zeroed, positions=False, channels=True)
+    anchors = eager.anchors(statistics.channels * _share(mask)[:, None], eps=0.0, with_grad=True)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    stages = backends.load(backend)
+    given = statistics.scale.to(precise), anchors.unit.to(precise)
+    found = stages.gram(views, *given, eps=0.0, with_grad=True, mask=mask)
+    exact = eager.gram(zeroed, statistics.scale, anchors.unit, eps=0.0, with_grad=True)
+    for name in ("similarity", "inverse", "slope", "projection"):
+        f, e = getattr(found, name), getattr(exact, name)
+        _close(f, e, torch.float32 if dtype.itemsize == 2 else dtype, factor=15)
+    f, e = found.matrix.double(), exact.matrix
+    _close(f / f.norm(), e / e.norm(), dtype)
+    if mask.shape[1] <= case.channels:
+        b, n = (~mask).nonzero(as_tuple=True)
+        assert (found.matrix[:, b, n] == 0).all() and (found.matrix[:, b, :, n] == 0).all()
+        assert (found.projection[:, b, :, n] == 0).all()
+    without = stages.gram(views, *given, eps=0.0, with_grad=False, mask=mask)
+    assert without.matrix is None and without.projection is None
+    torch.testing.assert_close(without.similarity, found.similarity, rtol=1e-6, atol=0)
+
+    contrast_grad = torch.randn(anchors.unit.shape, device=DEVICE) * anchors.factor[:, None]
+    weight = torch.rand(statistics.scale.shape, device=DEVICE) + 0.1
+    position_grad = torch.randn((case.tasks, *mask.shape), device=DEVICE)
+    position_grad *= anchors.factor[:, None] * mask  # of the size of the other terms
+
+    def gradient(stages, saliencies, gram, share, dtype, **options):
+        rank = weight * gram.inverse
+        cast = [anchors.unit.to(dtype), (anchors.factor * share).to(dtype)]
+        cast.append(anchors.pull.to(dtype).contiguous())
+        csa = backends.CSAGradient(
+            scale=statistics.scale.to(dtype),
+            anchors=backends.Anchors(*cast),
+            contrast_grad=(contrast_grad * share[:, None]).to(dtype),
+            gram=gram,
+            rank=rank,
+            curl=rank * gram.slope,
+            tug=(weight * gram.similarity).sum(0),
+            negatives=torch.tensor(0.7, dtype=dtype, device=DEVICE),
+        )
+        outputs = [torch.empty_like(s) for s in saliencies]
+        stages.saliency_grad(saliencies, outputs, csa, position_grad.to(dtype), **options)
+        return torch.stack(outputs).flatten(3)
+
+    one = torch.ones_like(anchors.factor)
+    found = gradient(stages, views, found, one, precise, mask=mask)
+    exact = gradient(eager, zeroed, exact, _share(mask), torch.float64) * mask[:, None]
+    assert (found.movedim(2, 3)[:, ~mask] == 0).all()
+    for b in range(case.batch - 1):
+        _close(found[:, b], exact[:, b], dtype, factor=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -64,11 +65,11 @@ def used(monkeypatch) -> list[bool]:
 
 
 def losses_and_gradients(
-    case: Case, values: list[Tensor], tiles: dict[str, Tile], tma: bool
+    case: Case, values: list[Tensor], tiles: dict[str, Tile], tma: bool, **given
 ) -> list[Tensor]:
     tiles = {kernel: tile._replace(tma=tma) for kernel, tile in tiles.items()}
     with _tiles.trying(tiles):
-        options = {"lambda_tsr": 0.7, "lambda_csa": 0.3, "backend": "triton"}
+        options = {"lambda_tsr": 0.7, "lambda_csa": 0.3, "backend": "triton", **given}
         losses = case.run(rep_mtl_loss, values, **options)
         return [*losses, *torch.autograd.grad(losses.total, values)]
 
@@ -87,6 +88,22 @@ def test_same_as_without(used, tiles: dict[str, Tile], case: Case, dtype: torch.
     assert used and not any(used)
     used.clear()
     found = losses_and_gradients(case, values, tiles, tma=True)
+    assert used and all(used)
+    assert_same(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_mask_leaves_out_is_not_used(used, case: Case, dtype: torch.dtype):
+    """TMA copies it all the same."""
+    mask = torch.rand(2, *case.spatial, generator=torch.Generator().manual_seed(0)) < 0.6
+    mask = mask.to(DEVICE)
+    values = case.make(dtype)
+    expected = losses_and_gradients(case, values, TILES[1], tma=False, positions=mask)
+    used.clear()
+    spoiled = [v.detach().clone() for v in values]
+    spoiled = [v.masked_fill_(~mask[:, None], math.nan).requires_grad_() for v in spoiled]
+    found = losses_and_gradients(case, spoiled, TILES[1], tma=True, positions=mask)
     assert used and all(used)
     assert_same(found, expected, TOLERANCE[dtype])
 

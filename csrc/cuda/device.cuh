@@ -10,6 +10,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -146,6 +147,42 @@ Axes axes_of(const View& view, const Shape& shape) {
   axes.wide = unit && rows && whole(view.batch) && whole(axes.columns) &&
               reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
   return axes;
+}
+
+// f(std::true_type{}) with a mask, else f(std::false_type{}): loops without one are not burdened.
+template <typename F>
+void dispatch_mask(const Mask& mask, const F& f) {
+  if (mask.valid) return f(std::true_type{});
+  f(std::false_type{});
+}
+
+// Bit j: whether position j of `kVector` is there.
+template <int kVector>
+__device__ __forceinline__ unsigned there(const unsigned char* valid) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) bits |= (valid[j] ? 1u : 0u) << j;
+  return bits;
+}
+
+// The same of elements (row, column + j) of a sample, whose mask is `valid` (N).
+template <int kVector>
+__device__ __forceinline__ unsigned there(const unsigned char* valid, const Axes& axes, int64_t row,
+                                          int64_t column) {
+  return axes.rows_are_channels ? there<kVector>(valid + column) : valid[row] ? ~0u : 0u;
+}
+
+// Elements without a bit become 0, NaN included.
+template <typename S, int kVector>
+__device__ __forceinline__ void keep(Pack<S, kVector>& pack, unsigned bits) {
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    if (!(bits >> j & 1)) pack.x[j] = S{};
+  }
+}
+
+__device__ __forceinline__ int64_t positions_of(const Axes& axes) {
+  return axes.rows_are_channels ? axes.columns : axes.rows;
 }
 
 // f(first, count, tasks, axes) of each run of tasks that one launch takes.

@@ -12,7 +12,8 @@ constexpr int64_t kParts = 256;
 __device__ __forceinline__ float tiny(float) { return 1.17549435e-38f; }
 __device__ __forceinline__ double tiny(double) { return 2.2250738585072014e-308; }
 
-// Softmax or |x| / (sum |x| + eps) over values that are visited in three passes.
+// Softmax or |x| / (sum |x| + eps) over values that are visited in three passes. A probability of 0
+// adds 0 to entropy and gradient, though of -inf its logarithm is not finite.
 template <typename A>
 struct Distribution {
   A temperature, eps;
@@ -29,6 +30,12 @@ struct Distribution {
   __device__ A term(A x, A largest) const {
     return softmax ? exp(x / temperature - largest) : magnitude(x);
   }
+  // -p log p
+  __device__ A surprise(A x) const {
+    A log_p;
+    const A p = share(x, log_p);
+    return p == 0 ? A(0) : -p * log_p;
+  }
   // p and log p
   __device__ A share(A x, A& log_p) const {
     if (softmax) {
@@ -44,9 +51,23 @@ struct Distribution {
   __device__ A slope(A x, A h) const {
     A log_p;
     const A p = share(x, log_p);
-    if (softmax) return p * (-h - log_p) / temperature;
+    if (softmax) return p == 0 ? A(0) : p * (-h - log_p) / temperature;
     const A sign = x > 0 ? A(1) : x < 0 ? A(-1) : x;
     return (-h - log_p - eps / total) * sign / total;
+  }
+};
+
+// Which positions x has, and how many.
+template <typename A>
+struct Positions {
+  const unsigned char* valid;  // (B, N), or null: all are there
+  const A* counts;             // (B), with `valid`
+  int64_t batch, length;       // length: B N
+
+  __device__ bool has(int64_t i) const { return !valid || valid[i]; }
+  // To all threads, of all samples; 1 for none, since it divides a sum.
+  __device__ A count(A* shared) const {
+    return valid ? larger(sum_of(counts, batch, shared), A(1)) : static_cast<A>(length);
   }
 };
 
@@ -55,12 +76,16 @@ template <typename A>
 struct Input {
   const A* x;
   const A* parts;
-  int64_t count, size;  // parts, numbers
+  int64_t count, tasks;  // count: of parts
   A floor;
+  Positions<A> positions;
 
-  __device__ A offset(A* shared) const {
-    return parts ? floor * sum_of(parts, count, shared) / static_cast<A>(size) : A(0);
+  // floor times the mean of what `parts` are sums of
+  __device__ A share_of(const A* parts, A* shared) const {
+    const A numbers = static_cast<A>(tasks) * positions.count(shared);
+    return floor * sum_of(parts, count, shared) / numbers;
   }
+  __device__ A offset(A* shared) const { return parts ? share_of(parts, shared) : A(0); }
   __device__ A at(int64_t i, A offset) const { return parts ? magnitude(x[i]) + offset : x[i]; }
 };
 
@@ -80,15 +105,18 @@ REPMTL_KERNEL sum_kernel(
 // A thread for each position of each sample: `length` of them, T values `length` apart.
 template <typename A>
 REPMTL_KERNEL over_tasks_kernel(
-    Input<A> input, Distribution<A> distribution, int64_t tasks, int64_t length,
+    Input<A> input, Distribution<A> distribution,
     A* grad,  // (T, B, N) or null
     A* parts) {  // (blocks): sums of entropies
   __shared__ A shared[kWarps];
   const A offset = input.offset(shared);
+  const A count = input.positions.count(shared);
+  const int64_t tasks = input.tasks, length = input.positions.length;
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  const bool is_there = i < length && input.positions.has(i);
   A h = 0;
-  if (i < length) {
-    A largest = input.at(i, offset) / distribution.temperature, sum = 0, log_p;
+  if (is_there) {
+    A largest = input.at(i, offset) / distribution.temperature, sum = 0;
     for (int64_t t = 1; t < tasks; ++t) {
       largest = larger(input.at(t * length + i, offset) / distribution.temperature, largest);
     }
@@ -97,13 +125,12 @@ REPMTL_KERNEL over_tasks_kernel(
     }
     distribution.of_sum(largest, sum);
     for (int64_t t = 0; t < tasks; ++t) {
-      const A p = distribution.share(input.at(t * length + i, offset), log_p);
-      h -= p * log_p;
+      h += distribution.surprise(input.at(t * length + i, offset));
     }
-    for (int64_t t = 0; grad && t < tasks; ++t) {
-      grad[t * length + i] =
-          distribution.slope(input.at(t * length + i, offset), h) / static_cast<A>(length);
-    }
+  }
+  for (int64_t t = 0; grad && i < length && t < tasks; ++t) {
+    const int64_t at = t * length + i;
+    grad[at] = is_there ? distribution.slope(input.at(at, offset), h) / count : A(0);
   }
   h = block_sum(h, shared);
   if (threadIdx.x == 0) parts[blockIdx.x] = h;
@@ -112,58 +139,63 @@ REPMTL_KERNEL over_tasks_kernel(
 // A block for each task and sample: N adjacent values.
 template <typename A>
 REPMTL_KERNEL over_space_kernel(
-    Input<A> input, Distribution<A> distribution, int64_t positions, A* grad, A* parts) {
+    Input<A> input, Distribution<A> distribution, int64_t N, A* grad, A* parts) {
   __shared__ A shared[kWarps];
   const A offset = input.offset(shared);
-  const int64_t before = blockIdx.x * positions;
-  A largest = input.at(before, offset) / distribution.temperature, sum = 0, h = 0, log_p;
-  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+  const int64_t before = blockIdx.x * N, b = blockIdx.x % input.positions.batch;
+  const auto has = [&](int64_t n) { return input.positions.has(b * N + n); };
+  A largest = -INFINITY, sum = 0, h = 0;
+  for (int64_t n = threadIdx.x; n < N; n += kThreads) {
+    if (!has(n)) continue;
     largest = larger(input.at(before + n, offset) / distribution.temperature, largest);
   }
   largest = block_max(largest, shared);
-  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+  for (int64_t n = threadIdx.x; n < N; n += kThreads) {
+    if (!has(n)) continue;
     sum += distribution.term(input.at(before + n, offset), largest);
   }
   distribution.of_sum(largest, block_sum(sum, shared));
-  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
-    const A p = distribution.share(input.at(before + n, offset), log_p);
-    h -= p * log_p;
+  for (int64_t n = threadIdx.x; n < N; n += kThreads) {
+    if (has(n)) h += distribution.surprise(input.at(before + n, offset));
   }
   h = block_sum(h, shared);
-  for (int64_t n = threadIdx.x; grad && n < positions; n += kThreads) {
-    grad[before + n] =
-        distribution.slope(input.at(before + n, offset), h) / static_cast<A>(gridDim.x);
+  for (int64_t n = threadIdx.x; grad && n < N; n += kThreads) {
+    const A slope = has(n) ? distribution.slope(input.at(before + n, offset), h) : A(0);
+    grad[before + n] = slope / static_cast<A>(gridDim.x);
   }
   if (threadIdx.x == 0) parts[blockIdx.x] = h;
 }
 
-// value = sum of parts over count.
+// value = sum of parts, one for each block, over their number or that of the positions.
 template <typename A>
 REPMTL_KERNEL mean_kernel(
-    const A* parts, int64_t blocks, int64_t count, A* value) {
+    const A* parts, int64_t blocks, bool over_tasks, Positions<A> positions, A* value) {
   __shared__ A shared[kWarps];
   const A sum = sum_of(parts, blocks, shared);
-  if (threadIdx.x == 0) *value = sum / static_cast<A>(count);
+  const A count = over_tasks ? positions.count(shared) : static_cast<A>(blocks);
+  if (threadIdx.x == 0) *value = sum / count;
 }
 
 // The gradient at x from that at |x| + floor mean |x|, in place. parts: sums of the latter.
 template <typename A>
 REPMTL_KERNEL through_floor_kernel(
-    const A* x, int64_t size, const A* parts, int64_t count, A floor, A* grad) {
+    Input<A> input, int64_t size, const A* parts, A* grad) {
   __shared__ A shared[kWarps];
-  const A rest = floor * sum_of(parts, count, shared) / static_cast<A>(size);
+  const A rest = input.share_of(parts, shared);
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= size) return;
-  grad[i] = (grad[i] + rest) * (x[i] > 0 ? A(1) : x[i] < 0 ? A(-1) : x[i]);
+  const A x = input.x[i];
+  grad[i] = (grad[i] + rest) * (x > 0 ? A(1) : x < 0 ? A(-1) : x);
 }
 
 template <typename A>
 void run(const Context& on, int64_t tasks, int64_t batch, int64_t positions, const A* x,
-         const EntropyOptions& options, A* value, A* grad) {
+         const Mask& mask, const EntropyOptions& options, A* value, A* grad) {
   const int64_t size = tasks * batch * positions, length = batch * positions;
   const int64_t parts = std::min(kParts, ceil_div(size, kThreads));
   const A floor = static_cast<A>(options.floor);
-  Input<A> input{x, nullptr, parts, size, floor};
+  Input<A> input{x, nullptr, parts, tasks, floor,
+                 {mask.valid, static_cast<const A*>(mask.counts), batch, length}};
   if (floor != 0) {
     A* sums = scratch<A>(on, parts);
     launch(on, sum_kernel<A>, parts, x, size, true, sums);
@@ -174,28 +206,27 @@ void run(const Context& on, int64_t tasks, int64_t batch, int64_t positions, con
   const int64_t blocks = options.over_tasks ? ceil_div(length, kThreads) : tasks * batch;
   A* entropies = scratch<A>(on, blocks);
   if (options.over_tasks) {
-    launch(on, over_tasks_kernel<A>, blocks, input, distribution, tasks, length, grad, entropies);
+    launch(on, over_tasks_kernel<A>, blocks, input, distribution, grad, entropies);
   } else {
     launch(on, over_space_kernel<A>, blocks, input, distribution, positions, grad, entropies);
   }
-  const int64_t count = options.over_tasks ? length : tasks * batch;
-  launch(on, mean_kernel<A>, 1, entropies, blocks, count, value);
+  launch(on, mean_kernel<A>, 1, entropies, blocks, options.over_tasks, input.positions, value);
   if (floor != 0 && grad) {
     A* sums = scratch<A>(on, parts);
     launch(on, sum_kernel<A>, parts, grad, size, false, sums);
-    launch(on, through_floor_kernel<A>, ceil_div(size, kThreads), x, size, sums, parts, floor,
-           grad);
+    launch(on, through_floor_kernel<A>, ceil_div(size, kThreads), input, size, sums, grad);
   }
 }
 
 }  // namespace
 
 void entropy(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t positions,
-             const void* x, const EntropyOptions& options, void* value, void* grad) {
+             const void* x, const Mask& mask, const EntropyOptions& options, void* value,
+             void* grad) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
-    run(on, tasks, batch, positions, static_cast<const A*>(x), options, static_cast<A*>(value),
-        static_cast<A*>(grad));
+    run(on, tasks, batch, positions, static_cast<const A*>(x), mask, options,
+        static_cast<A*>(value), static_cast<A*>(grad));
   });
 }
 

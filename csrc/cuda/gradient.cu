@@ -45,7 +45,8 @@ struct AnchorTerms {
 // Grid: (anchor and sample, tile of channels).
 template <typename A>
 REPMTL_KERNEL anchor_gradient_kernel(
-    const __grid_constant__ AnchorTerms<A> terms, Shape shape, unsigned blocks, A* da) {
+    const __grid_constant__ AnchorTerms<A> terms, Shape shape, unsigned blocks, A* da,
+    const A* counts) {  // (B): positions of a sample; null: all are there
   const int64_t sample = blockIdx.x / blocks, v = sample / shape.batch, b = sample % shape.batch;
   const int64_t c = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (c >= shape.channels) return;
@@ -56,7 +57,8 @@ REPMTL_KERNEL anchor_gradient_kernel(
   }
   const int64_t i = sample * shape.channels + c;
   const A through = terms.factor[b] * (positive - terms.tug[b] * terms.pull[i]);
-  da[i] = (*terms.negatives * terms.grad[i] + through) / static_cast<A>(shape.positions);
+  const A count = counts ? larger(counts[b], A(1)) : static_cast<A>(shape.positions);
+  da[i] = (*terms.negatives * terms.grad[i] + through) / count;
 }
 
 constexpr int kChannels = 64;  // of a block
@@ -70,11 +72,12 @@ struct Outputs {
 };
 
 // Grid: (task and sample, chunk of channels); N <= 16 kTiles.
-template <typename S, int kTiles>
+template <typename S, int kTiles, bool kMasked>
 __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) small_gradient_kernel(
     const __grid_constant__ Outputs views, Shape shape, unsigned chunks,
     const S* matrix,  // (T, B, N, N)
-    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms) {
+    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms,
+    const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   using Operand = std::conditional_t<kIs16Bit<S>, S, A>;
   constexpr int kStride = kSide * kTiles + 8, kLeftStride = kChannels + 8;
@@ -90,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
   const S* saliency = static_cast<const S*>(from.data) + b * from.batch;
   const bool channels_lead = from.channel == 1;  // neighbouring threads read neighbouring elements
   matrix += sample * N * N;
+  if constexpr (kMasked) valid += b * N;
 
   Elements<A, kRowTiles, kTiles> g{};
   MatrixUnits<std::conditional_t<kIs16Bit<S>, S, float16>, kRowTiles, kTiles> units;
@@ -99,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
       const int c = channels_lead ? i % kChannels : i / kDepth;
       const int n = channels_lead ? i / kChannels : i % kDepth;
       A x = 0;
-      if (first + c < C && step + n < N) {
+      if (first + c < C && step + n < N && (!kMasked || valid[step + n])) {
         x = widen(saliency[(first + c) * from.channel + position_offset(from, step + n)]) * scale;
       }
       narrow(x, left[n * kLeftStride + c]);
@@ -150,12 +154,13 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
     if (n >= N) break;
     const A dx = terms.dx ? terms.dx[sample * N + n] : A(0);
     S* column = output + position_offset(to, n);
+    const bool is_there = !kMasked || valid[n];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       const int64_t c = c0 + i * kSide;
       if (c >= C) break;
       const A x = scale * (curl * g.x[i][j] + rank * outer.x[i][j]);
-      narrow(x + terms.da[sample * C + c] + dx, column[c * to.channel]);
+      narrow(is_there ? x + terms.da[sample * C + c] + dx : A(0), column[c * to.channel]);
     }
   }
 }
@@ -163,12 +168,13 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
 constexpr int kRows = 4;  // of a thread of add_outer, which share what belongs to its columns
 
 // Rows and columns are those of the output's axes. Grid: (sample, tile of rows, tile of columns).
-template <typename S, int kVector>
+template <typename S, int kVector, bool kMasked>
 REPMTL_KERNEL add_outer_kernel(
     const __grid_constant__ View to, const __grid_constant__ Axes axes, Shape shape, int64_t task,
     unsigned row_tiles, unsigned column_tiles,
     const acc_t<S>* product,  // (B, rows, columns)
-    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms) {
+    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms,
+    const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   const int64_t b = blockIdx.x / column_tiles / row_tiles;
   const int64_t row_tile = blockIdx.x / column_tiles % row_tiles;
@@ -217,6 +223,7 @@ REPMTL_KERNEL add_outer_kernel(
       const A value = scale * (curl * (scale * from[j]) + rank * x[i][j]);
       narrow(value + of_row + rest[j], pack.x[j]);
     }
+    if constexpr (kMasked) keep(pack, there<kVector>(valid + b * N, axes, row, column));
     store(pack, target + row_offset(to, axes, row));
   }
 }
@@ -235,8 +242,8 @@ void coefficients(const Context& on, Type type, int64_t tasks, int64_t batch, co
   });
 }
 
-void anchor_gradient(const Context& on, Type type, const Shape& shape, const AnchorGradient& terms,
-                     void* da) {
+void anchor_gradient(const Context& on, Type type, const Shape& shape, const Mask& mask,
+                     const AnchorGradient& terms, void* da) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     const auto cast = [](const void* x) { return static_cast<const A*>(x); };
@@ -245,13 +252,13 @@ void anchor_gradient(const Context& on, Type type, const Shape& shape, const Anc
                                cast(terms.pull)};
     const int64_t blocks = ceil_div(shape.channels, kThreads);
     launch(on, anchor_gradient_kernel<A>, shape.tasks * shape.batch * blocks, typed, shape,
-           static_cast<unsigned>(blocks), static_cast<A*>(da));
+           static_cast<unsigned>(blocks), static_cast<A*>(da), cast(mask.counts));
   });
 }
 
 void small_gradient(const Context& on, Type type, const Shape& shape, int64_t count,
                     const int64_t* tasks, const View* views, const View* outputs,
-                    const void* matrix, double multiple, const Coefficients& coefficients,
+                    const Mask& mask, const void* matrix, double multiple, const Coefficients& coefficients,
                     const Outer& outer) {
   dispatch(type, [&](auto example) {
     using S = decltype(example);
@@ -265,17 +272,21 @@ void small_gradient(const Context& on, Type type, const Shape& shape, int64_t co
         group.to[i] = outputs[first + i];
         group.task[i] = static_cast<int>(tasks[first + i]);
       }
-      launch(on,
-             shape.positions <= kSide ? small_gradient_kernel<S, 1> : small_gradient_kernel<S, 4>,
-             some * shape.batch * chunks, group, shape, static_cast<unsigned>(chunks),
-             static_cast<const S*>(matrix), static_cast<A>(multiple),
-             terms_of<A>(coefficients, outer));
+      dispatch_mask(mask, [&](auto masked) {
+        constexpr bool kMasked = decltype(masked)::value;
+        launch(on,
+               shape.positions <= kSide ? small_gradient_kernel<S, 1, kMasked>
+                                        : small_gradient_kernel<S, 4, kMasked>,
+               some * shape.batch * chunks, group, shape, static_cast<unsigned>(chunks),
+               static_cast<const S*>(matrix), static_cast<A>(multiple),
+               terms_of<A>(coefficients, outer), mask.valid);
+      });
     }
   });
 }
 
 void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, const View& output,
-               const void* product, double multiple, const Coefficients& coefficients,
+               const Mask& mask, const void* product, double multiple, const Coefficients& coefficients,
                const Outer& outer) {
   dispatch(type, [&](auto example) {
     using S = decltype(example);
@@ -284,11 +295,14 @@ void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, c
     const int64_t vector = axes.wide ? kWide<S> : 1;
     const int64_t row_tiles = ceil_div(axes.rows, kWarps * kRows);
     const int64_t column_tiles = ceil_div(axes.columns, kWarp * vector);
-    launch(on, axes.wide ? add_outer_kernel<S, kWide<S>> : add_outer_kernel<S, 1>,
-           shape.batch * row_tiles * column_tiles, output, axes, shape, task,
-           static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
-           static_cast<const A*>(product), static_cast<A>(multiple),
-           terms_of<A>(coefficients, outer));
+    dispatch_mask(mask, [&](auto masked) {
+      constexpr bool kMasked = decltype(masked)::value;
+      launch(on, axes.wide ? add_outer_kernel<S, kWide<S>, kMasked> : add_outer_kernel<S, 1, kMasked>,
+             shape.batch * row_tiles * column_tiles, output, axes, shape, task,
+             static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
+             static_cast<const A*>(product), static_cast<A>(multiple),
+             terms_of<A>(coefficients, outer), mask.valid);
+    });
   });
 }
 

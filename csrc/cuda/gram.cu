@@ -30,14 +30,15 @@ Finish<A> finish_of(const void* scale, double eps, const Similarities& out) {
 }
 
 // A block for each task and sample: N <= 16 kTiles.
-template <typename S, int kTiles>
+template <typename S, int kTiles, bool kMasked>
 __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) small_gram_kernel(
     const __grid_constant__ Tasks views, const __grid_constant__ Axes axes,
     int64_t first, int64_t tasks, int64_t batch,
     const acc_t<S>* u,  // (T, B, C)
     acc_t<S> multiple, const __grid_constant__ Finish<acc_t<S>> finish,
     acc_t<S>* projection,  // (T, B, T, N) or null
-    S* matrix) {  // (T, B, N, N) or null
+    S* matrix,  // (T, B, N, N) or null
+    const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   using Operand = std::conditional_t<kIs16Bit<S>, S, A>;
   constexpr int kSize = kSide * kTiles, kStride = kSize + 8;
@@ -60,12 +61,21 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
   const int n = axes.rows_are_channels ? thread % kSize : thread / kDepth;
   const int dc = axes.rows_are_channels ? kThreads / kSize : 0;
   const int dn = axes.rows_are_channels ? 0 : kThreads / kDepth;
+  unsigned bits = ~0u;  // bit i: whether position n + i dn is there
+  if constexpr (kMasked) {
+    bits = 0;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int m = n + i * dn;
+      if (m < positions && valid[b * positions + m]) bits |= 1u << i;
+    }
+  }
   const auto load = [&](int64_t step, A (&x)[kLoads]) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int64_t channel = step + c + i * dc;
       x[i] = 0;
-      if (n + i * dn < positions && channel < channels) {
+      if (n + i * dn < positions && channel < channels && (!kMasked || (bits >> i & 1))) {
         x[i] = widen(base[channel * view.channel + position_offset(view, n + i * dn)]) * scale;
       }
     }
@@ -131,10 +141,11 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
 }
 
 // Grid: (sample, tile of rows and columns), a vector of elements a thread.
-template <typename S, int kVector>
+template <typename S, int kVector, bool kMasked>
 REPMTL_KERNEL scaled_copy_kernel(
     const __grid_constant__ View view, const __grid_constant__ Axes axes,
-    unsigned blocks, const acc_t<S>* scale, S* to) {
+    unsigned blocks, const acc_t<S>* scale, S* to,
+    const unsigned char* valid) {  // (B, N)
   const int64_t b = blockIdx.x / blocks;
   const int64_t i = (blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x) * kVector;
   if (i >= axes.rows * axes.columns) return;
@@ -142,8 +153,13 @@ REPMTL_KERNEL scaled_copy_kernel(
   const S* from = static_cast<const S*>(view.data) + b * view.batch +
                   row_offset(view, axes, row) + column_offset(view, axes, column);
   Pack<S, kVector> pack = *reinterpret_cast<const Pack<S, kVector>*>(from);
+  if constexpr (kMasked) {
+    keep(pack, there<kVector>(valid + b * positions_of(axes), axes, row, column));
+  }
+  if (!kMasked || scale) {
 #pragma unroll
-  for (int j = 0; j < kVector; ++j) narrow(widen(pack.x[j]) * scale[b], pack.x[j]);
+    for (int j = 0; j < kVector; ++j) narrow(widen(pack.x[j]) * scale[b], pack.x[j]);
+  }
   store(pack, to + b * axes.rows * axes.columns + i);
 }
 
@@ -213,32 +229,39 @@ REPMTL_KERNEL gram_finish_kernel(
 }  // namespace
 
 void small_gram(const Context& on, Type type, const Shape& shape, const View* views,
-                const void* scale, const void* u, double eps, double multiple,
+                const Mask& mask, const void* scale, const void* u, double eps, double multiple,
                 const Similarities& out, void* projection, void* matrix) {
   dispatch(type, [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
-    const auto kernel =
-        shape.positions <= kSide ? small_gram_kernel<S, 1> : small_gram_kernel<S, 4>;
-    for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
-                                           const Axes& axes) {
-      launch(on, kernel, count * shape.batch, tasks, axes, first, shape.tasks, shape.batch,
-             static_cast<const A*>(u), static_cast<A>(multiple), finish_of<A>(scale, eps, out),
-             static_cast<A*>(projection), static_cast<S*>(matrix));
+    dispatch_mask(mask, [&](auto masked) {
+      constexpr bool kMasked = decltype(masked)::value;
+      const auto kernel = shape.positions <= kSide ? small_gram_kernel<S, 1, kMasked>
+                                                   : small_gram_kernel<S, 4, kMasked>;
+      for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
+                                             const Axes& axes) {
+        launch(on, kernel, count * shape.batch, tasks, axes, first, shape.tasks, shape.batch,
+               static_cast<const A*>(u), static_cast<A>(multiple), finish_of<A>(scale, eps, out),
+               static_cast<A*>(projection), static_cast<S*>(matrix), mask.valid);
+      });
     });
   });
 }
 
 void scaled_copy(const Context& on, Type type, const Shape& shape, const View& view,
-                 const void* scale, void* to) {
+                 const Mask& mask, const void* scale, void* to) {
   dispatch(type, [&](auto example) {
     using S = decltype(example);
     const Axes axes = axes_of<S>(view, shape);
     const int64_t vector = axes.wide ? kWide<S> : 1;
     const int64_t blocks = ceil_div(axes.rows * axes.columns / vector, kThreads);
-    launch(on, axes.wide ? scaled_copy_kernel<S, kWide<S>> : scaled_copy_kernel<S, 1>,
-           shape.batch * blocks, view, axes, static_cast<unsigned>(blocks),
-           static_cast<const acc_t<S>*>(scale), static_cast<S*>(to));
+    dispatch_mask(mask, [&](auto masked) {
+      constexpr bool kMasked = decltype(masked)::value;
+      launch(on,
+             axes.wide ? scaled_copy_kernel<S, kWide<S>, kMasked> : scaled_copy_kernel<S, 1, kMasked>,
+             shape.batch * blocks, view, axes, static_cast<unsigned>(blocks),
+             static_cast<const acc_t<S>*>(scale), static_cast<S*>(to), mask.valid);
+    });
   });
 }
 

@@ -35,6 +35,13 @@ struct Context {
   Workspace* workspace;
 };
 
+// Which positions are there, in all tasks. What the saliencies hold at others counts as 0, whatever
+// it is.
+struct Mask {
+  const unsigned char* valid;  // (B, N) of bytes, 1 or 0; null: all are there
+  const void* counts;          // (B), accumulators: how many of a sample are
+};
+
 // What makes S^ of S and the gradient of the scaled products; of CSAGradient.
 struct Coefficients {
   const void *scale, *rank, *curl;  // (T, B)
@@ -43,9 +50,13 @@ struct Coefficients {
 // Why the current device can't run the kernels, or an empty string.
 std::string why_not();
 
+// With the counts, in scratch memory; none for null.
+Mask counted_mask(const Context& on, Type type, int64_t batch, int64_t positions,
+                  const unsigned char* valid);
+
 // Stage `statistics`. positions (T, B, N), channels (T, B, C), scale (T, B); each may be null.
 void statistics(const Context& on, Type type, const Shape& shape, const View* views,
-                void* positions, void* channels, void* scale);
+                const Mask& mask, void* positions, void* channels, void* scale);
 
 struct EntropyOptions {
   bool over_tasks;  // else over the positions of a sample
@@ -53,10 +64,12 @@ struct EntropyOptions {
   double temperature, floor, eps;
 };
 
-// Stage `entropy`, of |x| + floor mean |x| where there is a floor. x, grad (T, B, N); value (); grad
-// may be null. `type` is that of x.
+// Stage `entropy`, of |x| + floor mean |x| where there is a floor, at the positions that are there: x
+// is 0 at others, and so is its gradient, unless it is NaN. x, grad (T, B, N); value (); grad may be
+// null. `type` is that of x.
 void entropy(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t positions,
-             const void* x, const EntropyOptions& options, void* value, void* grad);
+             const void* x, const Mask& mask, const EntropyOptions& options, void* value,
+             void* grad);
 
 // Stage `anchors`: u (T, B, C) = factor (B) a (T, B, C), pull (T, B, C) or null.
 void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t channels,
@@ -94,12 +107,13 @@ struct Similarities {
 // Stage `gram` in one pass, for N <= kSmallPositions, N <= C. u (T, B, C); projection (T, B, T, N)
 // and matrix (T, B, N, N) of `type`, `multiple` times the Gram matrix of S^; either may be null.
 void small_gram(const Context& on, Type type, const Shape& shape, const View* views,
-                const void* scale, const void* u, double eps, double multiple,
+                const Mask& mask, const void* scale, const void* u, double eps, double multiple,
                 const Similarities& out, void* projection, void* matrix);
 
-// to, of one task, dense, = scale (B) S: (B, C, N), or (B, N, C) where `channels_are_adjacent`.
+// to, of one task, dense, = scale (B) S: (B, C, N), or (B, N, C) where `channels_are_adjacent`. With a
+// mask `scale` may be null: 1.
 void scaled_copy(const Context& on, Type type, const Shape& shape, const View& view,
-                 const void* scale, void* to);
+                 const Mask& mask, const void* scale, void* to);
 
 // Whether the channels of a position lie side by side, and not the positions of a channel.
 bool channels_are_adjacent(const View& view, const Shape& shape);
@@ -127,20 +141,20 @@ struct Vectors {
   int64_t count, task, batch, column;
 };
 void products(const Context& on, Type type, const Shape& shape, const View* views,
-              bool over_channels, const Vectors& vectors, const void* scale, void* out);
+              const Mask& mask, bool over_channels, const Vectors& vectors, const void* scale, void* out);
 
 // Of the backward: rank, curl (T, B) and tug (B), see CSAGradient. grad () is that of the loss.
 void coefficients(const Context& on, Type type, int64_t tasks, int64_t batch, const void* grad,
                   const void* weight, const void* similarity, const void* inverse,
                   const void* slope, void* rank, void* curl, void* tug);
 
-// da (T, B, C), over positions: negatives () grad + factor (sum_t rank_t y_t - tug pull). y
+// da (T, B, C), over the number of a sample's positions: negatives () grad + factor (sum_t rank_t y_t - tug pull). y
 // (T, B, T, C) = S^_t S^_t^T u_v; factor, tug (B); grad, pull (T, B, C).
 struct AnchorGradient {
   const void *negatives, *grad, *factor, *rank, *y, *tug, *pull;
 };
-void anchor_gradient(const Context& on, Type type, const Shape& shape, const AnchorGradient& terms,
-                     void* da);
+void anchor_gradient(const Context& on, Type type, const Shape& shape, const Mask& mask,
+                     const AnchorGradient& terms, void* da);
 
 // What is added to the product with the Gram matrix, of all tasks: da (T, B, C) 1^T, 1 dx^T with dx
 // (T, B, N) or null, and rank scale left (K, B, C) right^T (T, B, K, N).
@@ -151,15 +165,16 @@ struct Outer {
 };
 
 // Stage `saliency_grad` in one pass over all tasks, for N <= kSmallPositions: outputs[i], of task
-// tasks[i], = scale (curl S^ matrix / multiple + outer products) + the rest of `outer`.
+// tasks[i], = scale (curl S^ matrix / multiple + outer products) + the rest of `outer`; 0 at
+// positions that are not there.
 void small_gradient(const Context& on, Type type, const Shape& shape, int64_t count,
                     const int64_t* tasks, const View* views, const View* outputs,
-                    const void* matrix, double multiple, const Coefficients& coefficients,
+                    const Mask& mask, const void* matrix, double multiple, const Coefficients& coefficients,
                     const Outer& outer);
 
 // The same of one task from product = S matrix: (B, C, N), or (B, N, C) where `channels_are_adjacent`.
 void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, const View& output,
-               const void* product, double multiple, const Coefficients& coefficients,
+               const Mask& mask, const void* product, double multiple, const Coefficients& coefficients,
                const Outer& outer);
 
 }  // namespace repmtl::cuda

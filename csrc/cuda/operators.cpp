@@ -163,30 +163,46 @@ bool is_small(const Shape& shape) {
   return is_n_side(shape) && shape.positions <= kSmallPositions && shape.tasks <= kSmallTasks;
 }
 
+// A mask (B, N) of positions, or null.
+const unsigned char* mask_of(const std::optional<Tensor>& mask, const Shape& shape,
+                             const Tensor& like) {
+  if (!mask) return nullptr;
+  check_contiguous("mask", *mask, {shape.batch, shape.positions}, like, ScalarType::Bool);
+  return static_cast<const unsigned char*>(data(*mask));
+}
+
+Mask counted_mask_of(const Context& on, const std::optional<Tensor>& mask, const Tensor& first,
+                     const Shape& shape) {
+  return counted_mask(on, type_of(first), shape.batch, shape.positions,
+                      mask_of(mask, shape, first));
+}
+
 struct Statistics {
   Tensor positions, channels, scale;
 };
 
 Statistics run_statistics(const Context& on, const Tensors& saliencies, const Shape& shape,
-                          bool with_positions, bool with_channels) {
+                          const Mask& mask, bool with_positions, bool with_channels) {
   const Tensor& first = saliencies[0];
   const ScalarType type = accumulation_type(first);
   const int64_t T = shape.tasks, B = shape.batch;
   Statistics found{empty_if(with_positions, first, {T, B, shape.positions}, type),
                    empty_if(with_channels, first, {T, B, shape.channels}, type),
                    empty_if(with_channels, first, {T, B}, type)};
-  statistics(on, type_of(first), shape, views_of(saliencies).data(),
+  statistics(on, type_of(first), shape, views_of(saliencies).data(), mask,
              output_or_null(found.positions), output_or_null(found.channels),
              output_or_null(found.scale));
   return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor> statistics_op(Tensors saliencies, bool with_positions,
-                                                 bool with_channels) {
+                                                 bool with_channels,
+                                                 std::optional<Tensor> mask) {
   STD_TORCH_CHECK(with_positions || with_channels, "expected positions, channels or both");
   const Shape shape = shape_of(saliencies);
   const Call on(saliencies[0]);
-  Statistics found = run_statistics(on, saliencies, shape, with_positions, with_channels);
+  const Mask counted = counted_mask_of(on, mask, saliencies[0], shape);
+  Statistics found = run_statistics(on, saliencies, shape, counted, with_positions, with_channels);
   return {found.positions, found.channels, found.scale};
 }
 
@@ -194,13 +210,13 @@ struct Entropy {
   Tensor value, grad;
 };
 
-Entropy run_entropy(const Context& on, const Tensor& x, const EntropyOptions& options,
-                    bool with_grad) {
+Entropy run_entropy(const Context& on, const Tensor& x, const Mask& mask,
+                    const EntropyOptions& options, bool with_grad) {
   const ScalarType type = x.scalar_type();
   Entropy found{empty(x, {}, type),
                 empty_if(with_grad, x, {x.size(0), x.size(1), x.size(2)}, type)};
-  entropy(on, type_of(x), x.size(0), x.size(1), x.size(2), data(x), options, output(found.value),
-          output_or_null(found.grad));
+  entropy(on, type_of(x), x.size(0), x.size(1), x.size(2), data(x), mask, options,
+          output(found.value), output_or_null(found.grad));
   return found;
 }
 
@@ -215,7 +231,7 @@ std::tuple<Tensor, Tensor> entropy_op(Tensor x, bool over_tasks, bool softmax, d
                                       double eps, bool with_grad) {
   check_three("x", x);
   const Call on(x);
-  Entropy found = run_entropy(on, x, {over_tasks, softmax, temperature, 0, eps}, with_grad);
+  Entropy found = run_entropy(on, x, {}, {over_tasks, softmax, temperature, 0, eps}, with_grad);
   return {found.value, found.grad};
 }
 
@@ -340,7 +356,7 @@ Tensor gram_rows(const Tensor& dense, const Shape& shape, bool channels_first) {
 }
 
 void large_gram(const Context& on, const Tensors& saliencies, const Shape& shape,
-                const Tensor& scale, const Tensor& u, double eps, double multiple,
+                const Mask& mask, const Tensor& scale, const Tensor& u, double eps, double multiple,
                 const Similarities& out, Gram& found, bool with_grad) {
   const Tensor& first = saliencies[0];
   const Type type = type_of(first);
@@ -351,12 +367,13 @@ void large_gram(const Context& on, const Tensors& saliencies, const Shape& shape
 
   const Tensor w = empty(first, {T, B, T, N}, sums);
   const Vectors anchors{data(u), T, 0, C, B * C};
-  products(on, type, shape, views.data(), true, anchors, data(scale), output(w));
+  products(on, type, shape, views.data(), mask, true, anchors, data(scale), output(w));
   if (is_n_side(shape)) {
     if (with_grad) found.projection = w;
   } else if (with_grad) {
     const Vectors back{data(w), T, B * T * N, T * N, N};
-    products(on, type, shape, views.data(), false, back, data(scale), output(found.projection));
+    products(on, type, shape, views.data(), mask, false, back, data(scale),
+             output(found.projection));
   }
 
   const int64_t blocks = (R + kGramBlock - 1) / kGramBlock;
@@ -371,7 +388,7 @@ void large_gram(const Context& on, const Tensors& saliencies, const Shape& shape
     const Tensor dense =
         empty(first, channels_first ? Sizes{B, C, N} : Sizes{B, N, C}, first.scalar_type());
     const Tensor scale_of_task = torch::stable::select(scale, 0, t);
-    scaled_copy(on, type, shape, views[t], data(scale_of_task), output(dense));
+    scaled_copy(on, type, shape, views[t], mask, data(scale_of_task), output(dense));
     const Tensor rows = gram_rows(dense, shape, channels_first);
     const Tensor squares_of_task = torch::stable::select(squares, 0, t);
     void* matrix = nullptr;
@@ -392,7 +409,7 @@ void large_gram(const Context& on, const Tensors& saliencies, const Shape& shape
 }
 
 Gram run_gram(const Context& on, const Tensors& saliencies, const Shape& shape,
-              const Tensor& scale, const Tensor& u, double eps, bool with_grad) {
+              const Mask& mask, const Tensor& scale, const Tensor& u, double eps, bool with_grad) {
   const Tensor& first = saliencies[0];
   const ScalarType sums = accumulation_type(first);
   const int64_t T = shape.tasks, B = shape.batch;
@@ -403,24 +420,26 @@ Gram run_gram(const Context& on, const Tensors& saliencies, const Shape& shape,
   const Similarities out{output(found.similarity), output(found.inverse), output(found.slope)};
   const double multiple = storage_factor(first, std::max(shape.channels, shape.positions));
   if (is_small(shape)) {
-    small_gram(on, type_of(first), shape, views_of(saliencies).data(), data(scale), data(u), eps,
-               multiple, out, output_or_null(found.projection), output_or_null(found.matrix));
+    small_gram(on, type_of(first), shape, views_of(saliencies).data(), mask, data(scale), data(u),
+               eps, multiple, out, output_or_null(found.projection), output_or_null(found.matrix));
   } else {
-    large_gram(on, saliencies, shape, scale, u, eps, multiple, out, found, with_grad);
+    large_gram(on, saliencies, shape, mask, scale, u, eps, multiple, out, found, with_grad);
   }
   return found;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_op(Tensors saliencies, Tensor scale,
                                                            Tensor anchors, double eps,
-                                                           bool with_grad) {
+                                                           bool with_grad,
+                                                           std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   const int64_t T = shape.tasks, B = shape.batch;
   check_contiguous("scale", scale, {T, B}, first, accumulation_type(first));
   anchors = vectors("anchors", anchors, {T, B, shape.channels}, first, accumulation_type(first));
   const Call on(first);
-  Gram found = run_gram(on, saliencies, shape, scale, anchors, eps, with_grad);
+  const Mask uncounted{mask_of(mask, shape, first), nullptr};
+  Gram found = run_gram(on, saliencies, shape, uncounted, scale, anchors, eps, with_grad);
   return {found.similarity, found.inverse, found.slope, found.projection, found.matrix};
 }
 
@@ -432,7 +451,7 @@ struct GradientOf {
 };
 
 void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tensors& outputs,
-                       const Sizes& tasks, const Shape& shape,
+                       const Sizes& tasks, const Shape& shape, const Mask& mask,
                        const GradientOf& g) {
   const Tensor& first = saliencies[0];
   const Type type = type_of(first);
@@ -445,14 +464,14 @@ void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tenso
   if (is_n_side(shape)) {
     y = empty(first, {T, B, T, C}, sums);
     const Vectors back{data(w), T, B * T * N, T * N, N};
-    products(on, type, shape, views.data(), false, back, data(g.scale), output(y));
+    products(on, type, shape, views.data(), mask, false, back, data(g.scale), output(y));
   } else {
     w = empty(first, {T, B, T, N}, sums);
     const Vectors anchors{data(g.anchors), T, 0, C, B * C};
-    products(on, type, shape, views.data(), true, anchors, data(g.scale), output(w));
+    products(on, type, shape, views.data(), mask, true, anchors, data(g.scale), output(w));
   }
   const Tensor da = empty(first, {T, B, C}, sums);
-  anchor_gradient(on, type, shape,
+  anchor_gradient(on, type, shape, mask,
                   {data(g.negatives), data(g.contrast_grad), data(g.factor), data(g.rank), data(y),
                    data(g.tug), data(g.pull)},
                   output(da));
@@ -466,20 +485,29 @@ void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tenso
       to.push_back(view_of(outputs[i], true));
     }
     small_gradient(on, type, shape, static_cast<int64_t>(tasks.size()), tasks.data(), from.data(),
-                   to.data(), data(g.matrix), multiple, coefficients, outer);
+                   to.data(), mask, data(g.matrix), multiple, coefficients, outer);
     return;
   }
   for (size_t i = 0; i < tasks.size(); ++i) {
-    const Tensor s = torch::stable::reshape(saliencies[tasks[i]], {B, C, N});
     const Tensor matrix = torch::stable::select(g.matrix, 0, tasks[i]);
     const View to = view_of(outputs[i], true);
     const bool transposed = channels_are_adjacent(to, shape);
+    Tensor s;  // (B, C, N)
+    if (mask.valid && is_n_side(shape)) {  // a sum over positions, of which some may be NaN
+      const View& view = views[tasks[i]];
+      const bool channels_first = !channels_are_adjacent(view, shape);
+      s = empty(first, channels_first ? Sizes{B, C, N} : Sizes{B, N, C}, first.scalar_type());
+      scaled_copy(on, type, shape, view, mask, nullptr, output(s));
+      if (!channels_first) s = mT(s);
+    } else {
+      s = torch::stable::reshape(saliencies[tasks[i]], {B, C, N});
+    }
     // The Gram matrix is symmetric.
     const Tensor rows = transposed ? mT(s) : s;
     const bool matrix_is_right = is_n_side(shape) != transposed;
     const Tensor product =
         matrix_is_right ? batched_product(rows, matrix) : batched_product(matrix, rows);
-    add_outer(on, type, shape, tasks[i], to, data(product), multiple, coefficients, outer);
+    add_outer(on, type, shape, tasks[i], to, mask, data(product), multiple, coefficients, outer);
   }
 }
 
@@ -507,7 +535,7 @@ void saliency_grad_op(Tensors saliencies, Tensors outputs, Sizes tasks,
                       Tensor scale, Tensor anchors, Tensor factor, Tensor pull,
                       Tensor contrast_grad, Tensor projection, Tensor matrix, Tensor rank,
                       Tensor curl, Tensor tug, Tensor negatives,
-                      std::optional<Tensor> position_grad) {
+                      std::optional<Tensor> position_grad, std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   check_outputs(saliencies, outputs, tasks);
   GradientOf g{scale, anchors, factor, pull, contrast_grad, projection,   matrix,
@@ -515,7 +543,8 @@ void saliency_grad_op(Tensors saliencies, Tensors outputs, Sizes tasks,
   check_gradient(saliencies[0], shape, g);
   if (tasks.empty()) return;
   const Call on(saliencies[0]);
-  run_saliency_grad(on, saliencies, outputs, tasks, shape, g);
+  const Mask counted = counted_mask_of(on, mask, saliencies[0], shape);
+  run_saliency_grad(on, saliencies, outputs, tasks, shape, counted, g);
 }
 
 // What is saved for the backward pass, after the two losses: see Saved in _autograd.py.
@@ -524,21 +553,23 @@ enum SavedTensor {
   kSlope, kProjection, kMatrix, kSavedTensors
 };
 
-Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, bool csa,
-                  bool over_tasks, bool softmax, double tsr_temperature, double tsr_floor,
-                  double csa_temperature, double eps, bool with_grad) {
+Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, std::optional<Tensor> mask,
+                  bool tsr, bool csa, bool over_tasks, bool softmax, double tsr_temperature,
+                  double tsr_floor, double csa_temperature, double eps, bool with_grad) {
   STD_TORCH_CHECK(tsr || csa, "expected tsr, csa or both");
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   const int64_t T = shape.tasks, B = shape.batch;
   if (present) check_contiguous("present", *present, {T, B}, first, ScalarType::Bool);
   const Call on(first);
+  const Mask counted = counted_mask_of(on, mask, first, shape);
   std::vector<std::optional<Tensor>> found(2 + kSavedTensors);
   std::optional<Tensor>* saved = found.data() + 2;
-  const Statistics means = run_statistics(on, saliencies, shape, tsr, csa);
+  const Statistics means = run_statistics(on, saliencies, shape, counted, tsr, csa);
   if (tsr) {
     Entropy entropy = run_entropy(
-        on, means.positions, {over_tasks, softmax, tsr_temperature, tsr_floor, eps}, with_grad);
+        on, means.positions, counted,
+        {over_tasks, softmax, tsr_temperature, tsr_floor, eps}, with_grad);
     found[0] = entropy.value;
     if (with_grad) saved[kPositionGrad] = entropy.grad;
   }
@@ -551,7 +582,8 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, b
   if (!csa) return results();
   const Anchors anchors = run_unit_anchors(on, means.channels, eps, with_grad);
   const Contrast contrast = run_contrast(on, anchors, csa_temperature, with_grad);
-  const Gram gram = run_gram(on, saliencies, shape, means.scale, anchors.unit, eps, with_grad);
+  const Gram gram =
+      run_gram(on, saliencies, shape, counted, means.scale, anchors.unit, eps, with_grad);
   const ScalarType sums = accumulation_type(first);
   const Tensor weight = empty(first, {T, B}, sums);
   const Tensor loss = empty(first, {}, sums);
@@ -574,8 +606,9 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, bool tsr, b
   return results();
 }
 
-void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad, Tensors saliencies,
-                        Tensors outputs, Sizes tasks, Tensors saved) {
+void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad,
+                        std::optional<Tensor> mask, Tensors saliencies, Tensors outputs,
+                        Sizes tasks, Tensors saved) {
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   check_outputs(saliencies, outputs, tasks);
@@ -593,10 +626,11 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad, Te
     check_contiguous("saved", saved[i], {T, B}, first, sums);
   }
   const Call on(first);
+  const Mask counted = counted_mask_of(on, mask, first, shape);
   coefficients(on, type_of(first), T, B, data(grad_csa), data(saved[kWeight]),
                data(saved[kSimilarity]), data(saved[kInverse]), data(saved[kSlope]),
                output(g.rank), output(g.curl), output(g.tug));
-  run_saliency_grad(on, saliencies, outputs, tasks, shape, g);
+  run_saliency_grad(on, saliencies, outputs, tasks, shape, counted, g);
 }
 
 // Why the device of a tensor can't run the kernels, or an empty string.
@@ -612,24 +646,25 @@ std::string sources() { return REPMTL_SOURCES; }
 }  // namespace repmtl::cuda
 
 STABLE_TORCH_LIBRARY(repmtl_cuda, m) {
-  m.def("statistics(Tensor[] saliencies, bool positions, bool channels) -> (Tensor, Tensor, Tensor)");
+  m.def("statistics(Tensor[] saliencies, bool positions, bool channels, Tensor? mask=None) -> "
+        "(Tensor, Tensor, Tensor)");
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
   m.def("log_sum_exp(Tensor dots, int first, float temperature) -> Tensor");
   m.def("weigh_dots(Tensor(a!) dots, Tensor logsumexp, int first, float temperature) -> ()");
   m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
-  m.def("gram(Tensor[] saliencies, Tensor scale, Tensor anchors, float eps, bool with_grad) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("gram(Tensor[] saliencies, Tensor scale, Tensor anchors, float eps, bool with_grad, "
+        "Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("saliency_grad(Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor scale, "
         "Tensor anchors, Tensor factor, Tensor pull, Tensor contrast_grad, Tensor projection, "
         "Tensor matrix, Tensor rank, Tensor curl, Tensor tug, Tensor negatives, "
-        "Tensor? position_grad) -> ()");
-  m.def("losses(Tensor[] saliencies, Tensor? present, bool tsr, bool csa, bool over_tasks, "
-        "bool softmax, float tsr_temperature, float tsr_floor, float csa_temperature, float eps, "
-        "bool with_grad) -> Tensor[]");
-  m.def("losses_backward(Tensor grad_csa, Tensor? position_grad, Tensor[] saliencies, "
-        "Tensor(a!)[] outputs, int[] tasks, Tensor[] saved) -> ()");
+        "Tensor? position_grad, Tensor? mask=None) -> ()");
+  m.def("losses(Tensor[] saliencies, Tensor? present, Tensor? mask, bool tsr, bool csa, "
+        "bool over_tasks, bool softmax, float tsr_temperature, float tsr_floor, "
+        "float csa_temperature, float eps, bool with_grad) -> Tensor[]");
+  m.def("losses_backward(Tensor grad_csa, Tensor? position_grad, Tensor? mask, "
+        "Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor[] saved) -> ()");
   m.def("sources() -> str");
   m.def("why_not(Tensor x) -> str");
 }

@@ -4,6 +4,8 @@
 namespace repmtl::cuda {
 namespace {
 
+// With a mask: what is summed is left out, and sums of positions that are not there are 0.
+
 constexpr int kGroup = 4;  // vectors of one read
 constexpr int kRows = 4;   // rows of a warp that share a read of the vectors
 constexpr int64_t kMinRows = 64;  // of a chunk
@@ -26,10 +28,11 @@ struct Columns {
 
 // parts (tasks, B, chunks, columns of v, columns) = sum over a chunk of rows, of S v.
 // Grid: (task and sample, chunk of rows, tile of columns, group of vectors).
-template <typename S, int kVector>
+template <typename S, int kVector, bool kMasked>
 REPMTL_KERNEL over_rows_kernel(
     const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
-    const __grid_constant__ Columns<acc_t<S>> vectors, acc_t<S>* parts) {
+    const __grid_constant__ Columns<acc_t<S>> vectors, acc_t<S>* parts,
+    const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   constexpr int kColumns = kWarp * kVector;
   const int64_t columns = plan.axes.columns;
@@ -46,6 +49,8 @@ REPMTL_KERNEL over_rows_kernel(
   const int64_t end = min(plan.axes.rows, (chunk + 1) * plan.chunk);
   const S* base = static_cast<const S*>(view.data) + b * view.batch +
                   (inside ? column_offset(view, plan.axes, column) : 0);
+  const bool rows_are_masked = kMasked && !plan.axes.rows_are_channels;
+  if constexpr (kMasked) valid += b * positions_of(plan.axes);
   const A* v[kGroup];
 #pragma unroll
   for (int k = 0; k < kGroup; ++k) {
@@ -58,7 +63,7 @@ REPMTL_KERNEL over_rows_kernel(
     for (int i = 0; i < kRows; ++i) {
       const int64_t row = first + i * kWarps;
       x[i] = Pack<S, kVector>{};
-      if (inside && row < end) {
+      if (inside && row < end && (!rows_are_masked || valid[row])) {
         const S* from = base + row_offset(view, plan.axes, row);
         x[i] = *reinterpret_cast<const Pack<S, kVector>*>(from);
       }
@@ -91,6 +96,7 @@ REPMTL_KERNEL over_rows_kernel(
       if (tile * kColumns + i >= columns) continue;
       A sum = 0;
       for (int w = 0; w < kWarps; ++w) sum += shared[w][i];
+      if (kMasked && !rows_are_masked && !valid[tile * kColumns + i]) sum = 0;
       to[tile * kColumns + i] = sum;
     }
     __syncthreads();
@@ -109,11 +115,13 @@ REPMTL_KERNEL add_chunks_kernel(
   out[sample * length + i] = sum * scale[sample];
 }
 
-// out (tasks, B, columns of v, rows) = scale S v. Grid: (task and sample, tile of rows, group).
-template <typename S, int kVector>
-REPMTL_KERNEL over_columns_kernel(
+// out (tasks, B, columns of v, rows) = scale S v. Grid: (task and sample, tile of rows, group). With a
+// mask a few registers would be too many for two blocks on a multiprocessor.
+template <typename S, int kVector, bool kMasked>
+__global__ void __launch_bounds__(kThreads, kMasked && kIs16Bit<S> ? 2 : 1) over_columns_kernel(
     const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
-    const __grid_constant__ Columns<acc_t<S>> vectors, const acc_t<S>* scale, acc_t<S>* out) {
+    const __grid_constant__ Columns<acc_t<S>> vectors, const acc_t<S>* scale, acc_t<S>* out,
+    const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
   unsigned block = blockIdx.x;
@@ -130,6 +138,8 @@ REPMTL_KERNEL over_columns_kernel(
   for (int i = 0; i < kRows; ++i) {
     from[i] = base + row_offset(view, plan.axes, min(first + i, rows - 1));
   }
+  const bool rows_are_masked = kMasked && !plan.axes.rows_are_channels;
+  if constexpr (kMasked) valid += b * positions_of(plan.axes);
   const A* v[kGroup];
 #pragma unroll
   for (int k = 0; k < kGroup; ++k) {
@@ -142,6 +152,13 @@ REPMTL_KERNEL over_columns_kernel(
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       x[i] = *reinterpret_cast<const Pack<S, kVector>*>(from[i] + offset);
+    }
+    if constexpr (kMasked) {
+      if (!rows_are_masked) {
+        const unsigned bits = there<kVector>(valid + column);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) keep(x[i], bits);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
@@ -159,16 +176,18 @@ REPMTL_KERNEL over_columns_kernel(
   for (int i = 0; i < kRows; ++i) {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
-      const A sum = warp_sum(sums[i][k]);
+      A sum = warp_sum(sums[i][k]);
       if (lane == 0 && first + i < rows && k0 + k < vectors.count) {
+        if (rows_are_masked && !valid[first + i]) sum = 0;
         out[(sample * vectors.count + k0 + k) * rows + first + i] = sum * factor;
       }
     }
   }
 }
 
-template <typename S>
-void run(const Context& on, const Shape& shape, const View* views, bool over_channels,
+template <typename S, bool kMasked>
+void run(const Context& on, const Shape& shape, const View* views, const unsigned char* valid,
+         bool over_channels,
          const Columns<acc_t<S>>& vectors, const acc_t<S>* scale, acc_t<S>* out) {
   using A = acc_t<S>;
   for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
@@ -182,8 +201,10 @@ void run(const Context& on, const Shape& shape, const View* views, bool over_cha
     if (!over_rows) {
       const int64_t tiles = ceil_div(axes.rows, kWarps * kRows);
       plan.tiles = static_cast<unsigned>(tiles);
-      launch(on, axes.wide ? over_columns_kernel<S, kWide<S>> : over_columns_kernel<S, 1>,
-             samples * tiles * groups, tasks, plan, vectors, scale + before, to);
+      launch(on,
+             axes.wide ? over_columns_kernel<S, kWide<S>, kMasked>
+                       : over_columns_kernel<S, 1, kMasked>,
+             samples * tiles * groups, tasks, plan, vectors, scale + before, to, valid);
       return;
     }
     const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
@@ -193,8 +214,9 @@ void run(const Context& on, const Shape& shape, const View* views, bool over_cha
     plan.tiles = static_cast<unsigned>(tiles);
     plan.chunks = static_cast<unsigned>(chunks);
     A* parts = scratch<A>(on, samples * chunks * vectors.count * length);
-    launch(on, axes.wide ? over_rows_kernel<S, kWide<S>> : over_rows_kernel<S, 1>,
-           samples * chunks * tiles * groups, tasks, plan, vectors, parts);
+    launch(on,
+           axes.wide ? over_rows_kernel<S, kWide<S>, kMasked> : over_rows_kernel<S, 1, kMasked>,
+           samples * chunks * tiles * groups, tasks, plan, vectors, parts, valid);
     const int64_t blocks = ceil_div(vectors.count * length, kThreads);
     launch(on, add_chunks_kernel<A>, samples * blocks, parts, scale + before, chunks,
            vectors.count * length, static_cast<unsigned>(blocks), to);
@@ -204,13 +226,17 @@ void run(const Context& on, const Shape& shape, const View* views, bool over_cha
 }  // namespace
 
 void products(const Context& on, Type type, const Shape& shape, const View* views,
-              bool over_channels, const Vectors& vectors, const void* scale, void* out) {
+              const Mask& mask, bool over_channels, const Vectors& vectors, const void* scale,
+              void* out) {
   dispatch(type, [&](auto example) {
     using A = acc_t<decltype(example)>;
     const Columns<A> columns{static_cast<const A*>(vectors.data), vectors.count, vectors.task,
                              vectors.batch, vectors.column};
-    run<decltype(example)>(on, shape, views, over_channels, columns, static_cast<const A*>(scale),
-                           static_cast<A*>(out));
+    dispatch_mask(mask, [&](auto masked) {
+      run<decltype(example), decltype(masked)::value>(on, shape, views, mask.valid, over_channels,
+                                                      columns, static_cast<const A*>(scale),
+                                                      static_cast<A*>(out));
+    });
   });
 }
 

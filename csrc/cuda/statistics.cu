@@ -13,12 +13,13 @@ struct Plan {
 };
 
 // Grid: (task and sample, chunk of rows, tile of columns), the last running fastest.
-template <typename S, int kVector>
+template <typename S, int kVector, bool kMasked>
 REPMTL_KERNEL statistics_kernel(
     const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
     acc_t<S>* column_parts,  // (tasks, B, chunks, columns) or null
     acc_t<S>* row_parts,  // (tasks, B, tiles, rows) or null
-    acc_t<S>* max_parts) {  // (tasks, B, chunks, tiles) or null
+    acc_t<S>* max_parts,  // (tasks, B, chunks, tiles) or null
+    const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   constexpr int kColumns = kWarp * kVector;
   const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
@@ -31,6 +32,12 @@ REPMTL_KERNEL statistics_kernel(
   const int64_t end = min(rows, (chunk + 1) * plan.chunk);
   const S* base = static_cast<const S*>(view.data) + sample % plan.batch * view.batch +
                   (inside ? column_offset(view, plan.axes, column) : 0);
+  const bool rows_are_masked = kMasked && !plan.axes.rows_are_channels;
+  unsigned bits = ~0u;  // of columns
+  if constexpr (kMasked) {
+    valid += sample % plan.batch * positions_of(plan.axes);
+    if (inside && !rows_are_masked) bits = there<kVector>(valid + column);
+  }
 
   A sums[kVector] = {}, top = 0;
   for (int64_t first = chunk * plan.chunk + warp; first < end; first += kWarps * kUnroll) {
@@ -39,9 +46,10 @@ REPMTL_KERNEL statistics_kernel(
     for (int i = 0; i < kUnroll; ++i) {
       const int64_t row = first + i * kWarps;
       Pack<S, kVector> pack{};
-      if (inside && row < end) {
+      if (inside && row < end && (!rows_are_masked || valid[row])) {
         const S* from = base + row_offset(view, plan.axes, row);
         pack = *reinterpret_cast<const Pack<S, kVector>*>(from);
+        if constexpr (kMasked) keep(pack, bits);
       }
 #pragma unroll
       for (int j = 0; j < kVector; ++j) x[i][j] = widen(pack.x[j]);
@@ -89,17 +97,23 @@ REPMTL_KERNEL finish_kernel(
     const A* row_parts, const A* max_parts,
     A* column_means,  // (tasks, B, columns) or null
     A* row_means,  // (tasks, B, rows) or null
-    A* scale) {  // (tasks, B) or null
+    A* scale,  // (tasks, B) or null
+    const A* counts) {  // (B): positions of a sample; null: all are there
   const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
   const int64_t sample = blockIdx.x / blocks;
   int64_t i = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
+  A along_rows = static_cast<A>(columns), along_columns = static_cast<A>(rows);
+  if (counts) {
+    const A count = larger(counts[sample % plan.batch], A(1));
+    (plan.axes.rows_are_channels ? along_rows : along_columns) = count;
+  }
   if (i < columns) {
     if (column_means) {
       A sum = 0;
       for (unsigned k = 0; k < plan.chunks; ++k) {
         sum += column_parts[(sample * plan.chunks + k) * columns + i];
       }
-      column_means[sample * columns + i] = sum / static_cast<A>(rows);
+      column_means[sample * columns + i] = sum / along_columns;
     }
   } else if (row_means && i - columns < rows) {
     i -= columns;
@@ -107,7 +121,7 @@ REPMTL_KERNEL finish_kernel(
     for (unsigned k = 0; k < plan.tiles; ++k) {
       sum += row_parts[(sample * plan.tiles + k) * rows + i];
     }
-    row_means[sample * rows + i] = sum / static_cast<A>(columns);
+    row_means[sample * rows + i] = sum / along_rows;
   }
   if (!scale || blockIdx.x % blocks != 0) return;
   __shared__ A shared[kWarps];
@@ -120,9 +134,23 @@ REPMTL_KERNEL finish_kernel(
   if (threadIdx.x == 0) scale[sample] = power_of_two(top);
 }
 
+// A block for each sample.
+template <typename A>
+REPMTL_KERNEL count_kernel(
+    const unsigned char* valid,  // (B, N)
+    int64_t positions, A* counts) {
+  __shared__ A shared[kWarps];
+  int64_t count = 0;
+  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+    count += valid[blockIdx.x * positions + n];
+  }
+  const A sum = block_sum(static_cast<A>(count), shared);
+  if (threadIdx.x == 0) counts[blockIdx.x] = sum;
+}
+
 template <typename S>
-void run(const Context& on, const Shape& shape, const View* views, acc_t<S>* positions,
-         acc_t<S>* channels, acc_t<S>* scale) {
+void run(const Context& on, const Shape& shape, const View* views, const Mask& mask,
+         acc_t<S>* positions, acc_t<S>* channels, acc_t<S>* scale) {
   using A = acc_t<S>;
   for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
                                          const Axes& axes) {
@@ -141,11 +169,16 @@ void run(const Context& on, const Shape& shape, const View* views, acc_t<S>* pos
     A* column_parts = scratch<A>(on, column_means ? samples * chunks * axes.columns : 0);
     A* row_parts = scratch<A>(on, row_means ? samples * tiles * axes.rows : 0);
     A* max_parts = scratch<A>(on, scale ? samples * chunks * tiles : 0);
-    launch(on, axes.wide ? statistics_kernel<S, kWide<S>> : statistics_kernel<S, 1>,
-           samples * chunks * tiles, tasks, plan, column_parts, row_parts, max_parts);
+    dispatch_mask(mask, [&](auto masked) {
+      constexpr bool kMasked = decltype(masked)::value;
+      launch(on,
+             axes.wide ? statistics_kernel<S, kWide<S>, kMasked> : statistics_kernel<S, 1, kMasked>,
+             samples * chunks * tiles, tasks, plan, column_parts, row_parts, max_parts, mask.valid);
+    });
     const int64_t blocks = ceil_div(axes.columns + axes.rows, kThreads);
     launch(on, finish_kernel<A>, samples * blocks, plan, static_cast<unsigned>(blocks), column_parts, row_parts,
-           max_parts, column_means, row_means, scale ? scale + before : nullptr);
+           max_parts, column_means, row_means, scale ? scale + before : nullptr,
+           static_cast<const A*>(mask.counts));
   });
 }
 
@@ -164,11 +197,24 @@ std::string why_not() {
   return cudaGetErrorString(error);
 }
 
+Mask counted_mask(const Context& on, Type type, int64_t batch, int64_t positions,
+                  const unsigned char* valid) {
+  Mask mask{valid, nullptr};
+  if (!valid) return mask;
+  dispatch_accumulation(type, [&](auto example) {
+    using A = decltype(example);
+    A* counts = scratch<A>(on, batch);
+    launch(on, count_kernel<A>, batch, valid, positions, counts);
+    mask.counts = counts;
+  });
+  return mask;
+}
+
 void statistics(const Context& on, Type type, const Shape& shape, const View* views,
-                void* positions, void* channels, void* scale) {
+                const Mask& mask, void* positions, void* channels, void* scale) {
   dispatch(type, [&](auto example) {
     using A = acc_t<decltype(example)>;
-    run<decltype(example)>(on, shape, views, static_cast<A*>(positions),
+    run<decltype(example)>(on, shape, views, mask, static_cast<A*>(positions),
                            static_cast<A*>(channels), static_cast<A*>(scale));
   });
 }

@@ -18,6 +18,9 @@ INTERPRET = interpreting()
 # That of PyTorch 2.11, which does some things less well.
 TRITON_3_6 = triton.__version__.startswith("3.6.")
 
+# Positions of a mask that are read at a time to be counted.
+COUNT_BLOCK = tl.constexpr(1024)
+
 # Tasks of one launch: bounds how many variants of a kernel are compiled.
 MAX_TASKS = 8
 
@@ -131,6 +134,22 @@ def pick(values, index):
         if index == i:
             value = values[i]
     return value
+
+
+@triton.jit
+def zero_unless(there, x):
+    """``x``, and 0 where it is not there, whatever ``x`` is."""
+    return tl.where(there, x, tl.zeros_like(x))
+
+
+@triton.jit
+def count_valid(valid, positions):
+    """The number of a sample's positions that are there; 1 for none, since it divides a sum."""
+    total = tl.zeros((COUNT_BLOCK,), tl.int32)
+    for start in range(0, positions, COUNT_BLOCK):
+        n = start + tl.arange(0, COUNT_BLOCK)
+        total += tl.load(valid + n, mask=n < positions, other=0).to(tl.int32)
+    return tl.maximum(tl.sum(total, 0), 1)
 
 
 @triton.jit

@@ -36,7 +36,8 @@ def _abs_gradient(x, share, h, log_p, total):
 
 
 # Softmax with z = x / temperature - max: h = log sum exp z - mean z and d h / d x =
-# p (mean z - z) / temperature, where means are over p. No logarithms are left to cancel.
+# p (mean z - z) / temperature, where means are over p. No logarithms are left to cancel. Where p is
+# 0, z may be -inf, and the terms are 0.
 
 
 @triton.jit
@@ -66,7 +67,7 @@ def _entropy_over_tasks_kernel(
         u = tl.exp(z)
         total = tl.sum(u, 0)
         p = tl.div_rn(u, total[None, :])
-        z = tl.where(t < TASKS, z, 0.0)
+        z = tl.where(z != float("-inf"), z, 0.0)  # where p is 0, and for tasks that do not exist
         mean = tl.sum(p * z, 0)
         h = tl.log(total) - mean
     else:
@@ -116,7 +117,7 @@ def _entropy_over_space_kernel(
             z = tl.load(row + n + lane, mask=mask, other=0.0) / temperature - center
             u = tl.where(mask, tl.exp(z), 0.0)
             sums += u
-            moments += tl.where(mask, u * z, 0.0)
+            moments += tl.where(u != 0, u * z, 0.0)  # z may be -inf
         total = tl.sum(sums, 0)
         mean = tl.sum(moments, 0) / total
         h = tl.log(total) - mean
@@ -139,7 +140,8 @@ def _entropy_over_space_kernel(
             s = tl.load(row + n + lane, mask=mask, other=0.0)
             if SOFTMAX:
                 z = s / temperature - center
-                g = tl.div_rn(tl.exp(z), total) * (mean - z) / temperature
+                p = tl.div_rn(tl.exp(z), total)
+                g = tl.where(p != 0, p * (mean - z), 0.0) / temperature
             else:
                 u = tl.abs(s)
                 log_p = _log_share(u, tl.div_rn(u, total), total)

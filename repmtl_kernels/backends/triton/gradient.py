@@ -11,11 +11,13 @@ from repmtl_kernels.backends.triton import _tma
 from repmtl_kernels.backends.triton._common import (
     TRITON_3_6,
     cdiv,
+    count_valid,
     launch,
     next_power_of_2,
     pick,
     stride_of,
     task_groups,
+    zero_unless,
 )
 from repmtl_kernels.backends.triton._operand import (
     Operand,
@@ -38,11 +40,12 @@ def saliency_grad(
     outputs: list[Tensor | None],
     csa: CSAGradient,
     position_grad: Tensor | None,
+    mask: Tensor | None = None,
 ) -> None:
     anchors = csa.anchors.unit
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
-    anchor_grad = _anchor_grad(saliencies, csa, operand)
+    anchor_grad = _anchor_grad(saliencies, csa, operand, mask)
     tile = operand.tile("gradient", anchors.device)
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = cdiv(operand.rows, tile.rows) * cdiv(operand.depth, tile.columns)
@@ -63,6 +66,7 @@ def saliency_grad(
             *_tma.descriptors(x, tile.depth, tile.columns),
             _tma.descriptors(x and [matrix], tile.rows, tile.depth)[0],
             group.layout,
+            mask,
             target.tensors,
             target.geometry.layout,
             target.tasks,
@@ -104,12 +108,14 @@ def _paired_groups(saliencies, outputs, most: int):
             yield group.geometry, target
 
 
-def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
-    """``da / N`` (T, B, C)."""
+def _anchor_grad(
+    saliencies: list[Tensor], csa: CSAGradient, operand: Operand, mask: Tensor | None
+) -> Tensor:
+    """``da / N`` (T, B, C); with a mask over the number of the sample's positions."""
     tasks, batch, channels = csa.anchors.unit.shape
     pulled = csa.gram.projection
     if operand.n_side:
-        pulled = _pulled_anchors(saliencies, csa, operand)
+        pulled = _pulled_anchors(saliencies, csa, operand, mask)
     anchor_grad = csa.anchors.unit.new_empty(tasks, batch, channels)
     block = min(1024, next_power_of_2(channels))
     launch(
@@ -117,6 +123,7 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -
         (cdiv(channels, block) * batch, tasks),
         anchor_grad.device,
         pulled,
+        mask,
         csa.rank,
         csa.contrast_grad,
         csa.anchors.pull,
@@ -134,7 +141,9 @@ def _anchor_grad(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -
     return anchor_grad
 
 
-def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand) -> Tensor:
+def _pulled_anchors(
+    saliencies: list[Tensor], csa: CSAGradient, operand: Operand, mask: Tensor | None
+) -> Tensor:
     """``S^ S^^T u`` (T, B, T, C) from ``V = S^^T u``: what the C side has as its projection."""
     anchors = csa.anchors.unit
     tasks, batch, channels = anchors.shape
@@ -151,6 +160,7 @@ def _pulled_anchors(saliencies: list[Tensor], csa: CSAGradient, operand: Operand
             group.tensors,
             group.tasks,
             group.geometry.layout,
+            mask,
             csa.scale,
             csa.gram.projection,
             pulled,
@@ -176,6 +186,7 @@ def _gradient_pull_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     group,  # numbers of the tasks
     layout,
+    valid,  # (B, N) bool: which positions are there; or None, all are
     scale,  # (T, B)
     projection,  # (T, B, T, N)
     pulled,  # (T, B, T, C)
@@ -204,6 +215,8 @@ def _gradient_pull_kernel(
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
     rows = (x + row_offsets(c, layout, FORM, False))[:, None]
     projection += sample * tasks * positions
+    if valid is not None:
+        valid += b * positions
     acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for start in tl.range(0, positions, DEPTH, num_stages=STAGES):
         n = start + tl.arange(0, DEPTH)
@@ -214,6 +227,9 @@ def _gradient_pull_kernel(
         )
         if TOUCH:
             s = touched(s)
+        if valid is not None:
+            there = tl.load(valid + n, mask=n < positions, other=0)
+            s = zero_unless(there[None, :], s)
         v = task_vectors(projection, positions, n, positions, tasks, COLUMNS, PARTS)
         acc = matmul(s, split_columns(v, s.dtype) if PARTS == 2 else v, acc, PRECISION)
     # Products with V, which is of order 1, leave room to scale them afterwards.
@@ -226,6 +242,7 @@ def _gradient_pull_kernel(
 @triton.jit
 def _gradient_anchor_kernel(
     pulled,  # (T, B, T, C): S^ S^^T u
+    valid,  # (B, N) bool; or None
     rank,  # (T, B)
     contrast_grad,  # (T, B, C)
     pull,  # (T, B, C)
@@ -254,7 +271,10 @@ def _gradient_anchor_kernel(
     negative = tl.load(negatives) * tl.load(contrast_grad + at, mask=inside, other=0.0)
     removed = tl.load(tug + b) * tl.load(pull + at, mask=inside, other=0.0)
     da = negative + tl.load(factor + b) * (positive - removed)
-    tl.store(anchor_grad + at, da / positions, mask=inside)
+    count = positions
+    if valid is not None:
+        count = count_valid(valid + b * positions, positions)
+    tl.store(anchor_grad + at, da / count, mask=inside)
 
 
 @triton.jit
@@ -280,6 +300,7 @@ def _gradient_kernel(
     x_3,
     matrix_blocks,  # the same of BLOCK_R x DEPTH of the matrix; or None
     layout,
+    valid,  # (B, N) bool: which positions are there; or None, all are
     outputs,  # as the saliencies
     target_layout,
     group,  # numbers of the tasks
@@ -325,6 +346,8 @@ def _gradient_kernel(
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
     x_columns = (x + row_offsets(k, layout, FORM, not N_SIDE))[None, :]
     matrix_rows = (matrix + (sample * rows + r) * rows)[:, None]
+    if valid is not None:
+        valid += b * positions
     anchors += b * channels
     anchor_stride = tl.cast(batch, tl.int64) * channels
 
@@ -334,9 +357,18 @@ def _gradient_kernel(
     # Unscaled saliencies: elements of the matrix and of anchors are of order 1.
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     w = tl.zeros((BLOCK_K, COLUMNS), tl.float32)  # C side: S^T u
+    # On the C side each position has columns of its own. Loads that leave out positions are of
+    # single elements, which those of odd rows are anyway.
+    MASKED: tl.constexpr = valid is not None and N_SIDE
+    LEFT_OUT: tl.constexpr = R_ALIGN == 1 and x_0 is None
     for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
         q = start + tl.arange(0, DEPTH)
         inside_q = q < rows
+        wanted_q = inside_q
+        if MASKED:
+            there_q = tl.load(valid + q, mask=inside_q, other=0)
+            if LEFT_OUT:
+                wanted_q = there_q
         if x_0 is not None:
             g = load_block(matrix_blocks, sample, first_r, start, BLOCK_R, DEPTH, False)
             x_q = load_block(x_blocks, b, start, first_k, DEPTH, BLOCK_K, ROWS_LAST)
@@ -348,11 +380,13 @@ def _gradient_kernel(
             )
             x_q = tl.load(
                 x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
-                mask=inside_q[:, None] & inside_k[None, :],
+                mask=wanted_q[:, None] & inside_k[None, :],
                 other=0.0,
             )
         if TOUCH:
             x_q = touched(x_q)
+        if MASKED and not LEFT_OUT:
+            x_q = zero_unless(there_q[:, None], x_q)
         acc = matmul(g, x_q, acc, PRECISION)
         if not N_SIDE:
             u = task_vectors(anchors, anchor_stride, q, rows, tasks, COLUMNS, PARTS)
@@ -381,6 +415,12 @@ def _gradient_kernel(
             grad += tl.load(of_position + r, mask=inside_r, other=0.0)[:, None]
         else:
             grad += tl.load(of_position + k, mask=inside_k, other=0.0)[None, :]
+    if valid is not None:
+        if N_SIDE:
+            there = tl.load(valid + r, mask=inside_r, other=0)[:, None]
+        else:
+            there = tl.load(valid + k, mask=inside_k, other=0)[None, :]
+        grad = zero_unless(there, grad)
     to = pick(outputs, tl.program_id(1)) + b * stride_of(target_layout, TARGET_FORM, 0)
     to += row_offsets(r, target_layout, TARGET_FORM, N_SIDE)[:, None]
     to += row_offsets(k, target_layout, TARGET_FORM, not N_SIDE)[None, :]

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from repmtl_kernels.backends import Gram
 from repmtl_kernels.backends.triton import _tma
-from repmtl_kernels.backends.triton._common import cdiv, launch, pick, stride_of, task_groups
+from repmtl_kernels.backends.triton._common import (
+    cdiv,
+    launch,
+    pick,
+    stride_of,
+    task_groups,
+    zero_unless,
+)
 from repmtl_kernels.backends.triton._operand import (
     Operand,
     join_columns,
@@ -35,7 +42,13 @@ FINISH_BLOCK = 256
 
 
 def gram(
-    saliencies: list[Tensor], scale: Tensor, anchors: Tensor, *, eps: float, with_grad: bool
+    saliencies: list[Tensor],
+    scale: Tensor,
+    anchors: Tensor,
+    *,
+    eps: float,
+    with_grad: bool,
+    mask: Tensor | None = None,
 ) -> Gram:
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
@@ -64,6 +77,7 @@ def gram(
             *_tma.descriptors(x if ratio > 1 else None, tile.rows * ratio, tile.depth),
             group.tasks,
             group.geometry.layout,
+            mask,
             scale,
             anchors,
             squares,
@@ -177,6 +191,7 @@ def _gram_kernel(
     wide_3,
     group,  # numbers of the tasks
     layout,
+    valid,  # (B, N) bool: which positions are there; or None, all are
     scale,  # (T, B)
     anchors,  # (T, B, C)
     squares,  # (T, B, PAIRS): partial sums of |X^ X^^T|^2
@@ -228,6 +243,8 @@ def _gram_kernel(
     inside_i, inside_j = r_i < rows, r_j < rows
     rows_i = (x + row_offsets(r_i, layout, FORM, N_SIDE))[:, None]
     rows_j = (x + row_offsets(r_j, layout, FORM, N_SIDE))[None, :]
+    if valid is not None:
+        valid += b * (rows if N_SIDE else depth)
     anchors += b * channels
     anchor_stride = tl.cast(batch, tl.int64) * channels
     factor = tl.load(scale + sample)
@@ -270,6 +287,9 @@ def _gram_kernel(
                     )
                 if TOUCH:
                     x_i = touched(x_i)
+                if valid is not None and not N_SIDE:
+                    there = tl.load(valid + k, mask=inside_k, other=0)
+                    x_i = zero_unless(there[None, :], x_i)
                 if SCALED:
                     x_i = (x_i.to(tl.float32) * factor).to(x_i.dtype)
                 if loop == 0 and RATIO == 1:
@@ -285,6 +305,8 @@ def _gram_kernel(
                         )
                     if TOUCH:
                         x_j = touched(x_j)
+                    if valid is not None and not N_SIDE:
+                        x_j = zero_unless(there[:, None], x_j)
                     if SCALED:
                         x_j = (x_j.to(tl.float32) * factor).to(x_j.dtype)
                 acc = matmul(x_i, x_j, acc, PRECISION)
@@ -294,6 +316,12 @@ def _gram_kernel(
                     )
                     v = matmul(x_i, split_columns(u, x_i.dtype) if SPLIT else u, v, PRECISION)
 
+    if valid is not None and N_SIDE:
+        # An element needs only its own row and column of X: here it is not in the way of loads.
+        there_i = tl.load(valid + r_i, mask=inside_i, other=0)
+        there_j = tl.load(valid + r_j, mask=inside_j, other=0)
+        acc = zero_unless(there_i[:, None] & there_j[None, :], acc)
+        v = zero_unless(there_i[:, None], v)
     rest = 1.0 if SCALING == "always" else tl.where(wanted == 2, 1.0, factor)
     acc = acc * rest * rest
     # The upper triangle is the lower one's image.

@@ -16,12 +16,14 @@ from repmtl_kernels.backends.triton._common import (
     TaskGroup,
     alignment,
     cdiv,
+    count_valid,
     launch,
     next_power_of_2,
     pick,
     position_offsets,
     stride_of,
     task_groups,
+    zero_unless,
 )
 from repmtl_kernels.backends.triton._tiles import Sweep, tile_of
 
@@ -40,6 +42,7 @@ def power_of_two(largest):
 def _statistics_kernel(
     saliencies,  # tuple of (B, C, *spatial)
     layout,
+    valid,  # (B, N) bool: which positions are there; or None, all are
     column_parts,  # (tasks, B, chunks, columns) float32: sums over a chunk of rows
     row_parts,  # (tasks, B, tiles, rows) float32: sums over a tile of columns
     max_parts,  # (tasks, B, chunks, tiles) float32: max |S|
@@ -72,6 +75,10 @@ def _statistics_kernel(
         saliency += column.to(tl.int64)[None, :] * stride_of(layout, FORM, 1)
     else:
         saliency += position_offsets(column, layout, FORM)[None, :]
+    if valid is not None:
+        valid += b * (rows if CHANNEL_COLUMNS else columns)
+        if not CHANNEL_COLUMNS:
+            there = tl.load(valid + column, mask=column < columns, other=0)
 
     total = tl.zeros((HIGH, WIDE), tl.float32)
     largest = tl.zeros((HIGH, WIDE), tl.float32)
@@ -82,7 +89,11 @@ def _statistics_kernel(
         else:
             offset = row.to(tl.int64) * stride_of(layout, FORM, 1)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
+        if valid is not None and CHANNEL_COLUMNS:  # whole rows, which stay wide loads
+            mask &= tl.load(valid + row, mask=row < rows, other=0)[:, None]
         s = tl.load(saliency + offset[:, None], mask=mask, other=0.0).to(tl.float32)
+        if valid is not None and not CHANNEL_COLUMNS:
+            s = zero_unless(there[None, :], s)
         # All warps hold HIGH rows at a time: along DEEP, sums stay within a thread.
         deep = tl.reshape(s, (DEEP, HIGH, WIDE))
         if COLUMN_SUMS:
@@ -104,6 +115,7 @@ def _statistics_finish_kernel(
     column_parts,  # (tasks, B, chunks, columns)
     row_parts,  # (tasks, B, tiles, rows)
     max_parts,  # (tasks, B, chunks, tiles)
+    valid,  # (B, N) bool; or None
     column_means,  # tuple of (B, columns)
     row_means,  # tuple of (B, rows)
     scale,  # tuple of (B,)
@@ -114,6 +126,7 @@ def _statistics_finish_kernel(
     tiles,
     column_blocks,
     blocks,
+    CHANNEL_COLUMNS: tl.constexpr,  # with `valid`
     COLUMN_SUMS: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     MAX: tl.constexpr,
@@ -128,12 +141,18 @@ def _statistics_finish_kernel(
         if block < column_blocks:
             parts = column_parts + sample * chunks * columns
             means = pick(column_means, task) + b * columns
-            _mean(parts, means, block, chunks, columns, rows, PARTS, WIDE)
+            count = rows
+            if valid is not None and CHANNEL_COLUMNS:
+                count = count_valid(valid + b * rows, rows)
+            _mean(parts, means, block, chunks, columns, count, PARTS, WIDE)
     if ROW_SUMS:
         if block >= column_blocks:
             parts = row_parts + sample * tiles * rows
             means = pick(row_means, task) + b * rows
-            _mean(parts, means, block - column_blocks, tiles, rows, columns, PARTS, WIDE)
+            count = columns
+            if valid is not None and not CHANNEL_COLUMNS:
+                count = count_valid(valid + b * columns, columns)
+            _mean(parts, means, block - column_blocks, tiles, rows, count, PARTS, WIDE)
     if MAX:
         if block == 0:
             largest = tl.zeros((PARTS * WIDE,), tl.float32)
@@ -166,7 +185,9 @@ def _mean(
     tl.store(means + i, total / divisor, mask=i < length)
 
 
-def statistics(saliencies: Sequence[Tensor], *, positions: bool, channels: bool) -> Statistics:
+def statistics(
+    saliencies: Sequence[Tensor], *, positions: bool, channels: bool, mask: Tensor | None = None
+) -> Statistics:
     first = saliencies[0]
     tasks, batch = len(saliencies), first.shape[0]
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
@@ -177,12 +198,13 @@ def statistics(saliencies: Sequence[Tensor], *, positions: bool, channels: bool)
         x_, a_, scale_ = (
             None if v is None else tuple(v[t] for t in group.tasks) for v in (x, a, scale)
         )
-        _write_group(group, x_, a_, scale_)
+        _write_group(group, mask, x_, a_, scale_)
     return Statistics(x, a, scale)
 
 
 def _write_group(
     group: TaskGroup,
+    mask: Tensor | None,
     x: tuple[Tensor, ...] | None,
     a: tuple[Tensor, ...] | None,
     scale: tuple[Tensor, ...] | None,
@@ -211,6 +233,7 @@ def _write_group(
         first.device,
         group.tensors,
         group.geometry.layout,
+        mask,
         column_parts,
         row_parts,
         max_parts,
@@ -241,6 +264,7 @@ def _write_group(
         column_parts,
         row_parts,
         max_parts,
+        mask,
         column_means,
         row_means,
         scale,
@@ -251,6 +275,7 @@ def _write_group(
         tiles,
         column_blocks,
         blocks,
+        CHANNEL_COLUMNS=mask is not None and channel_columns,
         COLUMN_SUMS=column_means is not None,
         ROW_SUMS=row_means is not None,
         MAX=scale is not None,
