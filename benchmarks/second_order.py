@@ -32,12 +32,18 @@ from benchmarks.steps import (
     settings,
 )
 from benchmarks.timing import Timing, side_by_side
+from repmtl_kernels._strength import BETWEEN
 
 PLAIN, FAST = "rep_mtl", "rep_mtl_second_order"
 METHODS = {
     EQUAL_WEIGHTING: EqualWeighting,
     PLAIN: RepMTLMethod,
     FAST: partial(RepMTLMethod, fast=True),
+}
+# The same on a call that measures the ratio of the gradients.
+MEASURED = {
+    PLAIN: partial(RepMTLMethod, measured=True),
+    FAST: partial(RepMTLMethod, fast=True, measured=True),
 }
 # Maps as large as NYUv2's, heads as wide as DeepLabV3's; a narrow encoder on a CPU.
 NETWORK = Network(
@@ -93,6 +99,7 @@ def measure_case(case: Case, device: torch.device, *, deadline: float) -> list[d
         methods = {name: make() for name, make in METHODS.items()}
         counts, peaks = {}, {}
         for name, method in methods.items():
+            work.step(method)  # the first looks for operations without a second derivative
             with Convolutions() as counter:
                 work.step(method)
             counts[name] = per_head_convolution(counter.counts, work)
@@ -100,7 +107,8 @@ def measure_case(case: Case, device: torch.device, *, deadline: float) -> list[d
         seconds = deadline - time.monotonic()  # the first steps were warm-up as well
         # The rest is for the phases: steps whose time counts have no marks in them.
         timings = side_by_side(
-            {name: partial(work.step, method) for name, method in methods.items()},
+            {name: partial(work.step, method) for name, method in methods.items()}
+            | {(name, "measured"): partial(work.step, make()) for name, make in MEASURED.items()},
             device,
             seconds=0.6 * seconds,
             min_rounds=MIN_ROUNDS,
@@ -119,6 +127,7 @@ def measure_case(case: Case, device: torch.device, *, deadline: float) -> list[d
         labels(case, name)
         | figures(timings[name], timings, phases[name], phases[PLAIN], floor)
         | {"peak_mb": float(f"{peaks[name]:.5g}"), "convolutions_per_head_layer": counts[name]}
+        | measurement(timings[name], timings.get((name, "measured")))
         for name in methods
     ]
     for row in rows:
@@ -161,6 +170,14 @@ def figures(
     return rounded(found) | {"rounds": timing.rounds, "phases": rounded(phases)}
 
 
+def measurement(timing: Timing, measured: Timing | None) -> dict:
+    """What a measurement of the ratio adds to a step, and to one on average."""
+    if measured is None:
+        return {"measurement": None, "measurement_on_average": None}
+    share = measured.ms / timing.ms - 1
+    return rounded({"measurement": share, "measurement_on_average": share / BETWEEN})
+
+
 def in_heads(phases: dict[str, float]) -> float:
     return sum(phases.get(name, 0.0) for name in ("heads_forward", "saliencies", "heads_backward"))
 
@@ -172,5 +189,7 @@ def summary_line(row: dict) -> str:
     if row["ratio_to_floor"] is not None:
         line += f", {row['ratio_to_plain']:.3g} x that without second_order "
         line += f"({row['heads_ratio_to_plain']:.3g} x in the heads), "
-        line += f"{row['ratio_to_floor']:.3g} x the floor"
+        line += f"{row['ratio_to_floor']:.3g} x the floor, "
+        line += f"a measurement of the ratio {row['measurement']:.1%} of the step "
+        line += f"({row['measurement_on_average']:.1%} on average)"
     return f"{line}, {row['peak_mb']:.4g} MB"

@@ -32,6 +32,7 @@ from benchmarks.progress import say, track
 from benchmarks.timing import Timing, side_by_side
 from repmtl_kernels import RepMTL, rep_mtl_loss, task_saliencies
 from repmtl_kernels._second_order import second_order
+from repmtl_kernels._strength import FIRST
 
 EQUAL_WEIGHTING = "equal_weighting"
 LEARNING_RATE = 1e-4
@@ -90,11 +91,19 @@ class Peer(EqualWeighting):
 
 
 class RepMTLMethod(EqualWeighting):
-    """Rep-MTL with fixed lambdas, which the dissected and the compiled step can write out."""
+    """Rep-MTL with fixed lambdas, which the dissected and the compiled step can write out.
 
-    def __init__(self, backend: str = "auto", *, fast: bool = False, every: int = 1) -> None:
+    measured: whether its calls measure the ratio of the gradients; else they are those between.
+    """
+
+    def __init__(
+        self, backend: str = "auto", *, fast: bool = False, every: int = 1, measured: bool = False
+    ) -> None:
         self.criterion = RepMTL(LAMBDA, LAMBDA, backend=backend, every=every)
         self.fast = fast
+        self.state = torch.zeros_like(self.criterion.get_extra_state())
+        if not measured:
+            self.state[0] = every * (FIRST + 1)  # the number of calls
         self.every = every
         self.dissected = 0
 
@@ -110,6 +119,8 @@ class RepMTLMethod(EqualWeighting):
         if isinstance(marks, Phases):
             self._dissect(forward, marks)
         else:
+            if self.criterion.get_extra_state()[0] % self.every == 0:  # a cycle begins
+                self.criterion.set_extra_state(self.state)
             self.criterion(forward.losses, z[0] if len(z) == 1 else z).backward()
 
     def _applies(self) -> bool:

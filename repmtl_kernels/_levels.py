@@ -34,7 +34,9 @@ class Levels(tuple):
     names: tuple[Hashable, ...]
     """What messages and :func:`task_saliencies` call the levels: their names, or their indices."""
 
-    def __new__(cls, *levels: Tensor | Iterable[Tensor] | Mapping[Hashable, Tensor], **named):
+    def __new__(
+        cls, *levels: Tensor | Iterable[Tensor] | Mapping[Hashable, Tensor], **named: Tensor
+    ) -> Levels:
         if levels and named:
             raise TypeError("levels: expected tensors in order or tensors by name, got both")
         given = levels[0] if len(levels) == 1 and not isinstance(levels[0], Tensor) else levels
@@ -63,7 +65,7 @@ class Levels(tuple):
         self.names = tuple(named)
         return self
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Hashable | slice) -> Tensor | tuple[Tensor, ...]:
         if isinstance(key, int | slice):
             return super().__getitem__(key)
         if key not in self.names:

@@ -880,10 +880,11 @@ def test_tables_of_a_gpu_show_milliseconds_and_failures(kernel_rows):
 def test_table_of_second_order():
     common = {"network": "aspp", "architecture": "a network", "dtype": "float32", "peak_mb": 12.0}
     ratios = ("ratio_to_ew", "ratio_to_plain", "heads_ratio_to_plain", "ratio_to_floor")
+    ratios += ("measurement", "measurement_on_average")
     values = {
-        "equal_weighting": (3, (1.0, 0.4, 0.4, None)),
-        "rep_mtl": (6, (2.5, 1.0, 1.0, 1.3)),
-        "rep_mtl_second_order": (6, (2.0, 0.8, 0.5, 1.04)),
+        "equal_weighting": (3, (1.0, 0.4, 0.4, None, None, None)),
+        "rep_mtl": (6, (2.5, 1.0, 1.0, 1.3, 0.32, 0.02)),
+        "rep_mtl_second_order": (6, (2.0, 0.8, 0.5, 1.04, 0.16, 0.01)),
     }
     rows = [
         common
@@ -892,9 +893,9 @@ def test_table_of_second_order():
         for method, (count, found) in values.items()
     ]
     table = report.second_order_table({**HEAD, "notes": [], "rows": rows})
-    line = "| Rep-MTL, `second_order()` | 6 | 2.00x | 1.25x faster | 2.00x faster | 1.04x | 12 MB |"
-    assert line in table
-    assert "| equal weighting | 3 | 1.00x |  |  |  | 12 MB |" in table
+    line = "| Rep-MTL, `second_order()` | 6 | 2.00x | 1.25x faster | 2.00x faster | 1.04x | "
+    assert line + "16%, 1.0% on average | 12 MB |" in table
+    assert "| equal weighting | 3 | 1.00x |  |  |  |  | 12 MB |" in table
 
 
 def test_tables_of_training_quality(tmp_path):
