@@ -19,7 +19,7 @@ from repmtl_kernels._task_losses import Task, distinct, without_hooks
 FIRST, BETWEEN = 16, 16
 # The share of a running mean that an observation leaves as it was: the mean of the ratio follows
 # the last ten measurements or so, that of sizes, which are seen on every call, the last fifty.
-RATIO_DECAY, SIZE_DECAY = 0.85, 0.98
+RATIO_DECAY, SIZE_DECAY = 0.75, 0.98
 
 
 def is_measured(number: int) -> bool:

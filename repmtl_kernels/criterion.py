@@ -164,7 +164,7 @@ class RepMTL(_Loss):
             ratio grows while the tasks are learned. The regulariser's own gradient is taken by
             itself, on the first 16 calls that apply it and on every 16th after them, so that
             nothing else that reaches the representation counts; the mean is over about the last
-            six of them (exponential, decay 0.85). ``rho`` is held on average, single steps vary.
+            four of them (exponential, decay 0.75). ``rho`` is held on average, single steps vary.
             The lambdas never sum to more than ``100 rho``; where they come to less than ``rho /
             100``, a warning says so once. See ``last.ratio``.
         start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
@@ -185,8 +185,8 @@ class RepMTL(_Loss):
             regulariser's gradient over the saliencies of all tasks, is more than ``clip`` times its
             running mean (decay 0.98, of the unclipped sizes before this one), that gradient is
             scaled down to it, for heads and encoder alike. TSR's is heavy-tailed from batch to
-            batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are. With CSA, the
-            backward pass holds a second copy of that gradient for a moment.
+            batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are. ``dR/dS`` is then
+            computed in the call, and kept for the backward pass in place of what CSA keeps.
         task_weights: ``w_t``, finite and at least 0: a sequence, or a dict with the keys of the
             losses; None: all 1. The saliencies are those of ``L_t`` (or ``log L_t``) unweighted.
         scaler: None, or the ``torch.amp.GradScaler`` that scales the total, for float16. The
