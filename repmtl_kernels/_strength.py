@@ -46,13 +46,14 @@ class RunningMean:
 
     def value(self, device: torch.device, default: float, group: str = "") -> Tensor:
         """The mean, ``default`` before the first observation; over the ranks of a group."""
-        state = self._on(device)
+        state = self._near(device).to(device, non_blocking=True)
         total, weight = (_distributed.summed(state, group) if group else state).unbind()
         return (total / weight).where(weight > 0, default)
 
     @torch.no_grad()
     def observe(self, observation: Tensor) -> None:
-        state = self._on(observation.device)
+        state = self._near(observation.device)
+        observation = observation.to(state.device, non_blocking=True)
         added = torch.stack([observation, torch.ones_like(observation)])
         valid = observation.isfinite() & (observation > 0)
         state.copy_(torch.where(valid, self.decay * state + (1 - self.decay) * added, state))
@@ -66,8 +67,9 @@ class RunningMean:
         new = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self._state = new if self._state is None else self._state.copy_(new)
 
-    def _on(self, device: torch.device) -> Tensor:
-        if self._state is None or self._state.device != device:
+    def _near(self, device: torch.device) -> Tensor:
+        """The state, on a device of that type. Replicas have several; it stays on one of them."""
+        if self._state is None or self._state.device.type != device.type:
             with torch.inference_mode(False):
                 if self._state is None:
                     self._state = torch.zeros(2, dtype=torch.float32, device=device)

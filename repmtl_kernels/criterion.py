@@ -609,7 +609,7 @@ class RepMTL(_Loss):
         call.step.tsr, call.step.csa = _detached(tsr), _detached(csa)
         measured = self._measured(value, call)
         if self.strength is not None:
-            strength = self._strength(value, call.group)
+            strength = self._strength(value, call.group, measured is not None)
             value = strength * value
             if measured is not None:
                 measured = measured * strength
@@ -635,13 +635,13 @@ class RepMTL(_Loss):
             progress.ratio.observe(ratio / sum(call.lambdas))
         return ratio
 
-    def _strength(self, value: Tensor, group: str) -> float | Tensor:
+    def _strength(self, value: Tensor, group: str, measured: bool) -> float | Tensor:
         """What the lambdas are multiplied with; the same on all ranks of a group."""
         if not has_values(value):
             return self.strength
         progress = self._progress
         ratio = progress.ratio.value(value.device, 1.0, group)
-        if not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
+        if measured and not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
             progress.warned = True
             warnings.warn(
                 f"strength: the lambdas have come to less than {self.strength / LARGEST_RATIO:g}, "

@@ -821,7 +821,8 @@ def test_no_synchronisation_and_capture(network: Network, options: dict) -> None
         return found
 
     eager, captured = RepMTL(**LAMBDAS, **options), RepMTL(**LAMBDAS, **options)
-    for criterion, steps in ((eager, 4), (captured, 3)):  # before a capture comes one more step
+    # Past the calls that measure the ratio; before a capture comes one more step.
+    for criterion, steps in ((eager, FIRST + 4), (captured, FIRST + 3)):
         for _ in range(steps):
             step(criterion)
     replay = graphed(Rotating(step, [captured]), torch.device(DEVICE))
