@@ -185,8 +185,8 @@ class RepMTL(_Loss):
             regulariser's gradient over the saliencies of all tasks, is more than ``clip`` times its
             running mean (decay 0.98, of the unclipped sizes before this one), that gradient is
             scaled down to it, for heads and encoder alike. TSR's is heavy-tailed from batch to
-            batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are. ``dR/dS`` is then
-            computed in the call, and kept for the backward pass in place of what CSA keeps.
+            batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are. ``dR/dS`` is
+            then computed in the call, and kept for the backward pass in place of what CSA keeps.
         task_weights: ``w_t``, finite and at least 0: a sequence, or a dict with the keys of the
             losses; None: all 1. The saliencies are those of ``L_t`` (or ``log L_t``) unweighted.
         scaler: None, or the ``torch.amp.GradScaler`` that scales the total, for float16. The
