@@ -230,7 +230,8 @@ def tsr_arguments(
         over=over, normalizer=normalizer, temperature=temperature, floor=floor, eps=eps
     )
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
-    check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    if positions is not None:
+        check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
     return operands, stacked
 
 
@@ -250,5 +251,6 @@ def csa_arguments(
     check_csa_options(temperature=temperature, eps=eps, group=None, memory=memory, prefix=prefix)
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
     check_csa_batch(operands, stacked, present, group)
-    check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    if positions is not None:
+        check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
     return operands, stacked
