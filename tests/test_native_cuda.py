@@ -49,7 +49,7 @@ def test_every_way_through_the_kernels(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ANY, ids=str)
 def test_every_way_with_a_mask(case: Case, dtype: torch.dtype):
-    """What it leaves out is NaN."""
+    """Positions that it leaves out hold NaN."""
     mask = torch.rand(case.batch, math.prod(case.spatial)) < 0.7
     mask[:, 0] = True
     mask = mask.view(case.batch, *case.spatial).to(DEVICE)
