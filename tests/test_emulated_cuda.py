@@ -55,7 +55,7 @@ def sources(*names: str) -> list[str]:
     return [str(TESTS / f"test_{name}.py") for name in names]
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_tests_of_the_native_backend_in_any_order_of_threads(tmp_path: Path):
     library = emulated_cuda.build(tmp_path)
     names = "native_cuda", "stages", "losses", "positions", "gradients", "numerics", "memory"

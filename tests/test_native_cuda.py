@@ -3,7 +3,9 @@
 Runs on a CUDA device, and on the CPU under ``test_emulated_cuda.py``.
 """
 
+import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -42,6 +44,26 @@ ANY = [
 def test_every_way_through_the_kernels(case: Case, dtype: torch.dtype):
     # One task has no TSR: its entropy is 0.
     judge(LOSSES[1 if case.tasks == 1 else 2], case, dtype, "native")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ANY, ids=str)
+def test_every_way_with_a_mask(case: Case, dtype: torch.dtype):
+    """Positions that it leaves out hold NaN."""
+    mask = torch.rand(case.batch, math.prod(case.spatial)) < 0.7
+    mask[:, 0] = True
+    mask = mask.view(case.batch, *case.spatial).to(DEVICE)
+    tensors = case.make(dtype)
+    spoiled = [t.detach() for t in case.make(dtype)]
+    for t in spoiled:
+        t.masked_fill_(~mask.unsqueeze(1), math.nan)
+    for loss in LOSSES[:2]:
+        judge(loss, case, dtype, "native", positions=mask)
+        run = partial(value_and_grads, loss.public, case, backend="native", positions=mask)
+        value, grads = run(tensors)
+        found, again = run([t.requires_grad_() for t in spoiled])
+        assert torch.equal(found, value)
+        assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
 
 
 @pytest.mark.parametrize("case", ANY, ids=str)

@@ -198,7 +198,7 @@ def test_gram(backend: str, dtype: torch.dtype, case: Case, eps: float):
 @pytest.mark.parametrize("form", [f for f in TSR_FORMS if f["normalizer"] == "softmax"], ids=str)
 @pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
 def test_entropy_where_a_probability_is_zero(backend: str, form: dict):
-    """What is -inf has no part in a softmax, as in the reference."""
+    """A value of -inf has no part in a softmax, as in the reference."""
     x = torch.randn((5, 3, 1030), device=DEVICE)
     absent = torch.rand(x.shape, device=DEVICE) < 0.4
     absent[1:, :, 11], absent[2, 1, :-1] = True, True  # one value is all of some distributions

@@ -165,7 +165,7 @@ __device__ __forceinline__ unsigned there(const unsigned char* valid) {
   return bits;
 }
 
-// The same of elements (row, column + j) of a sample, whose mask is `valid` (N).
+// The same for elements (row, column + j) of a sample, whose mask is `valid` (N).
 template <int kVector>
 __device__ __forceinline__ unsigned there(const unsigned char* valid, const Axes& axes, int64_t row,
                                           int64_t column) {

@@ -35,8 +35,7 @@ struct Context {
   Workspace* workspace;
 };
 
-// Which positions are there, in all tasks. What the saliencies hold at others counts as 0, whatever
-// it is.
+// Which positions are there, in all tasks. Whatever the saliencies hold at others counts as 0.
 struct Mask {
   const unsigned char* valid;  // (B, N) of bytes, 1 or 0; null: all are there
   const void* counts;          // (B), accumulators: how many of a sample are
@@ -50,7 +49,7 @@ struct Coefficients {
 // Why the current device can't run the kernels, or an empty string.
 std::string why_not();
 
-// With the counts, in scratch memory; none for null.
+// The mask with its counts, which lie in scratch memory; null has none.
 Mask counted_mask(const Context& on, Type type, int64_t batch, int64_t positions,
                   const unsigned char* valid);
 

@@ -4,7 +4,7 @@
 namespace repmtl::cuda {
 namespace {
 
-// With a mask: what is summed is left out, and sums of positions that are not there are 0.
+// A sum along positions leaves out those that are not there; a sum for one of those is 0.
 
 constexpr int kGroup = 4;  // vectors of one read
 constexpr int kRows = 4;   // rows of a warp that share a read of the vectors
