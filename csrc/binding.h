@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -71,6 +72,14 @@ inline void check_outputs(const Tensors& saliencies, const Tensors& outputs, con
                     "tasks: expected numbers of saliencies, got ", tasks[i]);
     shape_of({saliencies[tasks[i]], outputs[i]});
   }
+}
+
+// A mask (B, N) of positions, or null.
+inline const unsigned char* mask_of(const std::optional<Tensor>& mask, const Shape& shape,
+                                    const Tensor& like) {
+  if (!mask) return nullptr;
+  check_contiguous("mask", *mask, {shape.batch, shape.positions}, like, ScalarType::Bool);
+  return static_cast<const unsigned char*>(mask->const_data_ptr());
 }
 
 // The positions of a tensor (B, C, *spatial) as a grid, without dimensions that collapse.

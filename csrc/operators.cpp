@@ -64,14 +64,6 @@ const A* data_or_null(const std::optional<Tensor>& x) {
   return x ? data<const A>(*x) : nullptr;
 }
 
-// A mask (B, N) of positions, or null.
-const unsigned char* mask_of(const std::optional<Tensor>& mask, const Shape& shape,
-                             const Tensor& like) {
-  if (!mask) return nullptr;
-  check_contiguous("mask", *mask, {shape.batch, shape.positions}, like, ScalarType::Bool);
-  return data<const unsigned char>(*mask);
-}
-
 void check_small(const Tensor& saliency, int64_t positions) {
   STD_TORCH_CHECK(saliency.scalar_type() == ScalarType::Float && positions <= kSmall,
                   "saliencies: expected float32 and at most ", kSmall, " positions");

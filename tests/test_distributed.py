@@ -28,6 +28,7 @@ from benchmarks import distributed as cost
 from benchmarks import memory
 from repmtl_kernels import (
     CSALoss,
+    Levels,
     RepMTL,
     RepMTLLoss,
     SecondDerivativeError,
@@ -725,6 +726,53 @@ def check_sharded_encoder_with_skip_connections(rank: int) -> None:
             torch.testing.assert_close(grad, theirs.grad, rtol=0, atol=1e-12)
     with pytest.raises(SecondDerivativeError, match="fully_shard"):
         trained(half(rank), sharded=[0, 1])
+
+
+def check_levels_with_positions(rank: int) -> None:
+    """Two levels, one of them padded: the average of the ranks is one process with all samples."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(6, 4, dtype=torch.float64, generator=generator)
+    there = torch.rand(6, 5, generator=generator) < 0.7
+
+    def trained(samples: slice, **options) -> tuple[Tensor, nn.ModuleList]:
+        torch.manual_seed(3)
+        network = nn.ModuleList([nn.Linear(4, 15), nn.Linear(4, 6)]).double()
+        padded = network[0](x[samples]).tanh().view(-1, 3, 5)
+        pooled = network[1](x[samples]).tanh()
+        mask = there[samples]
+        # Sums over the batch, so that the average over two ranks is half of that of all.
+        losses = [
+            ((t + 2) * padded).sin().square().mul(mask[:, None]).sum() + (pooled**t).sum()
+            for t in range(1, 4)
+        ]
+        criterion = RepMTL(**LAMBDAS, **options)
+        total = criterion(losses, Levels(padded, pooled), positions=[mask, None])
+        regularizer = total - sum(losses)
+        regularizer.backward()
+        return regularizer.detach(), network
+
+    value, whole = trained(slice(None))
+    found, network = trained(half(rank), group="world")
+    torch.testing.assert_close(average(found), value, rtol=1e-9, atol=0)
+    for ours, theirs in zip(network.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(average(ours.grad), theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+def check_steps_of_several_calls(rank: int) -> None:
+    criterion = RepMTL(strength=0.1, every=2, group="world")
+    z = torch.randn(4, C, generator=torch.Generator().manual_seed(rank), requires_grad=True) * 1
+    applied, weights = [], []
+    for step in (0, 0, 1, 1, 2):
+        call(criterion, z, step=step)
+        last = criterion.last
+        applied.append(last.applied)
+        if last.applied:
+            weights.append((last.regularizer / (0.5 * last.tsr + 0.5 * last.csa)).item())
+    assert applied == [True, True, False, False, True]
+    found = [torch.empty(3) for _ in range(2)]
+    dist.all_gather(found, torch.tensor(weights))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    assert weights[0] == weights[1]
 
 
 def check_compiled(rank: int) -> None:

@@ -163,14 +163,6 @@ bool is_small(const Shape& shape) {
   return is_n_side(shape) && shape.positions <= kSmallPositions && shape.tasks <= kSmallTasks;
 }
 
-// A mask (B, N) of positions, or null.
-const unsigned char* mask_of(const std::optional<Tensor>& mask, const Shape& shape,
-                             const Tensor& like) {
-  if (!mask) return nullptr;
-  check_contiguous("mask", *mask, {shape.batch, shape.positions}, like, ScalarType::Bool);
-  return static_cast<const unsigned char*>(data(*mask));
-}
-
 Mask counted_mask_of(const Context& on, const std::optional<Tensor>& mask, const Tensor& first,
                      const Shape& shape) {
   return counted_mask(on, type_of(first), shape.batch, shape.positions,
