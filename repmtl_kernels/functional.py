@@ -147,8 +147,8 @@ def csa_loss(
             differ in size; a rank may have one sample. Every rank has to call this, and to
             backpropagate the same multiple of its result: the plain average over the ranks, which
             is what ``DistributedDataParallel`` takes of gradients, is then value and gradient of
-            the whole batch's loss. The forward pass gathers ``T C + 1`` numbers a sample, the
-            backward pass sends nothing. See docs/distributed.md.
+            the whole batch's loss. The forward pass gathers ``T C`` numbers a sample and reduces
+            two, the backward pass sends nothing. See docs/distributed.md.
         memory: of the Gram matrices, ``R^2`` numbers for each task and sample, ``R = min(C, N)``,
             in the saliencies' dtype, until the backward: ``"save"`` keeps them, ``"recompute"``
             makes them again there, a few samples at a time, for at most a third more

@@ -86,6 +86,7 @@ def test_blocks_of_the_contrast_give_the_same(monkeypatch):
 
 
 GOOD = torch.ones(2, 3, 4)
+DOTS = torch.ones(2, 3, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,9 @@ GOOD = torch.ones(2, 3, 4)
         (lambda: ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), r"x: .*\(T, B, N\)"),
         (lambda: ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
         (lambda: ops.unit_anchors(GOOD.bfloat16(), 0.0, True), "float32 or float64"),
-        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5), "dots: "),
+        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5, None), "dots: "),
+        (lambda: ops.log_sum_exp(DOTS, 0, 0.5, DOTS[0, :, 0]), r"columns: .*shape \(2, 3\)"),
+        (lambda: ops.weigh_dots(DOTS, GOOD[0], GOOD[0], 0, 0.5), r"rows: .*shape \(2, 3\)"),
         (
             lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
             r"factor: .*contiguous tensor of shape \(3\)",
@@ -132,7 +135,7 @@ def test_operators_refuse_what_they_cannot_read(call, message):
         lambda: ops.statistics([GOOD], False, False),
         lambda: ops.entropy(torch.ones(2, 3, 0), True, False, 1.0, 0.0, True),
         lambda: ops.unit_anchors(torch.ones(2, 3, 0), 0.0, True),
-        lambda: ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5),
+        lambda: ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5, None),
         lambda: ops.add_outer(
             None, False, GOOD[0], None, GOOD[:0], GOOD[:, :0], torch.ones(2, 3, 0)
         ),
@@ -201,8 +204,8 @@ def _arguments() -> dict[str, tuple]:
         "statistics": (saliencies, True, True),
         "entropy": (torch.randn(2, 3, 16), True, False, 1.0, 0.0, True),
         "unit_anchors": (u, 0.0, True),
-        "log_sum_exp": (dots, 0, 0.5),
-        "weigh_dots": (dots.clone(), torch.ones(3), 0, 0.5),
+        "log_sum_exp": (dots, 0, 0.5, torch.zeros(2, 3)),
+        "weigh_dots": (dots.clone(), torch.ones(2, 3), torch.ones(2, 3), 0, 0.5),
         "through_normalisation": (u.clone(), u, torch.ones(3), u),
         "add_outer": (None, False, *products, torch.zeros(3, 20, 4, 4)),
         "small_gram": (saliencies, torch.ones(2, 3), u, True),

@@ -72,7 +72,9 @@ class Everyone(NamedTuple):
 
     unit: Tensor  # (T, G, C): unit anchors; memory as (T, G, C) or (G, T, C) lies
     first: int
-    gather: Callable[[Tensor], Tensor]  # (B,) of each rank to (G,) of all; each rank calls it once
+    # Peaks (2, G), see _peaks.py, of everyone's columns of r over each rank's samples to those over
+    # all samples; each rank calls it once.
+    join: Callable[[Tensor], Tensor]
 
 
 class Contrast(NamedTuple):
