@@ -1,7 +1,8 @@
 """What negatives of all ranks cost, from formulas: nothing here is measured.
 
 ``python -m benchmarks.report`` writes the table into docs/distributed.md. A test on two ranks
-counts the bytes that :func:`gathered` and :func:`reduced` say, another measures the memory of the contrast stage.
+counts the bytes that :func:`gathered` and :func:`reduced` say, another measures the memory of the
+contrast stage.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def gathered(s: Setting) -> int:
 
 
 def reduced(s: Setting, ranks: int) -> int:
-    """Bytes that a rank gives to the all-reduces of one step: two numbers for each of all samples."""
+    """Bytes that a rank gives to the all-reduces of one step: two numbers for each sample."""
     return 2 * s.itemsize * ranks * s.batch
 
 

@@ -24,6 +24,7 @@ from repmtl_kernels._saliency import (
     NORMALIZERS,
     OVER,
     canonical_tasks,
+    held,
     positions_to_saliency,
     without_autocast,
 )
@@ -253,7 +254,7 @@ def _entropy(stages: ModuleType, config: Config, x: Tensor) -> Entropy:
         "over": config.over,
         "normalizer": config.normalizer,
         "temperature": config.tsr_temperature,
-        "eps": config.eps,
+        "eps": held(config.eps, x.dtype),
         "with_grad": config.with_grad,
     }
     floor = config.tsr_floor

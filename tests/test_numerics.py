@@ -1,6 +1,7 @@
 """Scales, zeros and NaN: exact without eps, over the whole range of float32."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -309,3 +310,35 @@ def test_sums_over_many_pairs_of_tasks(backend: str, case: Case):
         assert abs(value.item() - exact.item()) <= 2e-6
         scale = max(1.0, sum(g.norm() for g in exact_grads).item())
         assert max((g - e).norm() for g, e in zip(grads, exact_grads, strict=True)) <= 4e-6 * scale
+
+
+@pytest.mark.parametrize("eps", [1e-38, 1e-39, 1e-45, 1e-50, sys.float_info.min, 5e-324])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_eps_that_float32_holds_as_zero_or_subnormal(backend, loss: Loss, case: Case, eps: float):
+    """As near to no eps as it is: what is exactly zero has similarity, entropy and gradient 0."""
+    tensors = case.make(torch.float32)
+    with torch.no_grad():
+        tensors[0][0], tensors[1][:2], tensors[-1][:2] = 0, 0, 0
+    value, grads = value_and_grads(loss.public, case, tensors, backend=backend, eps=eps)
+    without, without_grads = value_and_grads(loss.public, case, tensors, backend=backend)
+    assert value.item() == pytest.approx(without.item(), abs=1e-6)
+    torch.testing.assert_close(grads, without_grads)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-25, 1e-30, 1e15])
+@pytest.mark.parametrize("exponent", [-3, 0, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_of_the_size_of_the_norms(backend: str, scale: float, exponent: int):
+    """Down to 1e-63, far below what float32 holds."""
+    case = SHAPES[0]
+    eps = scale**2 * 10.0**exponent
+    exact, exact_grads = value_and_grads(
+        reference.csa_loss, case, doubles(case.make(torch.float32, scale=scale)), eps=eps
+    )
+    value, grads = value_and_grads(
+        csa_loss, case, case.make(torch.float32, scale=scale), backend=backend, eps=eps
+    )
+    assert abs(value.item() - exact.item()) < 2e-6
+    assert relative_error(grads, exact_grads) < 1e-5

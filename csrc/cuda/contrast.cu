@@ -7,7 +7,7 @@ namespace {
 template <typename A>
 REPMTL_KERNEL unit_anchors_kernel(
     const A* a,  // (T, B, C)
-    int64_t tasks, int64_t batch, int64_t channels, A eps,
+    int64_t tasks, int64_t batch, int64_t channels, double eps,
     A* products,  // (B, T, T): scratch
     A* u,  // (T, B, C)
     A* factor,  // (B)
@@ -215,7 +215,7 @@ void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, in
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, unit_anchors_kernel<A>, batch, static_cast<const A*>(a), tasks, batch, channels,
-           static_cast<A>(eps), scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u),
+           eps, scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u),
            static_cast<A*>(factor), static_cast<A*>(pull));
   });
 }

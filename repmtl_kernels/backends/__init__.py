@@ -144,10 +144,11 @@ def resolve(backend: str, saliency: Tensor) -> str:
     raises instead of falling back.
     """
     source = "backend"
+    check_backend(backend, source)
     if backend == "auto":
         backend = os.environ.get("REPMTL_BACKEND") or "auto"
         source = "REPMTL_BACKEND"
-    check_backend(backend, source)
+        check_backend(backend, source)
     why_not = refusal
     if torch.compiler.is_compiling():  # no compiler traces what this asks of Triton and of CUDA
         from repmtl_kernels.backends._constant import refusal as why_not

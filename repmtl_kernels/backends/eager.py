@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor
+from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor, in_factors
 from repmtl_kernels.backends import (
     Anchors,
     Contrast,
@@ -151,10 +151,10 @@ def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, T
 
     ``norm`` is that of products of operands times ``scale``.
     """
-    if eps == 0:  # scale^2 may overflow
-        return norm.reciprocal().where(norm != 0, 0), torch.ones_like(norm)
-    clamped = norm.clamp_min(eps * scale * scale)  # not of its square, which may overflow
-    return clamped.reciprocal(), (norm >= clamped).to(norm.dtype)
+    mantissa, root = in_factors(eps) if norm.dtype == torch.float32 else (eps, 1.0)
+    least = mantissa * (root * scale) * (root * scale)  # in this order: scale^2 may overflow
+    inverse = torch.maximum(norm, least).reciprocal().where(norm != 0, 0)
+    return inverse, (norm >= least).to(norm.dtype)
 
 
 def gram(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repmtl_kernels._saliency import in_factors
 from repmtl_kernels.backends import Anchors, Contrast, Everyone
 from repmtl_kernels.backends.triton._common import (
     INTERPRET,
@@ -43,6 +44,7 @@ def _contrast_anchor_kernel(
     batch,
     channels_div,
     eps,
+    root,  # the guard is eps (root scale)^2
     CHANNELS_ALIGN: tl.constexpr,
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
@@ -66,9 +68,9 @@ def _contrast_anchor_kernel(
         x = tl.load(a + offset + c, mask=mask, other=0.0) * scale
         products = tl.dot(x, tl.trans(x), products, input_precision=PRECISION)
     norm = tl.sqrt_rn(tl.sum(products * products))
-    floor = eps * scale * scale
+    floor = eps * (root * scale) * (root * scale)
     clamped = tl.where(norm < floor, floor, norm)  # unlike a maximum, keeps NaN
-    inverse = tl.where(clamped != 0, 1 / clamped, 0.0)
+    inverse = tl.where(norm != 0, 1 / tl.where(norm != 0, clamped, 1.0), 0.0)
     root = tl.sqrt_rn(inverse)
     tl.store(factor + b, scale * root)
     if pull is not None:
@@ -320,7 +322,7 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
         factor,
         batch,
         channels // align,
-        float(eps),
+        *in_factors(eps),
         CHANNELS_ALIGN=align,
         TASKS=tasks,
         TASK_BLOCK=block,
