@@ -14,6 +14,7 @@ from repmtl_kernels import _distributed, _preflight, _second_order
 from repmtl_kernels._arguments import (
     check_csa_batch,
     check_csa_options,
+    check_int,
     check_number,
     check_present,
     check_saliencies,
@@ -351,6 +352,7 @@ class RepMTL(_Loss):
             floor=self.tsr_floor,
             eps=self.eps,
             prefix="tsr_",
+            dtype=torch.float32,
         )
         check_csa_options(
             temperature=self.csa_temperature,
@@ -358,14 +360,15 @@ class RepMTL(_Loss):
             group=self.group,
             memory=self.memory,
             prefix="csa_",
+            dtype=torch.float32,
         )
         if not isinstance(self.log_losses, bool):
             raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
-        check_number("log_offset", self.log_offset, minimum=0)
-        if self.log_offset and not self.log_losses:
+        log_offset = check_number("log_offset", self.log_offset, minimum=0)
+        if log_offset and not self.log_losses:
             raise ValueError(
                 "log_offset: it is added to the losses before their logarithm; expected 0 without "
-                f"log_losses=True, got {self.log_offset!r}"
+                f"log_losses=True, got {log_offset!r}"
             )
         if self.clip is not None:
             check_number("clip", self.clip, minimum=0, exclusive=True)
@@ -373,9 +376,9 @@ class RepMTL(_Loss):
             raise TypeError(
                 f"scaler: expected a torch.amp.GradScaler or None, got {type(self.scaler).__name__}"
             )
-        _check_int("start", self.start, minimum=0)
-        _check_int("ramp", self.ramp, minimum=0)
-        _check_int("every", self.every, minimum=1)
+        check_int("start", self.start, minimum=0)
+        check_int("ramp", self.ramp, minimum=0)
+        check_int("every", self.every, minimum=1)
 
     def _checked_mask(
         self,
@@ -407,7 +410,7 @@ class RepMTL(_Loss):
             loss = loss.to(accumulation_dtype(loss.dtype))
         if not self.log_losses:
             return loss
-        return (loss + self.log_offset if self.log_offset else loss).log()
+        return (loss + float(self.log_offset) if self.log_offset else loss).log()
 
     def _lambdas(self) -> tuple[float, float]:
         """The weights of TSR and CSA; with ``strength`` only their mix, which sums to 1."""
@@ -468,7 +471,9 @@ class RepMTL(_Loss):
         """What the lambdas are multiplied with; the same on all ranks of a group."""
         if self.strength is None:
             return 1.0
-        return self.strength / self._ratio.value(device, 1.0, group).clamp_min(SMALLEST_RATIO)
+        return float(self.strength) / self._ratio.value(device, 1.0, group).clamp_min(
+            SMALLEST_RATIO
+        )
 
     def _explain(
         self, tasks: dict[Hashable, Tensor], representations: list[tuple[str, Tensor]]
@@ -513,7 +518,7 @@ class RepMTL(_Loss):
         factor = strength * sum(lambdas)
         inputs = saliencies
         if self.clip is not None:
-            inputs = Clip(self.clip, self._size, factor, backward)(saliencies)
+            inputs = Clip(float(self.clip), self._size, factor, backward)(saliencies)
         if scale is not None and (self.normalizer != "abs" or self.eps):
             inputs = [s.to(accumulation_dtype(s.dtype)) / scale for s in inputs]
         regularizer, tsr, csa = self._losses(inputs, present, *lambdas)
@@ -565,13 +570,6 @@ def _report(
     step.ratio = ratio
     if ratios is not None:
         ratios.observe(ratio / factor)
-
-
-def _check_int(name: str, value: int, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an int of at least {minimum}; got {value}")
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

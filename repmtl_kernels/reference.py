@@ -15,7 +15,12 @@ from torch import Tensor
 
 from repmtl_kernels._arguments import csa_arguments, tsr_arguments
 from repmtl_kernels._distributed import Group, name_of
-from repmtl_kernels._saliency import accumulation_dtype, canonical_tasks, without_autocast
+from repmtl_kernels._saliency import (
+    accumulation_dtype,
+    canonical_tasks,
+    held,
+    without_autocast,
+)
 
 
 def tsr_loss(
@@ -40,7 +45,7 @@ def tsr_loss(
     )
     tasks = canonical_tasks(operands, stacked, channel_dim)
     with without_autocast(operands[0].device):
-        return _entropy(tasks, over, normalizer, temperature, floor, eps)
+        return _entropy(tasks, over, normalizer, float(temperature), float(floor), float(eps))
 
 
 def _entropy(
@@ -57,7 +62,7 @@ def _entropy(
         magnitude = x.abs()
         if floor:
             magnitude = magnitude + floor * magnitude.mean()
-        total = magnitude.sum(dim, keepdim=True) + eps
+        total = magnitude.sum(dim, keepdim=True) + held(eps, x.dtype)
         p = magnitude / total.where(total != 0, 1)  # eq. 5
     else:
         p = torch.softmax(x / temperature, dim)
@@ -93,7 +98,7 @@ def csa_loss(
     check_nothing_is_recomputed(memory)
     tasks = canonical_tasks(operands, stacked, channel_dim)
     with without_autocast(operands[0].device):
-        return _contrastive(tasks, temperature, eps, present)
+        return _contrastive(tasks, float(temperature), float(eps), present)
 
 
 def check_group_of_one(name: str) -> None:
@@ -133,5 +138,6 @@ def _contrastive(
 def _normalized(matrices: Tensor, eps: float) -> Tensor:
     """``(..., C, C)`` divided by ``max(Frobenius norm, eps)``; a zero matrix stays zero."""
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    eps = held(eps, norm.dtype)
     norm = norm.clamp_min(eps) if eps > 0 else norm.where(norm != 0, 1)
     return matrices / norm
