@@ -121,11 +121,11 @@ def _contrastive(
     tasks: list[Tensor], temperature: float, eps: float, present: Tensor | None
 ) -> Tensor:
     s = torch.stack([task.flatten(2) for task in tasks])  # (T, B, C, N)
-    affinity = _normalized(s @ s.mT, eps)  # (T, B, C, C), eq. 7
+    affinity = _normalized(_product(s, s.mT), eps)  # (T, B, C, C), eq. 7
     a = s.mean(dim=3).permute(1, 2, 0)  # (B, C, T)
-    anchor = _normalized(a @ a.mT, eps)  # (B, C, C), eq. 8
+    anchor = _normalized(_product(a, a.mT), eps)  # (B, C, C), eq. 8
     positive = (anchor * affinity).sum((2, 3))  # (T, B)
-    negative = anchor.flatten(1) @ anchor.flatten(1).T  # (B, B)
+    negative = _product(anchor.flatten(1), anchor.flatten(1).T)  # (B, B)
     own = torch.eye(negative.shape[0], dtype=torch.bool, device=negative.device)
     negative = (negative / temperature).masked_fill(own, float("-inf")).logsumexp(1)
     if present is None:
@@ -141,3 +141,39 @@ def _normalized(matrices: Tensor, eps: float) -> Tensor:
     eps = held(eps, norm.dtype)
     norm = norm.clamp_min(eps) if eps > 0 else norm.where(norm != 0, 1)
     return matrices / norm
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``. Its derivatives too are without autocast, wherever they are taken."""
+    if torch.compiler.is_compiling():
+        # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
+        from repmtl_kernels._graph_node import product_node
+
+        return product_node(a, b)
+    return Product.apply(a, b)
+
+
+class Product(torch.autograd.Function):
+    """Products are what autocast computes in 16 bits, those of PyTorch's own backward included."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with without_autocast(a.device):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return Product.apply(grad, b.mT), Product.apply(a.mT, grad)
+
+    @staticmethod
+    def jvp(ctx, da, db):
+        a, b = ctx.saved_tensors
+        return Product.apply(da, b) + Product.apply(a, db)
