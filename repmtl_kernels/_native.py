@@ -39,13 +39,13 @@ def status(library: str) -> str:
             "without REPMTL_SKIP_NATIVE"
         )
     if damage := _damage(path):
-        return f"{path} {damage}: install the package again"
+        return f"{path.name} cannot be loaded: it {damage}. Install the package again"
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} cannot be loaded: {error.__cause__ or error}"
     if not hasattr(operators(library), "sources"):
-        return f"{path} has no operators of this package: install it again"
+        return f"{path.name} has no operators of this package: install the package again"
     csrc = path.parents[1] / "csrc"
     # In a checkout the sources may have changed since.
     if csrc.is_dir() and _sources_of(library) != digest(csrc):
@@ -60,7 +60,7 @@ def _damage(path: Path) -> str | None:
     by a full disk or a copy that was interrupted, would end the process (SIGBUS).
     """
     if not path.is_file():
-        return "is no file"
+        return "is not a file"
     try:
         with path.open("rb") as file:
             return _elf_damage(file) if sys.platform == "linux" else None
@@ -72,7 +72,7 @@ def _elf_damage(file: BinaryIO) -> str | None:
     size = os.fstat(file.fileno()).st_size
     header = file.read(64)
     if len(header) < 64 or header[:4] != b"\x7fELF":
-        return "is no library"
+        return "is not a library"
     order = "<" if header[5] == 1 else ">"
     _, machine = struct.unpack_from(order + "HH", header, 16)
     with open(torch._C.__file__, "rb") as known:  # loaded, so it is for this machine

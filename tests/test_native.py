@@ -104,10 +104,10 @@ def _damaged(library: Path) -> dict[str, tuple[bytes, str]]:
         "all but a page": (whole[:-4096], cut),
         "all but a byte": (whole[:-1], cut),
         "its header": (whole[:64], cut),
-        "part of its header": (whole[:40], "is no library"),
+        "part of its header": (whole[:40], "is not a library"),
         "half, and zeros": (whole[:half] + bytes(len(whole) - half), "is damaged"),
-        "nothing": (b"", "is no library"),
-        "text": (b"version https://git-lfs.github.com/spec/v1\n" * 9, "is no library"),
+        "nothing": (b"", "is not a library"),
+        "text": (b"version https://git-lfs.github.com/spec/v1\n" * 9, "is not a library"),
         "of another machine": (bytes(foreign), "for another machine .number 243"),
         "of 32 bits": (bytes(narrow), "for another machine"),
         "another library": (
@@ -157,11 +157,11 @@ def test_a_library_that_cannot_be_used_is_a_reason_and_no_crash(tmp_path: Path):
     (tmp_path / "a pipe").mkdir()
     os.mkfifo(tmp_path / "a pipe" / library.name)
     messages = {name: message for name, (_, message) in cases.items()}
-    messages |= dict.fromkeys(("a folder", "a pipe"), "is no file")
+    messages |= dict.fromkeys(("a folder", "a pipe"), "is not a file")
     found = _ask(*(tmp_path / name for name in messages))
     for name, message in messages.items():
         reason, chosen, by_name = found[name]
-        assert re.search(message, reason) and "install" in reason, (name, reason)
+        assert re.search(message, reason) and "nstall the package again" in reason, (name, reason)
         assert chosen == "eager"
         assert by_name.startswith("backend: 'native' cannot run here: ") and reason in by_name
 
