@@ -1,7 +1,8 @@
 """What negatives of all ranks cost, from formulas: nothing here is measured.
 
 ``python -m benchmarks.report`` writes the table into docs/distributed.md. A test on two ranks
-counts the bytes that :func:`given` says, another measures the memory of the contrast stage.
+counts the bytes that :func:`gathered` and :func:`reduced` say, another measures the memory of the
+contrast stage.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ class Setting(NamedTuple):
     itemsize: int = 4  # of float32, which anchors have but for float64 saliencies
 
 
-def given(s: Setting) -> int:
-    """Bytes that a rank gives to the gathers of one step, all in its forward pass."""
-    return 8 * WIDTH + s.itemsize * s.batch * (s.tasks * s.channels + 1)
+def gathered(s: Setting) -> int:
+    """Bytes that a rank gives to the gathers of one step."""
+    return 8 * WIDTH + s.itemsize * s.batch * s.tasks * s.channels
+
+
+def reduced(s: Setting, ranks: int) -> int:
+    """Bytes that a rank gives to the all-reduces of one step: two numbers for each sample."""
+    return 2 * s.itemsize * ranks * s.batch
 
 
 def received(s: Setting, ranks: int) -> int:
-    return (ranks - 1) * given(s)
+    """An all-reduce in a ring has a rank receive twice what it gives, but for its own part."""
+    return (ranks - 1) * gathered(s) + 2 * reduced(s, ranks) * (ranks - 1) // ranks
 
 
 def anchors(s: Setting, ranks: int) -> int:

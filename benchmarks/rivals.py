@@ -13,6 +13,7 @@ from torch import Tensor
 
 from repmtl_kernels import reference
 from repmtl_kernels.backends import Everyone
+from repmtl_kernels.backends._peaks import peaks, share
 
 
 def csa_loss(
@@ -81,10 +82,11 @@ def contrast(a: Tensor, everyone: Everyone | None, *, temperature: float) -> tup
     products = (rows @ columns.T).view(batch, tasks, total, tasks)
     samples = torch.arange(total, device=a.device)
     same = samples == first + torch.arange(batch, device=a.device)[:, None]
-    r = products.square().sum((1, 3)).div(temperature).masked_fill(same, float("-inf"))
-    logsumexp = r.logsumexp(1)
+    r = products.square().sum((1, 3)).masked_fill(same, float("-inf"))
+    logsumexp = (r / temperature).logsumexp(1)
     value = logsumexp.sum()
     if everyone is not None:  # own samples in the others' sums
-        value = value + (r - everyone.gather(logsumexp.detach())).exp().sum()
+        columns = everyone.join(peaks(r.detach(), 0, temperature))
+        value = value + share(r, columns, temperature).sum()
     (grad,) = torch.autograd.grad(value / total, a)
     return logsumexp.detach(), grad

@@ -86,49 +86,107 @@ void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, do
 
 namespace {
 
-// r (B) = sum_tv dots^2 / temperature of one sample m of a block, -inf for itself.
+// In double: of T^2 terms one after the other, float would lose digits.
+template <typename A>
+inline __attribute__((always_inline)) void add_squares_body(const A* x, int64_t count, double* sums) {
+  for (int64_t k = 0; k < count; ++k) sums[k] += static_cast<double>(x[k]) * x[k];
+}
+
+REPMTL_CLONES void add_squares(const float* x, int64_t count, double* sums) {
+  add_squares_body(x, count, sums);
+}
+
+REPMTL_CLONES void add_squares(const double* x, int64_t count, double* sums) {
+  add_squares_body(x, count, sums);
+}
+
+// r (B) = sum_tv dots^2 of one sample m of a block, -inf for itself. sums (B): scratch.
 template <typename A>
 void similarities(int64_t tasks, int64_t batch, int64_t first, int64_t samples, int64_t m,
-                  const A* dots, double temperature, A* r) {
-  std::fill_n(r, batch, A(0));
+                  const A* dots, double* sums, A* r) {
+  std::fill_n(sums, batch, 0.0);
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t v = 0; v < tasks; ++v) {
-      const A* d = dots + ((t * samples + m) * tasks + v) * batch;
-      for (int64_t k = 0; k < batch; ++k) r[k] += d[k] * d[k];
+      add_squares(dots + ((t * samples + m) * tasks + v) * batch, batch, sums);
     }
   }
-  for (int64_t k = 0; k < batch; ++k) r[k] /= static_cast<A>(temperature);
+  for (int64_t k = 0; k < batch; ++k) r[k] = static_cast<A>(sums[k]);
   r[first + m] = -std::numeric_limits<A>::infinity();
+}
+
+// Columns of one unit of work.
+constexpr int64_t kColumns = 64;
+
+// Peaks of columns [begin, begin + count), count <= kColumns, of r (M, B), added to those so far.
+template <typename A>
+void add_column_peaks(int64_t batch, int64_t samples, const A* r, A temperature, int64_t begin,
+                      int64_t count, A* largest, A* sums) {
+  A top[kColumns];
+  double sum[kColumns];
+  std::copy_n(largest + begin, count, top);
+  for (int64_t m = 0; m < samples; ++m) {
+    const A* row = r + m * batch + begin;
+    for (int64_t k = 0; k < count; ++k) top[k] = std::max(top[k], row[k]);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    sum[k] = sums[begin + k] * std::exp((largest[begin + k] - top[k]) / temperature);
+  }
+  for (int64_t m = 0; m < samples; ++m) {
+    const A* row = r + m * batch + begin;
+    for (int64_t k = 0; k < count; ++k) sum[k] += std::exp((row[k] - top[k]) / temperature);
+  }
+  std::copy_n(top, count, largest + begin);
+  for (int64_t k = 0; k < count; ++k) sums[begin + k] = static_cast<A>(sum[k]);
 }
 
 }  // namespace
 
 template <typename A>
 void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, const A* dots,
-                 double temperature, A* logsumexp, const ParallelFor& parallel_for) {
+                 double temperature, A* logsumexp, A* rows, A* columns,
+                 const ParallelFor& parallel_for) {
+  const A tau = static_cast<A>(temperature);
+  std::vector<A> all(columns ? samples * batch : 0);
   parallel_for(samples, grain_of(tasks * tasks * batch), [&](int64_t begin, int64_t end) {
-    std::vector<A> r(batch);
+    std::vector<A> one(columns ? 0 : batch);
+    std::vector<double> squares(batch);
     for (int64_t m = begin; m < end; ++m) {
-      similarities(tasks, batch, first, samples, m, dots, temperature, r.data());
-      A largest = r[0];
-      for (int64_t k = 1; k < batch; ++k) largest = std::max(largest, r[k]);
+      A* r = columns ? &all[m * batch] : one.data();
+      similarities(tasks, batch, first, samples, m, dots, squares.data(), r);
+      A largest = 0;
+      for (int64_t k = 0; k < batch; ++k) largest = std::max(largest, r[k]);
       double sum = 0;
-      for (int64_t k = 0; k < batch; ++k) sum += std::exp(r[k] - largest);
-      logsumexp[m] = largest + static_cast<A>(std::log(sum));
+      for (int64_t k = 0; k < batch; ++k) sum += std::exp((r[k] - largest) / tau);
+      rows[m] = largest;
+      rows[samples + m] = static_cast<A>(sum);
+      logsumexp[m] = static_cast<A>(largest / temperature + std::log(sum));
+    }
+  });
+  if (!columns) return;
+  parallel_for(ceil_div(batch, kColumns), grain_of(samples * kColumns),
+               [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin * kColumns; k < std::min(batch, end * kColumns); k += kColumns) {
+      add_column_peaks(batch, samples, all.data(), tau, k, std::min(kColumns, batch - k), columns,
+                       columns + batch);
     }
   });
 }
 
 template <typename A>
 void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A* dots,
-                const A* logsumexp, double temperature, const ParallelFor& parallel_for) {
+                const A* rows, const A* columns, double temperature,
+                const ParallelFor& parallel_for) {
+  const A tau = static_cast<A>(temperature);
   const A factor = static_cast<A>(2 / (temperature * static_cast<double>(batch)));
   parallel_for(samples, grain_of(tasks * tasks * batch), [&](int64_t begin, int64_t end) {
     std::vector<A> r(batch);
+    std::vector<double> squares(batch);
     for (int64_t m = begin; m < end; ++m) {
-      similarities(tasks, batch, first, samples, m, dots, temperature, r.data());
+      similarities(tasks, batch, first, samples, m, dots, squares.data(), r.data());
       for (int64_t k = 0; k < batch; ++k) {
-        r[k] = factor * (std::exp(r[k] - logsumexp[first + m]) + std::exp(r[k] - logsumexp[k]));
+        const A of_row = std::exp((r[k] - rows[m]) / tau) / rows[samples + m];
+        const A of_column = std::exp((r[k] - columns[k]) / tau) / columns[batch + k];
+        r[k] = factor * (of_row + of_column);
       }
       for (int64_t t = 0; t < tasks; ++t) {
         for (int64_t v = 0; v < tasks; ++v) {
@@ -146,7 +204,7 @@ void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const
                            const ParallelFor& parallel_for) {
   parallel_for(batch, grain_of(tasks * channels), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      A tug = 0;
+      double tug = 0;
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t row = (t * batch + b) * channels;
         tug += dot(du + row, u + row, channels);
@@ -154,7 +212,7 @@ void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t row = (t * batch + b) * channels;
         for (int64_t c = row; c < row + channels; ++c) {
-          du[c] = factor[b] * (du[c] - tug * pull[c]);
+          du[c] = factor[b] * (du[c] - static_cast<A>(tug) * pull[c]);
         }
       }
     }
@@ -164,9 +222,9 @@ void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const
 #define INSTANTIATE(A)                                                                            \
   template void unit_anchors(int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,             \
                              const ParallelFor&);                                                 \
-  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*,             \
+  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,     \
                             const ParallelFor&);                                                  \
-  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, double,              \
+  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, const A*, double,    \
                            const ParallelFor&);                                                   \
   template void through_normalisation(int64_t, int64_t, int64_t, const A*, const A*, const A*, A*, \
                                       const ParallelFor&);

@@ -13,17 +13,23 @@ template <typename A>
 void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, double eps, A* u,
                   A* factor, A* pull, const ParallelFor& parallel_for);
 
-// dots (T, M, T, B): products u_t,first+m . u_vk. logsumexp (M): over k != first + m, of
-// sum_tv dots^2 / temperature.
+// dots (T, M, T, B): products u_t,first+m . u_vk, with r_mk = sum_tv dots^2. The peaks of a set of r
+// are two numbers: the largest, at least 0, and the sum of exp((r - largest) / temperature).
+//
+// logsumexp (M): of r_mk / temperature over k != first + m; rows (2, M): the peaks of the same.
+// columns (2, B) or null: peaks over m, of the samples before, become those with these samples too.
 template <typename A>
 void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, const A* dots,
-                 double temperature, A* logsumexp, const ParallelFor& parallel_for);
+                 double temperature, A* logsumexp, A* rows, A* columns,
+                 const ParallelFor& parallel_for);
 
 // Multiplies dots (T, M, T, B) with 2 / (temperature B) (softmax_m[k] + softmax_k[m]), so that
-// another product with u gives the gradient. logsumexp (B).
+// another product with u gives the gradient. Both are taken from r_mk, the second by the peaks of its
+// column: r_km is another sum, and at low temperatures its rounding would be all that is seen.
 template <typename A>
 void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A* dots,
-                const A* logsumexp, double temperature, const ParallelFor& parallel_for);
+                const A* rows, const A* columns, double temperature,
+                const ParallelFor& parallel_for);
 
 // du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) pull).
 template <typename A>

@@ -161,25 +161,31 @@ Block block_of(const Tensor& dots, int64_t first) {
   return block;
 }
 
-// logsumexp (M)
-Tensor log_sum_exp_cpu(Tensor dots, int64_t first, double temperature) {
+// logsumexp (M), rows (2, M)
+std::tuple<Tensor, Tensor> log_sum_exp_cpu(Tensor dots, int64_t first, double temperature,
+                                           std::optional<Tensor> columns) {
   const Block block = block_of(dots, first);
-  Tensor logsumexp = empty(dots, {block.samples}, dots.scalar_type());
+  const ScalarType type = dots.scalar_type();
+  if (columns) check_contiguous("columns", *columns, {2, block.batch}, dots, type);
+  Tensor logsumexp = empty(dots, {block.samples}, type);
+  Tensor rows = empty(dots, {2, block.samples}, type);
   dispatch_accumulation(dots, [&](auto example) {
     using A = decltype(example);
     log_sum_exp<A>(block.tasks, block.batch, first, block.samples, data<const A>(dots),
-                   temperature, data<A>(logsumexp), kParallelFor);
+                   temperature, data<A>(logsumexp), data<A>(rows),
+                   columns ? data<A>(*columns) : nullptr, kParallelFor);
   });
-  return logsumexp;
+  return {logsumexp, rows};
 }
 
-void weigh_dots_cpu(Tensor dots, Tensor logsumexp, int64_t first, double temperature) {
+void weigh_dots_cpu(Tensor dots, Tensor rows, Tensor columns, int64_t first, double temperature) {
   const Block block = block_of(dots, first);
-  check_contiguous("logsumexp", logsumexp, {block.batch}, dots, dots.scalar_type());
+  check_contiguous("rows", rows, {2, block.samples}, dots, dots.scalar_type());
+  check_contiguous("columns", columns, {2, block.batch}, dots, dots.scalar_type());
   dispatch_accumulation(dots, [&](auto example) {
     using A = decltype(example);
     weigh_dots<A>(block.tasks, block.batch, first, block.samples, data<A>(dots),
-                  data<const A>(logsumexp), temperature, kParallelFor);
+                  data<const A>(rows), data<const A>(columns), temperature, kParallelFor);
   });
 }
 
@@ -293,8 +299,10 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
-  m.def("log_sum_exp(Tensor dots, int first, float temperature) -> Tensor");
-  m.def("weigh_dots(Tensor(a!) dots, Tensor logsumexp, int first, float temperature) -> ()");
+  m.def("log_sum_exp(Tensor dots, int first, float temperature, Tensor(a!)? columns) -> "
+        "(Tensor, Tensor)");
+  m.def("weigh_dots(Tensor(a!) dots, Tensor rows, Tensor columns, int first, float temperature) -> "
+        "()");
   m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
   m.def("add_outer(Tensor? product, bool transposed, Tensor da, Tensor? dx, Tensor left, "
         "Tensor right, Tensor(a!) output) -> ()");

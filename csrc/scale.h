@@ -26,11 +26,12 @@ struct Guarded {
   bool clamped;
 };
 
-// 1 / max(norm, eps scale^2), 0 for a norm of 0; norm is that of products of scaled operands.
+// 1 / max(norm, eps scale^2), 0 for a norm of 0; norm is that of products of scaled operands. In
+// double, which has numbers for the eps that float holds only as zero.
 template <typename A>
 Guarded<A> guarded_inverse(A norm, A scale, double eps) {
-  if (eps == 0) return {norm == 0 ? A(0) : 1 / norm, false};  // scale^2 may overflow
-  const A least = static_cast<A>(eps) * scale * scale;
+  const A least = static_cast<A>(eps * scale * scale);  // in this order: scale^2 may overflow
+  if (norm == 0) return {A(0), true};
   return norm < least ? Guarded<A>{1 / least, true} : Guarded<A>{1 / norm, false};
 }
 

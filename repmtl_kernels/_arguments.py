@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._distributed import Group, check_group
-from repmtl_kernels._saliency import DTYPES, NORMALIZERS, OVER
+from repmtl_kernels._saliency import DTYPES, NORMALIZERS, OVER, accumulation_dtype
 
 MEMORY = ("auto", "save", "recompute")
+LARGEST_INT = 2**63 - 1
+# Tensors by type, without a shape or without most operations.
+NO_PLAIN_TENSORS = (torch.nn.parameter.UninitializedTensorMixin, torch.masked.MaskedTensor)
+# The smallest and the largest.
+NORMAL_NUMBERS = {
+    dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max)
+    for dtype in (torch.float32, torch.float64)
+}
 
 
 def is_dtensor(value: object) -> bool:
@@ -27,6 +35,13 @@ def check_plain(name: str, value: Tensor) -> None:
             "that is over the batch, pass its own part, .to_local(), and group= for negatives of "
             "all ranks"
         )
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: expected a plain Tensor, got a nested one. Pad its parts to one shape, e.g. "
+            ".to_padded_tensor(0.0)"
+        )
+    if isinstance(value, NO_PLAIN_TENSORS):
+        raise TypeError(f"{name}: expected a plain Tensor, got {type(value).__name__}")
 
 
 def check_saliencies(
@@ -101,6 +116,10 @@ def check_channel_dim(channel_dim: int) -> None:
     """What can be told of it without the saliencies."""
     if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
         raise TypeError(f"channel_dim: expected an int, got {type(channel_dim).__name__}")
+    if not -LARGEST_INT <= channel_dim <= LARGEST_INT:
+        raise ValueError(
+            f"channel_dim: expected a dimension of the saliencies; got {_shown(channel_dim)}"
+        )
     if channel_dim == 0:
         raise ValueError("channel_dim: expected a dimension other than 0, the batch; got 0")
 
@@ -110,18 +129,70 @@ def _show(value: object) -> str:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+    # Of another type it need not be comparable: an array is equal element by element.
+    if not isinstance(value, str) or value not in choices:
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: expected one of {expected}; got {_shown(value)}")
 
 
-def check_number(name: str, value: float, *, minimum: float, exclusive: bool = False) -> float:
-    """``value`` as a float, finite and at least (or above) ``minimum``."""
+def _shown(value: object) -> str:
+    """For messages: Python refuses to write very long ints, and arrays take many lines."""
+    if isinstance(value, numbers.Rational):
+        longest = max(abs(value.numerator), value.denominator)
+        if longest > LARGEST_INT:
+            return f"{type(value).__name__} of {longest.bit_length()} bits"
+    if not isinstance(value, numbers.Real | str | None):
+        return type(value).__name__
+    return repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    minimum: float,
+    exclusive: bool = False,
+    dtype: torch.dtype = torch.float32,
+    normal: bool = False,
+) -> float:
+    """``value`` as a float, finite in ``dtype`` and at least (or above) ``minimum``.
+
+    normal: what ``dtype`` holds only as zero or as a subnormal number, which GPUs take for zero, is
+    refused; else its limit at 0 has to be what the caller computes.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not minimum <= value < math.inf or (exclusive and value == minimum):  # NaN fails too
+    number = value if isinstance(value, float) else _as_float(value)
+    smallest, largest = NORMAL_NUMBERS[dtype]
+    # NaN fails too.
+    if not minimum <= number < math.inf or (exclusive and number == minimum):
         bound = f"above {minimum:g}" if exclusive else f"of at least {minimum:g}"
-        raise ValueError(f"{name}: expected a finite number {bound}; got {value!r}")
-    return float(value)
+        raise ValueError(f"{name}: expected a finite number {bound}; got {_shown(value)}")
+    if number > largest or (normal and number < smallest and value != 0):
+        expected = f"of at most {largest:.3g}"
+        if normal:
+            zero = "" if exclusive else "0 or "
+            expected = f"{zero}from {smallest:.3g} to {largest:.3g}"
+        raise ValueError(
+            f"{name}: expected a number {expected}, those that {dtype} holds; got {_shown(value)}"
+        )
+    return float(number)
+
+
+def _as_float(value: numbers.Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def check_int(name: str, value: int, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not minimum <= value <= LARGEST_INT:
+        raise ValueError(
+            f"{name}: expected an int of at least {minimum} and below 2^63; got {_shown(value)}"
+        )
 
 
 def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.device) -> None:
@@ -129,12 +200,15 @@ def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.
         return
     if not isinstance(present, Tensor):
         raise TypeError(f"present: expected a bool Tensor or None, got {type(present).__name__}")
+    check_plain("present", present)
     if present.dtype != torch.bool:
         raise TypeError(f"present: expected a bool Tensor, got {present.dtype}")
     if tuple(present.shape) != (tasks, batch):
         raise ValueError(
             f"present: expected shape (T, B) = {(tasks, batch)}; got {tuple(present.shape)}"
         )
+    if present.layout != torch.strided:
+        raise TypeError(f"present: expected a strided tensor, got layout {present.layout}")
     if present.device != device:
         raise ValueError(f"present: expected device {device}; got {present.device}")
 
@@ -164,18 +238,28 @@ def check_positions(
 
 
 def check_tsr_options(
-    *, over: str, normalizer: str, temperature: float, floor: float, eps: float, prefix: str = ""
+    *,
+    over: str,
+    normalizer: str,
+    temperature: float,
+    floor: float,
+    eps: float,
+    prefix: str = "",
+    dtype: torch.dtype = torch.float64,
 ) -> None:
+    """``dtype``: the one that the losses are computed in; of unknown saliencies, the widest."""
     check_choice("over", over, OVER)
     check_choice("normalizer", normalizer, NORMALIZERS)
-    check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
-    check_number(f"{prefix}floor", floor, minimum=0)
+    check_number(
+        f"{prefix}temperature", temperature, minimum=0, exclusive=True, dtype=dtype, normal=True
+    )
+    check_number(f"{prefix}floor", floor, minimum=0, dtype=dtype, normal=True)
     if floor != 0 and normalizer != "abs":
         raise ValueError(
             f"{prefix}floor: it is a share of the mean of |x|, for normalizer='abs'; expected 0 "
             f"with normalizer={normalizer!r}, got {floor!r}"
         )
-    check_number("eps", eps, minimum=0)
+    check_number("eps", eps, minimum=0, dtype=dtype)
 
 
 def check_csa_options(
@@ -185,9 +269,13 @@ def check_csa_options(
     group: Group | None,
     memory: str = "auto",
     prefix: str = "",
+    dtype: torch.dtype = torch.float64,
 ) -> None:
-    check_number(f"{prefix}temperature", temperature, minimum=0, exclusive=True)
-    check_number("eps", eps, minimum=0)
+    """``dtype`` as for :func:`check_tsr_options`."""
+    check_number(
+        f"{prefix}temperature", temperature, minimum=0, exclusive=True, dtype=dtype, normal=True
+    )
+    check_number("eps", eps, minimum=0, dtype=dtype)
     check_group(group)
     check_choice("memory", memory, MEMORY)
 
@@ -226,10 +314,16 @@ def tsr_arguments(
     channel_dim: int,
 ) -> tuple[tuple[Tensor, ...], bool]:
     """Checked operands of TSR and whether they are one stacked tensor."""
+    operands = check_saliencies(saliencies, channel_dim)
     check_tsr_options(
-        over=over, normalizer=normalizer, temperature=temperature, floor=floor, eps=eps
+        over=over,
+        normalizer=normalizer,
+        temperature=temperature,
+        floor=floor,
+        eps=eps,
+        dtype=accumulation_dtype(operands[0].dtype),
     )
-    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    stacked = isinstance(saliencies, Tensor)
     if positions is not None:
         check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
     return operands, stacked
@@ -248,8 +342,15 @@ def csa_arguments(
     prefix: str = "",
 ) -> tuple[tuple[Tensor, ...], bool]:
     """Checked operands of CSA and whether they are one stacked tensor. ``group`` is a name."""
-    check_csa_options(temperature=temperature, eps=eps, group=None, memory=memory, prefix=prefix)
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    check_csa_options(
+        temperature=temperature,
+        eps=eps,
+        group=None,
+        memory=memory,
+        prefix=prefix,
+        dtype=accumulation_dtype(operands[0].dtype),
+    )
     check_csa_batch(operands, stacked, present, group)
     if positions is not None:
         check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)

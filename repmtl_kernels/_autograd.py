@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -25,10 +26,12 @@ from repmtl_kernels._saliency import (
     OVER,
     canonical_mask,
     canonical_tasks,
+    held,
     positions_to_saliency,
     without_autocast,
 )
 from repmtl_kernels.backends import Anchors, CSAGradient, Entropy, Everyone, Gram
+from repmtl_kernels.backends._peaks import joined
 
 
 class Config(NamedTuple):
@@ -197,7 +200,10 @@ def _run_stages(
         )
         everyone = None
         if peers is not None:
-            everyone = Everyone(arrive().transpose(0, 1), peers.first, peers.gather)
+            join = partial(
+                joined, temperature=config.csa_temperature, most=peers.largest, total=peers.summed
+            )
+            everyone = Everyone(arrive().transpose(0, 1), peers.first, join)
             arrive = None  # holds what was received, of unequal batches a second copy
         contrast = stages.contrast(
             anchors,
@@ -284,7 +290,7 @@ def _entropy(stages: ModuleType, config: Config, x: Tensor, mask: Tensor | None)
         "over": config.over,
         "normalizer": config.normalizer,
         "temperature": config.tsr_temperature,
-        "eps": config.eps,
+        "eps": held(config.eps, x.dtype),
         "with_grad": config.with_grad,
     }
     floor = config.tsr_floor

@@ -1,7 +1,7 @@
 """What the ranks of a process group tell each other: all communication of the package.
 
-In one forward pass: a few numbers about the arguments, the unit anchors, the log-sum-exps. The
-backward pass has none, and so nothing in it waits for another rank.
+In one forward pass: a few numbers about the arguments, the unit anchors, two numbers for each of
+the log-sum-exps. The backward pass has none, and so nothing in it waits for another rank.
 """
 
 from __future__ import annotations
@@ -277,12 +277,20 @@ class Peers(NamedTuple):
 
         return finish
 
-    def gather(self, values: Tensor) -> Tensor:
-        return self.start(values)()
+    def largest(self, values: Tensor) -> Tensor:
+        """Of each element the largest of all ranks."""
+        return _reduced(values, self.group, dist.ReduceOp.MAX)
+
+    def summed(self, values: Tensor) -> Tensor:
+        return _reduced(values, self.group, dist.ReduceOp.SUM)
 
 
 def summed(values: Tensor, name: str) -> Tensor:
     """A copy, summed over the ranks."""
+    return _reduced(values, _found(name), dist.ReduceOp.SUM)
+
+
+def _reduced(values: Tensor, group: ProcessGroup, op: dist.ReduceOp) -> Tensor:
     total = values.clone()
-    dist.all_reduce(total, group=_found(name))
+    dist.all_reduce(total, op, group=group)
     return total

@@ -1,4 +1,5 @@
-"""The losses as one node of a compiler's graph. Importing this module loads TorchDynamo."""
+"""The losses, and products of the reference, as nodes of a compiler's graph. Importing this module
+loads TorchDynamo."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._autograd import Config, Losses
+from repmtl_kernels.reference import Product
 
 
 @torch.compiler.allow_in_graph
@@ -16,3 +18,8 @@ def graph_node(
     inside ``torch.func.grad``; autograd and function transforms see an ordinary one here."""
     tsr, csa, *_ = Losses.apply(True, Config(*config), present, positions, *operands)
     return tsr, csa
+
+
+@torch.compiler.allow_in_graph
+def product_node(a: Tensor, b: Tensor) -> Tensor:
+    return Product.apply(a, b)

@@ -31,8 +31,9 @@ def _unit_anchors(a, eps, with_grad):
     return torch.empty_like(a), a.new_empty(a.shape[1]), pull
 
 
-def _log_sum_exp(dots, first, temperature):
-    return dots.new_empty(dots.shape[1])
+def _log_sum_exp(dots, first, temperature, columns):
+    samples = dots.shape[1]
+    return dots.new_empty(samples), dots.new_empty(2, samples)
 
 
 def _nothing(*arguments):

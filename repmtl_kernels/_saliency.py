@@ -21,6 +21,23 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def held(eps: float, dtype: torch.dtype) -> float:
+    """``eps`` where ``dtype`` holds it as a normal number, else 0: its limit."""
+    return eps if eps >= torch.finfo(dtype).tiny else 0.0
+
+
+def in_factors(eps: float) -> tuple[float, float]:
+    """``(m, root)`` with ``eps = m root^2``, m below 2 and root a power of two, for the guard ``m
+    (root scale)^2`` of norms that have the scale squared: float32 holds them where it does not hold
+    eps or ``scale^2``. A root beyond the normal numbers of float32 is 0 or infinite: such an eps is
+    below or above the norms that float32 saliencies have."""
+    mantissa, exponent = math.frexp(eps)
+    half, odd = divmod(exponent, 2)
+    if not -126 <= half <= 127:
+        return mantissa, 0.0 if half < 0 else math.inf
+    return mantissa * (1 + odd), 2.0**half
+
+
 def float16_gram_factor(depth: int) -> float:
     """The power of two that brings a Gram matrix of scaled saliencies, at most ``4 depth``, to at
     most 2^15: float16 ends at 65504, and smaller numbers than needed would lose bits."""

@@ -76,6 +76,11 @@ def named_losses(
                 f"losses[{task!r}]: expected a scalar Tensor, got {type(loss).__name__}{hint}"
             )
         check_plain(f"losses[{task!r}]", loss)
+        if loss.is_complex() or loss.is_quantized or loss.layout != torch.strided:
+            raise TypeError(
+                f"losses[{task!r}]: expected a real, strided Tensor; got {loss.dtype}, layout "
+                f"{loss.layout}"
+            )
         if loss.ndim != 0:
             remedy = ".mean() or .squeeze()" if loss.numel() == 1 else ".mean() or .sum()"
             raise ValueError(

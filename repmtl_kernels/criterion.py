@@ -14,6 +14,7 @@ from repmtl_kernels import _distributed, _preflight, _second_order
 from repmtl_kernels._arguments import (
     check_csa_batch,
     check_csa_options,
+    check_int,
     check_number,
     check_positions,
     check_present,
@@ -332,7 +333,7 @@ class RepMTL(_Loss):
         with _distributed.telling(group, arguments):
             self._check_options()
             if step is not None:
-                _check_int("step", step, minimum=0)
+                check_int("step", step, minimum=0)
         lambdas = self._lambdas()
         number = self._number(step)
         on = self.training and any(lambdas)
@@ -432,6 +433,7 @@ class RepMTL(_Loss):
             floor=self.tsr_floor,
             eps=self.eps,
             prefix="tsr_",
+            dtype=torch.float32,
         )
         check_csa_options(
             temperature=self.csa_temperature,
@@ -439,14 +441,15 @@ class RepMTL(_Loss):
             group=self.group,
             memory=self.memory,
             prefix="csa_",
+            dtype=torch.float32,
         )
         if not isinstance(self.log_losses, bool):
             raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
-        check_number("log_offset", self.log_offset, minimum=0)
-        if self.log_offset and not self.log_losses:
+        log_offset = check_number("log_offset", self.log_offset, minimum=0)
+        if log_offset and not self.log_losses:
             raise ValueError(
                 "log_offset: it is added to the losses before their logarithm; expected 0 without "
-                f"log_losses=True, got {self.log_offset!r}"
+                f"log_losses=True, got {log_offset!r}"
             )
         if self.clip is not None:
             check_number("clip", self.clip, minimum=0, exclusive=True)
@@ -454,9 +457,9 @@ class RepMTL(_Loss):
             raise TypeError(
                 f"scaler: expected a torch.amp.GradScaler or None, got {type(self.scaler).__name__}"
             )
-        _check_int("start", self.start, minimum=0)
-        _check_int("ramp", self.ramp, minimum=0)
-        _check_int("every", self.every, minimum=1)
+        check_int("start", self.start, minimum=0)
+        check_int("ramp", self.ramp, minimum=0)
+        check_int("every", self.every, minimum=1)
 
     def _checked_masks(
         self,
@@ -496,7 +499,7 @@ class RepMTL(_Loss):
             loss = loss.to(accumulation_dtype(loss.dtype))
         if not self.log_losses:
             return loss
-        return (loss + self.log_offset if self.log_offset else loss).log()
+        return (loss + float(self.log_offset) if self.log_offset else loss).log()
 
     def _lambdas(self) -> tuple[float, float]:
         """The weights of TSR and CSA; with ``strength`` only their mix, which sums to 1."""
@@ -601,7 +604,7 @@ class RepMTL(_Loss):
             value, (tsr, csa) = clipped(
                 lambda leaves: self._losses(leaves, call),
                 flat,
-                limit=self.clip,
+                limit=float(self.clip),
                 mean=self._progress.size,
                 factor=sum(call.lambdas),
                 scale=call.scale,
@@ -638,19 +641,19 @@ class RepMTL(_Loss):
     def _strength(self, value: Tensor, group: str, measured: bool) -> float | Tensor:
         """What the lambdas are multiplied with; the same on all ranks of a group."""
         if not has_values(value):
-            return self.strength
+            return float(self.strength)
         progress = self._progress
         ratio = progress.ratio.value(value.device, 1.0, group)
         if measured and not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
             progress.warned = True
             warnings.warn(
-                f"strength: the lambdas have come to less than {self.strength / LARGEST_RATIO:g}, "
-                "a hundredth of strength, since the regulariser's gradient at the representation "
-                f"is more than {LARGEST_RATIO:g} times that of the tasks at lambdas that sum to 1. "
-                "Are the tasks learned, so that their gradient vanishes? docs/tuning.md has more",
+                f"strength: expected lambdas of about {self.strength:g}, got less than a hundredth "
+                "of it, since the regulariser's gradient at the representation is more than "
+                f"{LARGEST_RATIO:g} times that of the tasks, at lambdas that sum to 1. Are the "
+                "tasks learned, so that their gradient vanishes? docs/tuning.md has more",
                 stacklevel=7,
             )
-        return self.strength / ratio.clamp_min(SMALLEST_RATIO)
+        return float(self.strength) / ratio.clamp_min(SMALLEST_RATIO)
 
     def _losses(
         self, saliencies: Sequence[Tensor], call: _Call
@@ -718,13 +721,6 @@ class RepMTL(_Loss):
 def _by_level(tasks: Sequence[Task]) -> list[tuple[Tensor | None, ...]]:
     """The saliencies of all tasks at each level."""
     return list(zip(*(task.saliencies for task in tasks), strict=True))
-
-
-def _check_int(name: str, value: int, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected an int of at least {minimum}; got {value}")
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

@@ -17,6 +17,7 @@ from repmtl_kernels._arguments import (
 )
 from repmtl_kernels._autograd import Config, evaluate
 from repmtl_kernels._distributed import Group, name_of, telling
+from repmtl_kernels._saliency import accumulation_dtype
 
 
 class RepMTLLosses(NamedTuple):
@@ -62,7 +63,9 @@ def tsr_loss(
         normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``, where a
             mean of -inf has probability 0 and adds 0 to value and gradient; NaN, +inf and a
             distribution of nothing but -inf give NaN.
-        temperature: of the softmax, above 0; not used by ``"abs"``.
+        temperature: of the softmax, above 0; not used by ``"abs"``. Temperatures, ``floor`` and
+            ``eps`` are at most the largest number of float32, temperatures and ``floor``, unless 0,
+            at least its smallest normal one; of float64 for float64 saliencies.
         floor: of ``"abs"``, at least 0: the distribution is made from ``|x| + floor * mean |x|``,
             the mean over all tasks, samples and positions, and differentiated. The gradient is of
             order ``1 / |x|``, so a few positions with next to no saliency can make up most of it;
@@ -150,7 +153,9 @@ def csa_loss(
 
     Args:
         saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
-        temperature: above 0 (tau of eq. 9; the paper gives no value).
+        temperature: above 0 (tau of eq. 9; the paper gives no value). In the range that
+            :func:`tsr_loss` says; value and gradient are as exact as plain PyTorch's down to its
+            end.
         eps: guard of the normalisation: ``max(norm, eps)``. 0, the default, is exact: a sample
             whose saliency or anchor is exactly zero has similarity 0 and gradient 0.
         present: bool ``(T, B)``, which task has a label for which sample; positives are averaged
@@ -164,8 +169,8 @@ def csa_loss(
             differ in size; a rank may have one sample. Every rank has to call this, and to
             backpropagate the same multiple of its result: the plain average over the ranks, which
             is what ``DistributedDataParallel`` takes of gradients, is then value and gradient of
-            the whole batch's loss. The forward pass gathers ``T C + 1`` numbers a sample, the
-            backward pass sends nothing. See docs/distributed.md.
+            the whole batch's loss. The forward pass gathers ``T C`` numbers a sample and reduces
+            two, the backward pass sends nothing. See docs/distributed.md.
         memory: of the Gram matrices, ``R^2`` numbers for each task and sample, ``R = min(C, N)``,
             in the saliencies' dtype, until the backward: ``"save"`` keeps them, ``"recompute"``
             makes them again there, a few samples at a time, for at most a third more
@@ -271,16 +276,6 @@ def rep_mtl_loss(
     """
     group_name = name_of(group)
     with telling(group_name, saliencies):
-        check_number("lambda_tsr", lambda_tsr, minimum=0)
-        check_number("lambda_csa", lambda_csa, minimum=0)
-        check_tsr_options(
-            over=over,
-            normalizer=normalizer,
-            temperature=tsr_temperature,
-            floor=tsr_floor,
-            eps=eps,
-            prefix="tsr_",
-        )
         operands, stacked = csa_arguments(
             saliencies,
             temperature=csa_temperature,
@@ -292,6 +287,18 @@ def rep_mtl_loss(
             memory=memory,
             prefix="csa_",
         )
+        dtype = accumulation_dtype(operands[0].dtype)
+        check_tsr_options(
+            over=over,
+            normalizer=normalizer,
+            temperature=tsr_temperature,
+            floor=tsr_floor,
+            eps=eps,
+            prefix="tsr_",
+            dtype=dtype,
+        )
+        lambda_tsr = check_number("lambda_tsr", lambda_tsr, minimum=0, dtype=dtype)
+        lambda_csa = check_number("lambda_csa", lambda_csa, minimum=0, dtype=dtype)
         name = backends.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
@@ -332,8 +339,8 @@ def rep_mtl_loss(
             group=group_name,
             recompute=memory == "recompute",
             # Without a group a compiled graph does not depend on them.
-            lambda_tsr=float(lambda_tsr) if group_name else 0.0,
-            lambda_csa=float(lambda_csa) if group_name else 0.0,
+            lambda_tsr=lambda_tsr if group_name else 0.0,
+            lambda_csa=lambda_csa if group_name else 0.0,
         )
         tsr, csa = evaluate(config, operands, present, positions)
     return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)

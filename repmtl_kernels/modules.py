@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from repmtl_kernels._arguments import (
@@ -130,8 +131,8 @@ class RepMTLLoss(_Loss):
         memory: str = "auto",
         backend: str = "auto",
     ) -> None:
-        check_number("lambda_tsr", lambda_tsr, minimum=0)
-        check_number("lambda_csa", lambda_csa, minimum=0)
+        check_number("lambda_tsr", lambda_tsr, minimum=0, dtype=torch.float64)
+        check_number("lambda_csa", lambda_csa, minimum=0, dtype=torch.float64)
         check_tsr_options(
             over=over,
             normalizer=normalizer,

@@ -20,6 +20,7 @@ from repmtl_kernels._saliency import (
     accumulation_dtype,
     canonical_mask,
     canonical_tasks,
+    held,
     without_autocast,
 )
 
@@ -48,7 +49,7 @@ def tsr_loss(
     )
     tasks, mask = _with_zeros(canonical_tasks(operands, stacked, channel_dim), positions)
     with without_autocast(operands[0].device):
-        return _entropy(tasks, mask, over, normalizer, temperature, floor, eps)
+        return _entropy(tasks, mask, over, normalizer, float(temperature), float(floor), float(eps))
 
 
 def _with_zeros(
@@ -88,7 +89,7 @@ def _entropy(
             magnitude = magnitude + floor * _mean(magnitude, mask)
             if mask is not None:
                 magnitude = magnitude.where(mask, 0)
-        total = magnitude.sum(dim, keepdim=True) + eps
+        total = magnitude.sum(dim, keepdim=True) + held(eps, x.dtype)
         p = magnitude / total.where(total != 0, 1)  # eq. 5
     elif over == "tasks" or mask is None:
         p = torch.softmax(x / temperature, dim)
@@ -130,7 +131,7 @@ def csa_loss(
     check_nothing_is_recomputed(memory)
     tasks, mask = _with_zeros(canonical_tasks(operands, stacked, channel_dim), positions)
     with without_autocast(operands[0].device):
-        return _contrastive(tasks, mask, temperature, eps, present)
+        return _contrastive(tasks, mask, float(temperature), float(eps), present)
 
 
 def check_group_of_one(name: str) -> None:
@@ -153,15 +154,15 @@ def _contrastive(
     tasks: list[Tensor], mask: Tensor | None, temperature: float, eps: float, present: Tensor | None
 ) -> Tensor:
     s = torch.stack(tasks)  # (T, B, C, N)
-    affinity = _normalized(s @ s.mT, eps)  # (T, B, C, C), eq. 7
+    affinity = _normalized(_product(s, s.mT), eps)  # (T, B, C, C), eq. 7
     a = s.mean(dim=3)
     if mask is not None:
         count = mask.sum(1, keepdim=True).clamp_min(1)
         a = (s.sum(dim=3, dtype=accumulation_dtype(s.dtype)) / count).to(s.dtype)
     a = a.permute(1, 2, 0)  # (B, C, T)
-    anchor = _normalized(a @ a.mT, eps)  # (B, C, C), eq. 8
+    anchor = _normalized(_product(a, a.mT), eps)  # (B, C, C), eq. 8
     positive = (anchor * affinity).sum((2, 3))  # (T, B)
-    negative = anchor.flatten(1) @ anchor.flatten(1).T  # (B, B)
+    negative = _product(anchor.flatten(1), anchor.flatten(1).T)  # (B, B)
     own = torch.eye(negative.shape[0], dtype=torch.bool, device=negative.device)
     negative = (negative / temperature).masked_fill(own, float("-inf")).logsumexp(1)
     if present is None:
@@ -174,5 +175,42 @@ def _contrastive(
 def _normalized(matrices: Tensor, eps: float) -> Tensor:
     """``(..., C, C)`` divided by ``max(Frobenius norm, eps)``; a zero matrix stays zero."""
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    eps = held(eps, norm.dtype)
     norm = norm.clamp_min(eps) if eps > 0 else norm.where(norm != 0, 1)
     return matrices / norm
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``. Its derivatives too are without autocast, wherever they are taken."""
+    if torch.compiler.is_compiling():
+        # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
+        from repmtl_kernels._graph_node import product_node
+
+        return product_node(a, b)
+    return Product.apply(a, b)
+
+
+class Product(torch.autograd.Function):
+    """Products are what autocast computes in 16 bits, those of PyTorch's own backward included."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with without_autocast(a.device):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return Product.apply(grad, b.mT), Product.apply(a.mT, grad)
+
+    @staticmethod
+    def jvp(ctx, da, db):
+        a, b = ctx.saved_tensors
+        return Product.apply(da, b) + Product.apply(a, db)

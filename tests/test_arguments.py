@@ -1,7 +1,13 @@
 """Every bad argument is named, with what was expected and what came."""
 
+import inspect
+import warnings
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from repmtl_kernels import (
     CSALoss,
@@ -11,10 +17,19 @@ from repmtl_kernels import (
     csa_loss,
     reference,
     rep_mtl_loss,
+    task_saliencies,
     tsr_loss,
 )
 
 GOOD = [torch.randn(2, 3, 4, 4) for _ in range(2)]
+with warnings.catch_warnings():  # that these are prototypes, or on their way out
+    warnings.simplefilter("ignore")
+    PARTS = [torch.ones(2, 5), torch.ones(3, 5)]
+    NESTED = torch.nested.nested_tensor(PARTS)
+    JAGGED = torch.nested.nested_tensor(PARTS, layout=torch.jagged)
+    NESTED_MASK = torch.nested.nested_tensor([part > 0 for part in PARTS])
+    MASKED = torch.masked.masked_tensor(GOOD[0], GOOD[0] > 0)
+    QUANTIZED = torch.quantize_per_tensor(GOOD[0], 0.1, 0, torch.quint8)
 
 BAD_SALIENCIES = {
     "no task": ([], ValueError, "saliencies: expected at least one task"),
@@ -32,6 +47,22 @@ BAD_SALIENCIES = {
     "complex": ([GOOD[0].cfloat()] * 2, TypeError, "saliencies: expected float64.*complex64"),
     "one vector each": ([torch.randn(4)] * 2, ValueError, r"saliencies: each task.*\(4,\)"),
     "four spatial": ([torch.randn(2, 2, 1, 1, 1, 1)], ValueError, "0 to 3 spatial"),
+    "nested": (
+        torch.nested.nested_tensor([GOOD[0][0], GOOD[0][0]]),
+        TypeError,
+        "saliencies: .*nested",
+    ),
+    "jagged": ([JAGGED], TypeError, r"saliencies\[0\]: .*nested"),
+    "one nested": ([GOOD[0], NESTED], TypeError, r"saliencies\[1\]: .*nested"),
+    "lazy": (nn.UninitializedParameter(), TypeError, "saliencies: .*UninitializedParameter"),
+    "masked": ([MASKED], TypeError, r"saliencies\[0\]: .*MaskedTensor"),
+    "quantized": ([QUANTIZED], TypeError, "saliencies: expected float64.*quint8"),
+    "an array": (np.ones((2, 2, 3)), TypeError, "saliencies: expected a sequence.*ndarray"),
+    "arrays": ([np.ones((2, 3))] * 2, TypeError, r"saliencies\[0\]: expected a Tensor.*ndarray"),
+    "a string": ("ab", TypeError, "saliencies: expected a sequence.*str"),
+    "none": (None, TypeError, "saliencies: expected a sequence.*NoneType"),
+    "a scalar": (torch.tensor(1.0), ValueError, "saliencies: one tensor must be stacked"),
+    "scalars": ([torch.tensor(1.0)] * 2, ValueError, "saliencies: each task"),
     "a single map": (torch.randn(4, 4), ValueError, "saliencies: one tensor must be stacked"),
     "no position": ([torch.randn(2, 3, 0)], ValueError, r"at least 1.*\(2, 3, 0\)"),
     "no sample": ([torch.randn(0, 3, 2)], ValueError, r"at least 1.*\(0, 3, 2\)"),
@@ -107,6 +138,147 @@ def test_channel_dim(function, channel_dim, error, message):
 def test_options(function, option, value, error):
     with pytest.raises(error, match=f"^{option}: "):
         function(GOOD, **{option: value})
+
+
+class _Incomparable:
+    """Neither is it equal to anything, nor can it be shown."""
+
+    def __eq__(self, other):
+        raise RuntimeError
+
+    def __repr__(self):
+        raise RuntimeError
+
+
+# No option takes any of them.
+ODD = {
+    "nan": float("nan"),
+    "text": "x",
+    "bytes": b"x",
+    "array": np.ones(3),
+    "scalar array": np.array(1.0),
+    "bool array": np.bool_(True),
+    "tensor": torch.ones(2),
+    "scalar tensor": torch.tensor(0.5),
+    "meta tensor": torch.ones(2, 2, dtype=torch.bool, device="meta"),
+    "sparse mask": torch.ones(2, 2, dtype=torch.bool).to_sparse(),
+    "nested mask": NESTED_MASK,
+    "complex": 1j,
+    "huge": 10**400,
+    "huge and negative": -(10**400),
+    "too long to be written": 10**6000,
+    "huge fraction": Fraction(10**6000, 7),
+    "a type": float,
+    "incomparable": _Incomparable(),
+}
+# These are checked in a place of their own.
+OTHER = {"saliencies", "self", "task_weights", "scaler", "log_losses"}
+
+
+def _options(called) -> list[str]:
+    return [name for name in inspect.signature(called).parameters if name not in OTHER]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "called", [*FUNCTIONS, TSRLoss, CSALoss, RepMTLLoss, RepMTL], ids=lambda c: c.__qualname__
+)
+def test_every_option_is_named(called, odd: str):
+    assert len(_options(called)) >= 6
+    arguments = () if inspect.isclass(called) else (GOOD,)
+    for option in _options(called):
+        with pytest.raises((ValueError, TypeError)) as raised:
+            called(*arguments, **{option: ODD[odd]})
+        assert str(raised.value).startswith(f"{option}: "), (option, str(raised.value))
+
+
+@pytest.mark.parametrize("option", ["scaler", "log_losses", "task_weights", "start", "every"])
+@pytest.mark.parametrize("odd", ["text", "array", "scalar tensor", "complex", "incomparable"])
+def test_other_options_of_the_criterion_are_named(option: str, odd: str):
+    with pytest.raises((ValueError, TypeError), match=f"^{option}: "):
+        RepMTL(**{option: ODD[odd]})
+
+
+@pytest.mark.parametrize("flag", [True, None])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=FUNCTION_IDS)
+def test_neither_bool_nor_none_is_a_number(function, flag):
+    for option in _options(function):
+        if option in ("group", "present") and flag is None:
+            continue
+        with pytest.raises((ValueError, TypeError), match=f"^{option}: "):
+            function(GOOD, **{option: flag})
+
+
+NUMBERS = [
+    (tsr_loss, "temperature", {"normalizer": "softmax"}),
+    (tsr_loss, "floor", {}),
+    (csa_loss, "temperature", {}),
+    (rep_mtl_loss, "csa_temperature", {}),
+    (rep_mtl_loss, "tsr_temperature", {"normalizer": "softmax"}),
+    (reference.csa_loss, "temperature", {}),
+]
+
+
+@pytest.mark.parametrize("value", [1e-39, 1e-40, 1e-60, 1e39, 1e60, Fraction(1, 10**50)], ids=str)
+@pytest.mark.parametrize(("function", "option", "others"), NUMBERS)
+def test_numbers_that_float32_does_not_hold(function, option, others, value):
+    """As normal numbers: GPUs take those below for zero. float64 holds them."""
+    with pytest.raises(ValueError, match=rf"^{option}: .*1\.18e-38 to 3\.4e\+38.*torch.float32"):
+        function(GOOD, **{option: value}, **others)
+    for half in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"^{option}: .*torch.float32"):
+            function([s.to(half) for s in GOOD], **{option: value}, **others)
+    found = function([s.double() for s in GOOD], **{option: value}, **others)
+    assert torch.isfinite(found if isinstance(found, torch.Tensor) else found.csa)
+
+
+@pytest.mark.parametrize(
+    ("function", "option"),
+    [(tsr_loss, "eps"), (csa_loss, "eps"), (rep_mtl_loss, "lambda_tsr"), (rep_mtl_loss, "eps")],
+)
+def test_numbers_whose_limit_is_zero(function, option):
+    for small in (1e-40, 5e-324, Fraction(1, 10**500)):
+        found, limit = (function(GOOD, **{option: value}) for value in (small, 0))
+        torch.testing.assert_close(found, limit)
+    with pytest.raises(ValueError, match=rf"^{option}: .*of at most 3\.4e\+38.*torch.float32"):
+        function(GOOD, **{option: 1e39})
+
+
+@pytest.mark.parametrize("option", ["strength", "clip", "log_offset", "lambda_csa", "tsr_floor"])
+def test_numbers_that_the_criterion_does_not_hold(option: str):
+    with pytest.raises(ValueError, match=f"^{option}: .*torch.float32"):
+        RepMTL(**{option: 1e39})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strength": Fraction(1, 3)},
+        {"strength": 2**70},
+        {"clip": Fraction(1, 3)},
+        {"log_losses": True, "log_offset": Fraction(1, 3)},
+        {"csa_temperature": np.float32(0.5), "eps": Fraction(1, 7)},
+        {"every": 2**62},
+    ],
+    ids=str,
+)
+def test_real_numbers_of_every_type(options: dict):
+    z = torch.randn(3, 4, 5, requires_grad=True)
+    RepMTL(**options)([z.square().mean(), z.exp().mean()], z).backward()
+    assert torch.isfinite(z.grad).all()
+
+
+def test_losses_that_are_no_real_dense_numbers():
+    z = torch.randn(2, 3, 4, requires_grad=True)
+    good = z.square().sum()
+    for bad in (
+        (z * 1j).sum(),
+        good.to_sparse(),
+        torch.quantize_per_tensor(good, 1, 0, torch.qint8),
+    ):
+        for called in (task_saliencies, RepMTL()):
+            with pytest.raises(TypeError, match=r"^losses\[1\]: expected a real, strided Tensor"):
+                called([good, bad], z)
 
 
 @pytest.mark.parametrize("over", ["tasks", "space"])

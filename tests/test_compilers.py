@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from cases import BACKENDS as ALL_BACKENDS
-from cases import DEVICE, LOSSES, Case, Loss, supports
+from cases import DEVICE, LOSSES, Case, Loss, relative_error, supports
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacrev, jvp, vmap
 
-from repmtl_kernels import RepMTL, RepMTLLoss, _native, rep_mtl_loss, tsr_loss
+from repmtl_kernels import RepMTL, RepMTLLoss, _native, csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels._autograd import Config, Saved
 from repmtl_kernels.backends._availability import refusal
 
@@ -49,6 +49,33 @@ def test_compile_full_graph(backend: str, loss: Loss):
     torch.testing.assert_close(compiled(*tensors), function(*tensors))
     for found, expected in zip(_grads(compiled, tensors), _grads(function, tensors), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("where", ["call", "backward", "region"])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_autocast_changes_nothing_of_a_compiled_loss(backend: str, where: str):
+    """Around the compiled call, around its backward, or inside the region."""
+
+    def autocast(here: str):
+        return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=here == where)
+
+    def function(*s):
+        with autocast("region"):
+            return csa_loss(list(s), backend=backend)
+
+    tensors = CASE.make(torch.float32)
+    # aot_eager calls the backward's operators one by one, under the autocast that is around them.
+    compiler = "inductor" if (backend, where) == ("reference", "backward") else "aot_eager"
+    if compiler == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    with autocast("call"):
+        found = compiled(*tensors)
+    with autocast("backward"):
+        grads = torch.autograd.grad(found, tensors)
+    expected = csa_loss(tensors, backend=backend)
+    torch.testing.assert_close(found, expected)
+    assert relative_error(grads, torch.autograd.grad(expected, tensors)) < 1e-6
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

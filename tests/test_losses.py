@@ -19,7 +19,7 @@ from cases import (
     value_and_grads,
 )
 
-from repmtl_kernels import reference, rep_mtl_loss, tsr_loss
+from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
 
 TSR = LOSSES[0]
 
@@ -136,11 +136,47 @@ def test_autocast_changes_nothing(backend: str, loss: Loss, backward: bool):
     expected_grads = torch.autograd.grad(expected, tensors)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         found = loss.public(tensors, backend=backend)
-    inside = backward and backend != "reference"  # PyTorch's own backward follows autocast
-    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=inside):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=backward):
         grads = torch.autograd.grad(found, tensors)
     assert torch.equal(found, expected)
     assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", [(True, False), (False, True), (True, True)], ids=str)
+def test_autocast_changes_no_second_derivative(dtype: torch.dtype, where: tuple[bool, bool]):
+    """Around the first backward pass, around the second, around both."""
+    case = Case(2, 3, 20, (4, 5))
+
+    def second(first_inside: bool, second_inside: bool) -> list[torch.Tensor]:
+        tensors = case.make(dtype)
+        value = case.run(csa_loss, tensors, backend="reference")
+        with torch.autocast(DEVICE, dtype=torch.float16, enabled=first_inside):
+            grads = torch.autograd.grad(value, tensors, create_graph=True)
+        with torch.autocast(DEVICE, dtype=torch.float16, enabled=second_inside):
+            size = sum(g.float().square().sum() for g in grads)
+            return [*grads, *torch.autograd.grad(size, tensors)]
+
+    for found, expected in zip(second(*where), second(False, False), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jacrev"])
+def test_autocast_changes_no_transform(backend: str, transform: str):
+    s = torch.randn(2, 3, 8, 5, device=DEVICE)
+
+    def loss(s: torch.Tensor) -> torch.Tensor:
+        return csa_loss(s, backend=backend)
+
+    run = {
+        "grad": lambda: torch.func.grad(loss)(s),
+        "vmap of grad": lambda: torch.vmap(torch.func.grad(loss))(torch.stack((s, 2 * s + 1))),
+        "jacrev": lambda: torch.func.jacrev(loss)(s),
+    }[transform]
+    expected = run()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(run(), expected)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

@@ -1,8 +1,12 @@
 """What only the compiled operators for the CPU have: units of work, threads, argument checks."""
 
 import gc
+import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +89,107 @@ def test_blocks_of_the_contrast_give_the_same(monkeypatch):
     torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)
 
 
+def _damaged(library: Path) -> dict[str, tuple[bytes, str]]:
+    """Contents of a library's file, and what the report says of it."""
+    whole = library.read_bytes()
+    foreign = bytearray(whole)
+    foreign[18:20] = (243).to_bytes(2, "little")  # RISC-V
+    narrow = bytearray(whole)
+    narrow[4] = 1  # 32 bits
+    half = len(whole) // 2
+    cut = r"cut off at \d+ bytes"
+    return {
+        "half": (whole[:half], cut),
+        "a tenth": (whole[: len(whole) // 10], cut),
+        "all but a page": (whole[:-4096], cut),
+        "all but a byte": (whole[:-1], cut),
+        "its header": (whole[:64], cut),
+        "part of its header": (whole[:40], "is not a library"),
+        "half, and zeros": (whole[:half] + bytes(len(whole) - half), "is damaged"),
+        "nothing": (b"", "is not a library"),
+        "text": (b"version https://git-lfs.github.com/spec/v1\n" * 9, "is not a library"),
+        "of another machine": (bytes(foreign), "for another machine .number 243"),
+        "of 32 bits": (bytes(narrow), "for another machine"),
+        "another library": (
+            Path(torch._C.__file__).read_bytes(),
+            "has no operators of this package",
+        ),
+    }
+
+
+ASK = """
+import json, pathlib, sys, torch
+import repmtl_kernels
+from repmtl_kernels import _native
+from repmtl_kernels.backends import _availability
+found = {}
+for folder in map(pathlib.Path, sys.argv[1:]):
+    _native.__file__ = str(folder / "_native.py")
+    _native.status.cache_clear(), _availability.refusal.cache_clear()
+    reason = repmtl_kernels.backend_report()["native"]
+    saliencies = [torch.ones(2, 3, 4, requires_grad=True)] * 2
+    repmtl_kernels.csa_loss(saliencies).backward()
+    try:
+        repmtl_kernels.csa_loss(saliencies, backend="native")
+        by_name = "no error"
+    except ValueError as error:
+        by_name = str(error)
+    found[folder.name] = reason, repmtl_kernels.backends.resolve("auto", saliencies[0]), by_name
+print(json.dumps(found))
+"""
+
+
+def _ask(*folders: Path) -> dict:
+    command = [sys.executable, "-c", ASK, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF library")
+def test_a_library_that_cannot_be_used_is_a_reason_and_no_crash(tmp_path: Path):
+    library = Path(_native.__file__).with_name(_native.LIBRARIES["cpu"])
+    cases = _damaged(library)
+    for name, (content, _) in cases.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / library.name).write_bytes(content)
+    (tmp_path / "a folder" / library.name).mkdir(parents=True)
+    (tmp_path / "a pipe").mkdir()
+    os.mkfifo(tmp_path / "a pipe" / library.name)
+    messages = {name: message for name, (_, message) in cases.items()}
+    messages |= dict.fromkeys(("a folder", "a pipe"), "is not a file")
+    found = _ask(*(tmp_path / name for name in messages))
+    for name, message in messages.items():
+        reason, chosen, by_name = found[name]
+        assert re.search(message, reason) and "nstall the package again" in reason, (name, reason)
+        assert chosen == "eager"
+        assert by_name.startswith("backend: 'native' cannot run here: ") and reason in by_name
+
+
+def test_a_library_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert _native._damage(Path(_native.__file__)) == "cannot be read (Permission denied)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF library")
+@pytest.mark.parametrize("options", [[], ["--strip-all"]], ids=["as built", "stripped"])
+def test_a_library_that_is_whole(tmp_path: Path, options: list[str]):
+    for name in _native.LIBRARIES.values():
+        library = Path(_native.__file__).with_name(name)
+        if not library.exists():
+            continue
+        copy = tmp_path / name
+        shutil.copy(library, copy)
+        if options and shutil.which("strip"):
+            subprocess.run(["strip", *options, str(copy)], check=True)
+        assert _native._damage(copy) is None
+
+
 GOOD = torch.ones(2, 3, 4)
+DOTS = torch.ones(2, 3, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +202,9 @@ GOOD = torch.ones(2, 3, 4)
         (lambda: ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), r"x: .*\(T, B, N\)"),
         (lambda: ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
         (lambda: ops.unit_anchors(GOOD.bfloat16(), 0.0, True), "float32 or float64"),
-        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5), "dots: "),
+        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5, None), "dots: "),
+        (lambda: ops.log_sum_exp(DOTS, 0, 0.5, DOTS[0, :, 0]), r"columns: .*shape \(2, 3\)"),
+        (lambda: ops.weigh_dots(DOTS, GOOD[0], GOOD[0], 0, 0.5), r"rows: .*shape \(2, 3\)"),
         (
             lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
             r"factor: .*contiguous tensor of shape \(3\)",
@@ -140,7 +246,7 @@ def test_operators_refuse_what_they_cannot_read(call, message):
         lambda: ops.statistics([GOOD], False, False),
         lambda: ops.entropy(torch.ones(2, 3, 0), True, False, 1.0, 0.0, True),
         lambda: ops.unit_anchors(torch.ones(2, 3, 0), 0.0, True),
-        lambda: ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5),
+        lambda: ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5, None),
         lambda: ops.add_outer(
             None, False, GOOD[0], None, GOOD[:0], GOOD[:, :0], torch.ones(2, 3, 0)
         ),
@@ -209,8 +315,8 @@ def _arguments() -> dict[str, tuple]:
         "statistics": (saliencies, True, True),
         "entropy": (torch.randn(2, 3, 16), True, False, 1.0, 0.0, True),
         "unit_anchors": (u, 0.0, True),
-        "log_sum_exp": (dots, 0, 0.5),
-        "weigh_dots": (dots.clone(), torch.ones(3), 0, 0.5),
+        "log_sum_exp": (dots, 0, 0.5, torch.zeros(2, 3)),
+        "weigh_dots": (dots.clone(), torch.ones(2, 3), torch.ones(2, 3), 0, 0.5),
         "through_normalisation": (u.clone(), u, torch.ones(3), u),
         "add_outer": (None, False, *products, torch.zeros(3, 20, 4, 4)),
         "small_gram": (saliencies, torch.ones(2, 3), u, True),

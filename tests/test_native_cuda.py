@@ -154,7 +154,7 @@ GOOD = torch.ones(2, 3, 4, device=DEVICE)
         (lambda: ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), "x: expected 3 dimensions"),
         (lambda: ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
         (lambda: ops.unit_anchors(GOOD.bfloat16(), 0.0, True), "a: .*precision of the others"),
-        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5), "dots: "),
+        (lambda: ops.log_sum_exp(GOOD[:, :, None], 5, 0.5, None), "dots: "),
         (
             lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
             r"factor: .*of shape \(3\)",
@@ -206,8 +206,8 @@ def _arguments() -> dict[str, tuple]:
         "statistics": (saliencies, True, True, mask),
         "entropy": (randn(2, 3, 16), True, False, 1.0, 0.0, True),
         "unit_anchors": (u, 0.0, True),
-        "log_sum_exp": (randn(2, 3, 2, 3), 0, 0.5),
-        "weigh_dots": (randn(2, 3, 2, 3), ones, 0, 0.5),
+        "log_sum_exp": (randn(2, 3, 2, 3), 0, 0.5, randn(2, 3).abs()),
+        "weigh_dots": (randn(2, 3, 2, 3), randn(2, 3), randn(2, 3), 0, 0.5),
         "through_normalisation": (u.clone(), u, ones, u),
         "gram": (saliencies, pair, u, 0.0, True, mask),
         "saliency_grad": (

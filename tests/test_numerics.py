@@ -1,13 +1,29 @@
 """Scales, zeros and NaN: exact without eps, over the whole range of float32."""
 
+import importlib
+import sys
+
 import pytest
 import torch
-from cases import BACKEND_DTYPES, BACKENDS, DEVICE, LOSSES, Case, Loss, relative_error
+from cases import (
+    BACKEND_DTYPES,
+    BACKENDS,
+    DEVICE,
+    GRAD_TOLERANCE,
+    LOSSES,
+    LUCK,
+    Case,
+    Loss,
+    allowed,
+    doubles,
+    relative_error,
+    value_and_grads,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
+from repmtl_kernels import backends, csa_loss, reference, rep_mtl_loss, tsr_loss
 
 SHAPES = [Case(2, 3, 24, (4, 4)), Case(3, 3, 9, (5, 4))]  # N side, C side
 
@@ -224,3 +240,105 @@ def test_means_that_nearly_cancel(backend: str, over: str):
     grads = torch.stack(torch.autograd.grad(value, tensors)).double() * unit
     exact_grads = torch.stack(torch.autograd.grad(exact, doubles)) * unit
     assert (grads - exact_grads).abs().max() < 5e-6
+
+
+LOW_TEMPERATURES = [1e-2, 1e-3, 1e-5, 1e-7, 1e-30]
+
+
+@pytest.fixture(params=["whole", "blocks"])
+def blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether products of anchors are in memory all at once, or those of a few samples."""
+    if request.param == "blocks":
+        monkeypatch.setattr(backends.load("eager"), "CONTRAST_BLOCK", 1)
+        if "triton" in BACKENDS:
+            # By import_module: as an attribute of its package, `contrast` is the stage.
+            module = importlib.import_module("repmtl_kernels.backends.triton.contrast")
+            monkeypatch.setattr(module, "BUFFER", 1)
+
+
+@pytest.mark.parametrize("temperature", LOW_TEMPERATURES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(9, 2, 6, (5,)),
+        Case(1, 3, 40, (2, 2)),
+        Case(2, 5, 12, (4, 5)),
+        Case(3, 9, 24, (3,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_temperatures(backend: str, blocks, case: Case, temperature: float):
+    """Both softmaxes of a pair of samples come from one rounding of its similarity."""
+    exact, exact_grads = value_and_grads(
+        reference.csa_loss, case, case.make(torch.float64), temperature=temperature
+    )
+    tensors = case.make(torch.float32)
+    _, plain = value_and_grads(reference.csa_loss, case, tensors, temperature=temperature)
+    value, grads = value_and_grads(
+        csa_loss, case, tensors, temperature=temperature, backend=backend
+    )
+    assert abs(value.item() - exact.item()) <= 2e-6 * max(1.0, abs(exact.item()), 1 / temperature)
+    plain_error = relative_error(plain, exact_grads)
+    limit = allowed(GRAD_TOLERANCE[torch.float32], LUCK * plain_error)
+    assert relative_error(grads, exact_grads) <= limit
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-5, 1e-7])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_negatives_that_are_equally_similar(backend: str, blocks, temperature: float):
+    """Each has half of the softmax at any temperature: log 2 is not lost beside 1e7."""
+    anchors = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
+    tensors = [anchors[:, :, None].to(DEVICE).requires_grad_()]
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    value = csa_loss(tensors, temperature=temperature, backend=backend)
+    exact = reference.csa_loss(doubles, temperature=temperature)
+    grads, exact_grads = torch.autograd.grad(value, tensors), torch.autograd.grad(exact, doubles)
+    assert relative_error(grads, exact_grads) < 4e-6
+
+
+@pytest.mark.parametrize("case", [Case(t, 2, 18) for t in (16, 33, 65)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_over_many_pairs_of_tasks(backend: str, case: Case):
+    """Equal tasks: what the sum of T^2 equal squares rounds off is all to one side."""
+    for seed in range(1 if backend == "triton" else 5):  # interpreted, each takes 10 seconds
+        generator = torch.Generator().manual_seed(seed)
+        one = torch.rand(case.batch, case.channels, 1, generator=generator).to(DEVICE)
+        tensors = [one.clone().requires_grad_() for _ in range(case.tasks)]
+        exact, exact_grads = value_and_grads(reference.csa_loss, case, doubles(tensors))
+        value, grads = value_and_grads(csa_loss, case, tensors, backend=backend)
+        assert abs(value.item() - exact.item()) <= 2e-6
+        scale = max(1.0, sum(g.norm() for g in exact_grads).item())
+        assert max((g - e).norm() for g, e in zip(grads, exact_grads, strict=True)) <= 4e-6 * scale
+
+
+@pytest.mark.parametrize("eps", [1e-38, 1e-39, 1e-45, 1e-50, sys.float_info.min, 5e-324])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_eps_that_float32_holds_as_zero_or_subnormal(backend, loss: Loss, case: Case, eps: float):
+    """As near to no eps as it is: what is exactly zero has similarity, entropy and gradient 0."""
+    tensors = case.make(torch.float32)
+    with torch.no_grad():
+        tensors[0][0], tensors[1][:2], tensors[-1][:2] = 0, 0, 0
+    value, grads = value_and_grads(loss.public, case, tensors, backend=backend, eps=eps)
+    without, without_grads = value_and_grads(loss.public, case, tensors, backend=backend)
+    assert value.item() == pytest.approx(without.item(), abs=1e-6)
+    torch.testing.assert_close(grads, without_grads)
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-25, 1e-30, 1e15])
+@pytest.mark.parametrize("exponent", [-3, 0, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eps_of_the_size_of_the_norms(backend: str, scale: float, exponent: int):
+    """Down to 1e-63, far below what float32 holds."""
+    case = SHAPES[0]
+    eps = scale**2 * 10.0**exponent
+    exact, exact_grads = value_and_grads(
+        reference.csa_loss, case, doubles(case.make(torch.float32, scale=scale)), eps=eps
+    )
+    value, grads = value_and_grads(
+        csa_loss, case, case.make(torch.float32, scale=scale), backend=backend, eps=eps
+    )
+    assert abs(value.item() - exact.item()) < 2e-6
+    assert relative_error(grads, exact_grads) < 1e-5

@@ -215,7 +215,7 @@ def test_the_rival_of_the_contrast_computes_the_same(gathered: bool):
         others = torch.randn(3, 9, 20, dtype=torch.float64)
         unit = eager.anchors(others, eps=0.0, with_grad=False).unit
         unit[:, 2:7] = anchors.unit
-        told = torch.linspace(1, 3, 9, dtype=torch.float64)
+        told = torch.linspace(1, 3, 18, dtype=torch.float64).view(2, 9)
         everyone = backends.Everyone(unit, 2, lambda _: told)
     exact = eager.contrast(
         anchors, temperature=scaling.TEMPERATURE, with_grad=True, everyone=everyone

@@ -7,7 +7,7 @@ namespace {
 template <typename A>
 REPMTL_KERNEL unit_anchors_kernel(
     const A* a,  // (T, B, C)
-    int64_t tasks, int64_t batch, int64_t channels, A eps,
+    int64_t tasks, int64_t batch, int64_t channels, double eps,
     A* products,  // (B, T, T): scratch
     A* u,  // (T, B, C)
     A* factor,  // (B)
@@ -24,17 +24,18 @@ REPMTL_KERNEL unit_anchors_kernel(
     }
   }
   const A scale = power_of_two(block_max(largest, shared));
-  A square = 0;
   for (int64_t pair = warp; pair < tasks * tasks; pair += kWarps) {
     const A *x = row(a, pair / tasks), *y = row(a, pair % tasks);
     A dot = 0;
     for (int64_t c = lane; c < channels; c += kWarp) dot += x[c] * scale * (y[c] * scale);
     dot = warp_sum(dot);
-    if (lane != 0) continue;
-    products[pair] = dot;
-    square += dot * dot;
+    if (lane == 0) products[pair] = dot;
   }
-  // Its barriers also let all threads see the products.
+  __syncthreads();
+  A square = 0;
+  for (int64_t pair = threadIdx.x; pair < tasks * tasks; pair += kThreads) {
+    square += products[pair] * products[pair];
+  }
   const A norm = sqrt(block_sum(square, shared));
   const Guarded<A> guarded = guarded_inverse(norm, scale, eps);
   const A root = sqrt(guarded.inverse);
@@ -53,57 +54,101 @@ REPMTL_KERNEL unit_anchors_kernel(
   }
 }
 
-// r_k = sum_tv dots^2 / temperature of sample m of a block and sample k.
+// r_k = sum_tv dots^2 of sample m of a block and sample k. What each addition rounds off is taken from
+// the next term (Kahan's sum): T^2 of them would add up.
 template <typename A>
 __device__ A similarity(const A* dots, int64_t tasks, int64_t batch, int64_t samples, int64_t m,
-                        int64_t k, A temperature) {
-  A r = 0;
+                        int64_t k) {
+  A r = 0, excess = 0;
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t v = 0; v < tasks; ++v) {
       const A d = dots[((t * samples + m) * tasks + v) * batch + k];
-      r += d * d;
+      const A term = d * d - excess, sum = r + term;
+      excess = (sum - r) - term;
+      r = sum;
     }
   }
-  return r / temperature;
+  return r;
 }
+
+// The largest r, and the sum of exp((r - largest) / temperature). Similarities are not negative, so 0
+// is a lower bound of their maximum, and finite.
+template <typename A>
+struct Peaks {
+  A largest, sum;
+
+  __device__ void add(A r, A temperature) {
+    const A raised = larger(r, largest);
+    sum = sum * exp((largest - raised) / temperature) + exp((r - raised) / temperature);
+    largest = raised;
+  }
+  // Of all threads, to all threads.
+  __device__ void join(A temperature, A* shared) {
+    const A top = block_max(largest, shared);
+    sum = block_sum(sum * exp((largest - top) / temperature), shared);
+    largest = top;
+  }
+};
 
 // A block for each sample of dots.
 template <typename A>
 REPMTL_KERNEL log_sum_exp_kernel(
     const A* dots,  // (T, M, T, B)
     int64_t tasks, int64_t batch, int64_t first, A temperature,
-    A* logsumexp) {  // (M)
+    A* logsumexp,  // (M)
+    A* rows,  // (2, M)
+    A* similarities) {  // (M, B) or null: r
   __shared__ A shared[kWarps];
   const int64_t m = blockIdx.x, samples = gridDim.x;
-  // Online: the sum so far is relative to the largest value so far. Similarities are not negative, so
-  // 0 is a lower bound of their maximum, and finite.
-  A largest = 0, sum = 0;
+  Peaks<A> peaks{0, 0};
   for (int64_t k = threadIdx.x; k < batch; k += kThreads) {
-    if (k == first + m) continue;
-    const A r = similarity(dots, tasks, batch, samples, m, k, temperature);
-    const A raised = larger(r, largest);
-    sum = sum * exp(largest - raised) + exp(r - raised);
-    largest = raised;
+    const A r = similarity(dots, tasks, batch, samples, m, k);
+    if (similarities) similarities[m * batch + k] = r;
+    if (k != first + m) peaks.add(r, temperature);
   }
-  const A center = block_max(largest, shared);
-  sum = block_sum(sum * exp(largest - center), shared);
-  if (threadIdx.x == 0) logsumexp[m] = center + log(sum);
+  peaks.join(temperature, shared);
+  if (threadIdx.x != 0) return;
+  logsumexp[m] = peaks.largest / temperature + log(peaks.sum);
+  rows[m] = peaks.largest;
+  rows[samples + m] = peaks.sum;
 }
 
-// A thread for each pair of samples: m of dots and k of all.
+// A block for each of all samples.
+template <typename A>
+REPMTL_KERNEL column_peaks_kernel(
+    const A* similarities,  // (M, B)
+    int64_t first, int64_t samples, A temperature,
+    A* columns) {  // (2, B): those before, and then with these
+  __shared__ A shared[kWarps];
+  const int64_t k = blockIdx.x, batch = gridDim.x;
+  Peaks<A> peaks{0, 0};
+  if (threadIdx.x == 0) peaks = {columns[k], columns[batch + k]};
+  for (int64_t m = threadIdx.x; m < samples; m += kThreads) {
+    if (k != first + m) peaks.add(similarities[m * batch + k], temperature);
+  }
+  peaks.join(temperature, shared);
+  if (threadIdx.x != 0) return;
+  columns[k] = peaks.largest;
+  columns[batch + k] = peaks.sum;
+}
+
+// A thread for each pair of samples: m of dots and k of all. Both weights are taken from r_mk: r_km is
+// another sum, and at low temperatures its rounding would be all that is seen.
 template <typename A>
 REPMTL_KERNEL weigh_dots_kernel(
     A* dots,  // (T, M, T, B)
-    const A* logsumexp,  // (B)
+    const A* rows,  // (2, M)
+    const A* columns,  // (2, B)
     int64_t tasks, int64_t batch, int64_t first, int64_t samples, A temperature) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= samples * batch) return;
   const int64_t m = i / batch, k = i % batch;
   A weight = 0;
   if (k != first + m) {
-    const A r = similarity(dots, tasks, batch, samples, m, k, temperature);
-    weight = (exp(r - logsumexp[first + m]) + exp(r - logsumexp[k])) * 2 /
-             (temperature * static_cast<A>(batch));
+    const A r = similarity(dots, tasks, batch, samples, m, k);
+    const A of_row = exp((r - rows[m]) / temperature) / rows[samples + m];
+    const A of_column = exp((r - columns[k]) / temperature) / columns[batch + k];
+    weight = (of_row + of_column) * 2 / (temperature * static_cast<A>(batch));
   }
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t v = 0; v < tasks; ++v) {
@@ -170,27 +215,34 @@ void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, in
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, unit_anchors_kernel<A>, batch, static_cast<const A*>(a), tasks, batch, channels,
-           static_cast<A>(eps), scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u),
+           eps, scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u),
            static_cast<A*>(factor), static_cast<A*>(pull));
   });
 }
 
 void log_sum_exp(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t first,
-                 int64_t samples, const void* dots, double temperature, void* logsumexp) {
+                 int64_t samples, const void* dots, double temperature, void* logsumexp, void* rows,
+                 void* columns) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
+    const A tau = static_cast<A>(temperature);
+    A* similarities = scratch<A>(on, columns ? samples * batch : 0);
     launch(on, log_sum_exp_kernel<A>, samples, static_cast<const A*>(dots), tasks, batch, first,
-           static_cast<A>(temperature), static_cast<A*>(logsumexp));
+           tau, static_cast<A*>(logsumexp), static_cast<A*>(rows), similarities);
+    if (!columns) return;
+    launch(on, column_peaks_kernel<A>, batch, similarities, first, samples, tau,
+           static_cast<A*>(columns));
   });
 }
 
 void weigh_dots(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t first,
-                int64_t samples, void* dots, const void* logsumexp, double temperature) {
+                int64_t samples, void* dots, const void* rows, const void* columns,
+                double temperature) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, weigh_dots_kernel<A>, ceil_div(samples * batch, kThreads), static_cast<A*>(dots),
-           static_cast<const A*>(logsumexp), tasks, batch, first, samples,
-           static_cast<A>(temperature));
+           static_cast<const A*>(rows), static_cast<const A*>(columns), tasks, batch, first,
+           samples, static_cast<A>(temperature));
   });
 }
 

@@ -261,16 +261,17 @@ __device__ __forceinline__ double power_of_two(double largest) {
   return largest == 0 ? 1.0 : __longlong_as_double(min(max(2045 - exponent, 1ll), 2045ll) << 52);
 }
 
-// 1 / max(norm, eps scale^2), 0 for a norm of 0; norm is that of products of scaled operands.
+// 1 / max(norm, eps scale^2), 0 for a norm of 0; norm is that of products of scaled operands. In
+// double, which has numbers for the eps that float holds only as zero.
 template <typename A>
 struct Guarded {
   A inverse;
   bool clamped;
 };
 template <typename A>
-__device__ __forceinline__ Guarded<A> guarded_inverse(A norm, A scale, A eps) {
-  if (eps == 0) return {norm == 0 ? A(0) : 1 / norm, false};  // scale^2 may overflow
-  const A least = eps * scale * scale;
+__device__ __forceinline__ Guarded<A> guarded_inverse(A norm, A scale, double eps) {
+  const A least = static_cast<A>(eps * scale * scale);  // in this order: scale^2 may overflow
+  if (norm == 0) return {A(0), true};
   return norm < least ? Guarded<A>{1 / least, true} : Guarded<A>{1 / norm, false};
 }
 

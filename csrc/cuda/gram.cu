@@ -11,7 +11,7 @@ constexpr int kDepth = 32;  // channels of one step
 template <typename A>
 struct Finish {
   const A* scale;  // (T, B), as the outputs
-  A eps;
+  double eps;
   A *similarity, *inverse, *slope;
 
   __device__ void operator()(int64_t sample, A square, A positive) const {
@@ -25,7 +25,7 @@ struct Finish {
 
 template <typename A>
 Finish<A> finish_of(const void* scale, double eps, const Similarities& out) {
-  return {static_cast<const A*>(scale), static_cast<A>(eps), static_cast<A*>(out.similarity),
+  return {static_cast<const A*>(scale), eps, static_cast<A*>(out.similarity),
           static_cast<A*>(out.inverse), static_cast<A*>(out.slope)};
 }
 

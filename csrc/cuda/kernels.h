@@ -74,14 +74,19 @@ void entropy(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t
 void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t channels,
                   const void* a, double eps, void* u, void* factor, void* pull);
 
-// Stage `contrast`, between the products of anchors. dots (T, M, T, B): products u_t,first+m . u_vk.
-// logsumexp (M): over k != first + m, of sum_tv dots^2 / temperature.
+// Stage `contrast`, between the products of anchors. dots (T, M, T, B): products u_t,first+m . u_vk,
+// with r_mk = sum_tv dots^2. The peaks of a set of r are two numbers: the largest, at least 0, and the
+// sum of exp((r - largest) / temperature). logsumexp (M): of r_mk / temperature over k != first + m;
+// rows (2, M): the peaks of the same. columns (2, B) or null: peaks over m, of the samples before,
+// become those with these samples too.
 void log_sum_exp(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t first,
-                 int64_t samples, const void* dots, double temperature, void* logsumexp);
+                 int64_t samples, const void* dots, double temperature, void* logsumexp, void* rows,
+                 void* columns);
 
-// Multiplies dots with 2 / (temperature B) (softmax_m[k] + softmax_k[m]). logsumexp (B).
+// Multiplies dots with 2 / (temperature B) (softmax_m[k] + softmax_k[m]), both taken from r_mk.
 void weigh_dots(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t first,
-                int64_t samples, void* dots, const void* logsumexp, double temperature);
+                int64_t samples, void* dots, const void* rows, const void* columns,
+                double temperature);
 
 // du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) pull).
 void through_normalisation(const Context& on, Type type, int64_t tasks, int64_t batch,

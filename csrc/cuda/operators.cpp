@@ -263,22 +263,26 @@ Block block_of(const Tensor& dots, int64_t first) {
   return block;
 }
 
-// (M)
-Tensor log_sum_exp_op(Tensor dots, int64_t first, double temperature) {
+// logsumexp (M), rows (2, M)
+std::tuple<Tensor, Tensor> log_sum_exp_op(Tensor dots, int64_t first, double temperature,
+                                          std::optional<Tensor> columns) {
   const Block block = block_of(dots, first);
+  if (columns) check_contiguous("columns", *columns, {2, block.batch}, dots, dots.scalar_type());
   const Call on(dots);
   Tensor found = empty(dots, {block.samples}, dots.scalar_type());
+  Tensor rows = empty(dots, {2, block.samples}, dots.scalar_type());
   log_sum_exp(on, type_of(dots), block.tasks, block.batch, first, block.samples, data(dots),
-              temperature, output(found));
-  return found;
+              temperature, output(found), output(rows), columns ? output(*columns) : nullptr);
+  return {found, rows};
 }
 
-void weigh_dots_op(Tensor dots, Tensor logsumexp, int64_t first, double temperature) {
+void weigh_dots_op(Tensor dots, Tensor rows, Tensor columns, int64_t first, double temperature) {
   const Block block = block_of(dots, first);
-  check_contiguous("logsumexp", logsumexp, {block.batch}, dots, dots.scalar_type());
+  check_contiguous("rows", rows, {2, block.samples}, dots, dots.scalar_type());
+  check_contiguous("columns", columns, {2, block.batch}, dots, dots.scalar_type());
   const Call on(dots);
   weigh_dots(on, type_of(dots), block.tasks, block.batch, first, block.samples, output(dots),
-             data(logsumexp), temperature);
+             data(rows), data(columns), temperature);
 }
 
 void through_normalisation_op(Tensor du, Tensor u, Tensor factor, Tensor pull) {
@@ -311,11 +315,15 @@ Contrast run_contrast(const Context& on, const Anchors& anchors, double temperat
     return call("aten::mm", "", flat, mT(rows));
   };
   Contrast found{empty(u, {B}, u.scalar_type()), u};
-  Tensor dots = u;
+  Tensor dots = u, columns = u;
+  if (with_grad) columns = torch::stable::new_zeros(u, {2, B});
+  Tensors peaks;
   for (int64_t b = 0; b < B; b += step) {
     dots = dots_of(b);
+    peaks.push_back(empty(u, {2, samples(b)}, u.scalar_type()));
     Tensor part = torch::stable::narrow(found.logsumexp, 0, b, samples(b));
-    log_sum_exp(on, type, T, B, b, samples(b), data(dots), temperature, output(part));
+    log_sum_exp(on, type, T, B, b, samples(b), data(dots), temperature, output(part),
+                output(peaks.back()), with_grad ? output(columns) : nullptr);
   }
   if (!with_grad) {
     found.grad = empty(u, {0}, u.scalar_type());
@@ -323,7 +331,8 @@ Contrast run_contrast(const Context& on, const Anchors& anchors, double temperat
   }
   for (int64_t b = 0; b < B; b += step) {
     if (step < B) dots = dots_of(b);  // else those of above are still there
-    weigh_dots(on, type, T, B, b, samples(b), output(dots), data(found.logsumexp), temperature);
+    weigh_dots(on, type, T, B, b, samples(b), output(dots), data(peaks[b / step]),
+               data(columns), temperature);
     const Tensor du = call("aten::mm", "", dots, rows);
     if (step == B) {
       found.grad = torch::stable::view(du, {T, B, C});
@@ -643,8 +652,10 @@ STABLE_TORCH_LIBRARY(repmtl_cuda, m) {
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
-  m.def("log_sum_exp(Tensor dots, int first, float temperature) -> Tensor");
-  m.def("weigh_dots(Tensor(a!) dots, Tensor logsumexp, int first, float temperature) -> ()");
+  m.def("log_sum_exp(Tensor dots, int first, float temperature, Tensor(a!)? columns) -> "
+        "(Tensor, Tensor)");
+  m.def("weigh_dots(Tensor(a!) dots, Tensor rows, Tensor columns, int first, float temperature) -> "
+        "()");
   m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
   m.def("gram(Tensor[] saliencies, Tensor scale, Tensor anchors, float eps, bool with_grad, "
         "Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -91,7 +91,9 @@ class Everyone(NamedTuple):
 
     unit: Tensor  # (T, G, C): unit anchors; memory as (T, G, C) or (G, T, C) lies
     first: int
-    gather: Callable[[Tensor], Tensor]  # (B,) of each rank to (G,) of all; each rank calls it once
+    # Peaks (2, G), see _peaks.py, of everyone's columns of r over each rank's samples to those over
+    # all samples; each rank calls it once.
+    join: Callable[[Tensor], Tensor]
 
 
 class Contrast(NamedTuple):
@@ -180,10 +182,11 @@ def resolve(backend: str, saliency: Tensor) -> str:
     raises instead of falling back.
     """
     source = "backend"
+    check_backend(backend, source)
     if backend == "auto":
         backend = os.environ.get("REPMTL_BACKEND") or "auto"
         source = "REPMTL_BACKEND"
-    check_backend(backend, source)
+        check_backend(backend, source)
     why_not = refusal
     if torch.compiler.is_compiling():  # no compiler traces what this asks of Triton and of CUDA
         from repmtl_kernels.backends._constant import refusal as why_not

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor
+from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor, in_factors
 from repmtl_kernels.backends import (
     Anchors,
     Contrast,
@@ -18,6 +18,7 @@ from repmtl_kernels.backends import (
     Gram,
     Statistics,
 )
+from repmtl_kernels.backends._peaks import joined, peaks, share
 
 # Rows of one block of the Gram matrix: small enough to skip most of the upper half, large enough
 # for the matrix product to run at full speed.
@@ -127,7 +128,7 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     scale = _power_of_two(a.abs().amax((0, 2)))  # (B,)
     scaled = a * scale[:, None]
     products = torch.einsum("tbc,ubc->btu", scaled, scaled)
-    norm = torch.linalg.vector_norm(products, dim=(1, 2))
+    norm = _square_norm(products).sqrt()
     inverse, free = _guarded_inverse(norm, scale, eps)
     factor = scale * inverse.sqrt()
     u = scaled * inverse.sqrt()[:, None]
@@ -151,27 +152,34 @@ def contrast(
     blocks = range(0, batch, step)
 
     def similarity(b: int) -> tuple[Tensor, Tensor]:
-        """u_bt . u_ku of one block of samples, and r_bk / temperature with -inf for k = b."""
+        """u_bt . u_ku of one block of samples, and r_bk with -inf for k = b."""
         dots = (rows[b * tasks : (b + step) * tasks] @ others.T).view(-1, tasks, total, tasks)
-        r = dots.square().sum((1, 3)) / temperature
+        r = dots.square().sum((1, 3))
         r.diagonal(first + b).fill_(float("-inf"))
         return dots, r
 
     found = []
+    columns = u.new_zeros(2, total)
     for b in blocks:
         dots, r = similarity(b)
-        found.append(torch.logsumexp(r, 1))
-    lse = torch.cat(found)
+        found.append(peaks(r, 1, temperature))
+        if with_grad:
+            both = torch.stack((columns, peaks(r, 0, temperature)), 1)
+            columns = joined(both, temperature, lambda x: x.amax(0), lambda x: x.sum(0))
+    largest, sums = torch.cat(found, 1)
+    lse = largest / temperature + sums.log()
     if not with_grad:
         return Contrast(lse, None)
 
-    all_lse = lse if everyone is None else everyone.gather(lse)
+    if everyone is not None:
+        columns = everyone.join(columns)
     du = torch.empty_like(rows)
-    for b in blocks:
+    for b, own in zip(blocks, found, strict=True):
         if len(blocks) > 1:  # else those of above are still there
             dots, r = similarity(b)
-        # r_bk is a negative of sample b and of sample k
-        weight = torch.exp(r - lse[b : b + step, None]) + torch.exp(r - all_lse)
+        # r_bk is a negative of sample b and of sample k. Both weights are taken from r_bk: r_kb is
+        # another sum, and at low temperatures its rounding would be all that is seen.
+        weight = share(r, own[..., None], temperature) + share(r, columns, temperature)
         dots *= (weight * (2 / (temperature * total)))[:, None, :, None]
         torch.mm(dots.view(-1, len(others)), others, out=du[b * tasks : (b + step) * tasks])
     du = du.view(batch, tasks, channels).transpose(0, 1)
@@ -184,10 +192,10 @@ def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, T
 
     ``norm`` is that of products of operands times ``scale``.
     """
-    if eps == 0:  # scale^2 may overflow
-        return norm.reciprocal().where(norm != 0, 0), torch.ones_like(norm)
-    clamped = norm.clamp_min(eps * scale * scale)  # not of its square, which may overflow
-    return clamped.reciprocal(), (norm >= clamped).to(norm.dtype)
+    mantissa, root = in_factors(eps) if norm.dtype == torch.float32 else (eps, 1.0)
+    least = mantissa * (root * scale) * (root * scale)  # in this order: scale^2 may overflow
+    inverse = torch.maximum(norm, least).reciprocal().where(norm != 0, 0)
+    return inverse, (norm >= least).to(norm.dtype)
 
 
 def gram(

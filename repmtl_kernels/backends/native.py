@@ -89,20 +89,24 @@ def contrast(
         """(T, M, T, G): products of one block of samples with all."""
         return _products(u[:, b : b + step], others)
 
-    found = []
+    columns = u.new_zeros(2, total) if with_grad else None
+    found, rows = [], []
     for b in blocks:
         dots = dots_of(b)
-        found.append(ops.log_sum_exp(dots, first + b, temperature))
+        lse, peaks = ops.log_sum_exp(dots, first + b, temperature, columns)
+        found.append(lse)
+        rows.append(peaks)
     lse = torch.cat(found)
     if not with_grad:
         return Contrast(lse, None)
 
-    all_lse = lse if everyone is None else everyone.gather(lse)
+    if everyone is not None:
+        columns = everyone.join(columns)
     du = torch.empty_like(u)
-    for b in blocks:
+    for b, peaks in zip(blocks, rows, strict=True):
         if len(blocks) > 1:  # else those of above are still there
             dots = dots_of(b)
-        ops.weigh_dots(dots, all_lse, first + b, temperature)
+        ops.weigh_dots(dots, peaks, columns, first + b, temperature)
         du[:, b : b + step] = _weighted_sums(dots, others)
     ops.through_normalisation(du, u, anchors.factor, anchors.pull)
     return Contrast(lse, du)

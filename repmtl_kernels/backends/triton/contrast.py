@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repmtl_kernels._saliency import in_factors
 from repmtl_kernels.backends import Anchors, Contrast, Everyone
 from repmtl_kernels.backends.triton._common import (
     INTERPRET,
@@ -43,6 +44,7 @@ def _contrast_anchor_kernel(
     batch,
     channels_div,
     eps,
+    root,  # the guard is eps (root scale)^2
     CHANNELS_ALIGN: tl.constexpr,
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
@@ -66,9 +68,9 @@ def _contrast_anchor_kernel(
         x = tl.load(a + offset + c, mask=mask, other=0.0) * scale
         products = tl.dot(x, tl.trans(x), products, input_precision=PRECISION)
     norm = tl.sqrt_rn(tl.sum(products * products))
-    floor = eps * scale * scale
+    floor = eps * (root * scale) * (root * scale)
     clamped = tl.where(norm < floor, floor, norm)  # unlike a maximum, keeps NaN
-    inverse = tl.where(clamped != 0, 1 / clamped, 0.0)
+    inverse = tl.where(norm != 0, 1 / tl.where(norm != 0, clamped, 1.0), 0.0)
     root = tl.sqrt_rn(inverse)
     tl.store(factor + b, scale * root)
     if pull is not None:
@@ -156,30 +158,46 @@ def _tile_of(matrix, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.const
 def _contrast_logsumexp_kernel(
     similarity,  # (samples of this launch, columns): r
     logsumexp,  # (B,)
+    peaks,  # (2, B + G): of rows, then of columns over the samples so far; see backends/_peaks.py
     first,
     own,  # number of the first of the B samples among the G
+    rows,  # samples of this launch
     columns,
+    batch,
     total,
     temperature,
     WIDE: tl.constexpr,
 ):
-    """Grid: samples."""
-    b = first + tl.program_id(0)
-    row = similarity + tl.program_id(0).to(tl.int64) * columns
+    """Grid: samples of this launch, then, with a gradient, all samples: columns."""
+    i = tl.program_id(0)
+    of_row = i < rows
+    vector = tl.where(of_row, i, i - rows).to(tl.int64)
+    count = tl.where(of_row, total, rows)
+    start = tl.where(of_row, vector * columns, vector)
+    stride = tl.where(of_row, 1, columns).to(tl.int64)
+    same = tl.where(of_row, own + first + vector, vector - own - first)
+    result = peaks + tl.where(of_row, first + vector, batch + vector)
     lane = tl.arange(0, WIDE)
     # Online, per lane: the sum so far is relative to the largest value so far. Similarities are not
     # negative, so 0 is a lower bound of their maximum, and finite.
-    largest = tl.zeros((WIDE,), tl.float32)
-    sums = tl.zeros((WIDE,), tl.float32)
-    for k in range(0, total, WIDE):
-        negative = (k + lane < total) & (k + lane != own + b)
-        z = tl.load(row + k + lane, mask=negative, other=0.0) / temperature
-        raised = tl.maximum(largest, z)
-        sums = sums * tl.exp(largest - raised) + tl.where(negative, tl.exp(z - raised), 0.0)
+    resumed = (first > 0) & (i >= rows)
+    largest = tl.zeros((WIDE,), tl.float32) + tl.load(result, mask=resumed, other=0.0)
+    before = tl.load(result + batch + total, mask=resumed, other=0.0)
+    sums = tl.where(lane == 0, before, 0.0)
+    for k in range(0, count, WIDE):
+        negative = (k + lane < count) & (k + lane != same)
+        r = tl.load(similarity + start + (k + lane) * stride, mask=negative, other=0.0)
+        raised = tl.maximum(largest, r)
+        added = tl.where(negative, tl.exp((r - raised) / temperature), 0.0)
+        sums = sums * tl.exp((largest - raised) / temperature) + added
         largest = raised
     center = tl.max(largest, 0)
-    sums *= tl.exp(largest - center)
-    tl.store(logsumexp + b, center + tl.log(tl.sum(sums, 0)))
+    total_sum = tl.sum(sums * tl.exp((largest - center) / temperature), 0)
+    tl.store(result, center)
+    tl.store(result + batch + total, total_sum)
+    # A column may have no sample but its own so far.
+    value = center / temperature + tl.log(tl.where(of_row, total_sum, 1.0))
+    tl.store(logsumexp + first + vector, value, mask=of_row)
 
 
 @triton.jit
@@ -189,7 +207,7 @@ def _contrast_gradient_kernel(
     others,  # (T, G, C), of rows of C
     pull,  # (T, B, C)
     factor,  # (B,)
-    logsumexp,  # (G,)
+    peaks,  # (2, B + G)
     grad,  # (T, B, C)
     first_tile,
     own,  # number of the first of the B samples among the G
@@ -216,19 +234,25 @@ def _contrast_gradient_kernel(
     tile = first_tile + local
     samples: tl.constexpr = SIDE // TASK_BLOCK
     b = tile * samples + tl.arange(0, samples)
-    b_lse = tl.load(logsumexp + own + b, mask=b < batch, other=0.0)
+    sums = peaks + batch + total
+    b_top = tl.load(peaks + b, mask=b < batch, other=0.0)[:, None]
+    b_sum = tl.load(sums + b, mask=b < batch, other=1.0)[:, None]
     c = block * WIDE + tl.arange(0, WIDE)[None, :]
     du = tl.zeros((SIDE, WIDE), tl.float32)
     tug = tl.zeros((samples,), tl.float32)  # sum_t du_t . u_t, from r alone
     k_samples: tl.constexpr = K_SIDE // TASK_BLOCK
     for k_tile in range(tiles * (SIDE // K_SIDE)):
         k = k_tile * k_samples + tl.arange(0, k_samples)
-        k_lse = tl.load(logsumexp + k, mask=k < total, other=0.0)
+        k_top = tl.load(peaks + batch + k, mask=k < total, other=0.0)[None, :]
+        k_sum = tl.load(sums + batch + k, mask=k < total, other=1.0)[None, :]
+        negative = (own + b[:, None] != k[None, :]) & (k < total)[None, :]
         r = tl.load(_tile_of(similarity, local, k_tile, tiles * samples, samples, k_samples))
-        # r_bk is a negative of sample b and of sample k.
-        z = r / temperature
-        weight = tl.exp(z - b_lse[:, None]) + tl.exp(z - k_lse[None, :])
-        weight = tl.where((own + b[:, None] != k[None, :]) & (k < total)[None, :], weight, 0.0)
+        r = tl.where(negative, r, 0.0)
+        # r_bk is a negative of sample b and of sample k. Both weights are taken from r_bk: r_kb is
+        # another sum, and at low temperatures its rounding would be all that is seen.
+        weight = tl.exp((r - b_top) / temperature) / b_sum
+        weight += tl.exp((r - k_top) / temperature) / k_sum
+        weight = tl.where(negative, weight, 0.0)
         tug += tl.sum(weight * r, 1)
         shape: tl.constexpr = (samples, TASK_BLOCK, k_samples, TASK_BLOCK)
         weight = tl.reshape(tl.broadcast_to(weight[:, None, :, None], shape), (SIDE, K_SIDE))
@@ -298,7 +322,7 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
         factor,
         batch,
         channels // align,
-        float(eps),
+        *in_factors(eps),
         CHANNELS_ALIGN=align,
         TASKS=tasks,
         TASK_BLOCK=block,
@@ -350,21 +374,25 @@ def contrast(
             **tiling,
         )
 
-    logsumexp = unit.new_empty(batch)
+    logsumexp, peaks = unit.new_empty(batch), unit.new_empty(2, batch + total)
     whole = plan.at_once == plan.rows
     starts = range(0, plan.rows, plan.at_once)
     for first in starts:
         count = min(plan.at_once, plan.rows - first)
         write_products(first, count, dots if whole else None)
+        samples = min(count * plan.samples, batch - first * plan.samples)
         launch(
             _contrast_logsumexp_kernel,
-            (min(count * plan.samples, batch - first * plan.samples),),
+            (samples + total if with_grad else samples,),
             unit.device,
             similarity,
             logsumexp,
+            peaks,
             first * plan.samples,
             own,
+            samples,
             similarity.shape[1],
+            batch,
             total,
             temperature,
             WIDE=min(1024, next_power_of_2(total)),
@@ -372,14 +400,15 @@ def contrast(
     if not with_grad:
         return Contrast(logsumexp, None)
 
-    all_logsumexp = logsumexp if everyone is None else everyone.gather(logsumexp)
+    if everyone is not None:
+        peaks[:, batch:] = everyone.join(peaks[:, batch:])
     grad = torch.empty_like(unit)
     k_side = max(plan.task_block, min(plan.side, GRADIENT_SIDE))
     gradient_wide = GRADIENT_ELEMENTS // max(k_side, GRADIENT_SIDE)
     blocks = cdiv(channels, gradient_wide)
     for first in starts:
         count = min(plan.at_once, plan.rows - first)
-        if not whole:  # the weights of the gradient need every sample's logsumexp first
+        if not whole:  # the weights of the gradient need the peaks of every column first
             write_products(first, count, dots)
         launch(
             _contrast_gradient_kernel,
@@ -390,7 +419,7 @@ def contrast(
             others,
             pull,
             factor,
-            all_logsumexp,
+            peaks,
             grad,
             first,
             own,

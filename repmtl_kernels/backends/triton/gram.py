@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from repmtl_kernels._saliency import in_factors
 from repmtl_kernels.backends import Gram
 from repmtl_kernels.backends.triton import _tma
 from repmtl_kernels.backends.triton._common import (
@@ -116,7 +117,7 @@ def gram(
         similarity,
         inverse,
         slope,
-        eps,
+        *in_factors(eps),
         squares.shape[2],
         positives.shape[2],
         BLOCK=FINISH_BLOCK,
@@ -385,6 +386,7 @@ def _gram_finish_kernel(
     inverse,
     slope,
     eps,
+    root,  # the guard is eps (root scale)^2
     square_parts,
     positive_parts,
     BLOCK: tl.constexpr,
@@ -395,9 +397,9 @@ def _gram_finish_kernel(
     positive = _sum(positives + sample * positive_parts, positive_parts, BLOCK)
     norm = tl.sqrt_rn(square)
     factor = tl.load(scale + sample)
-    floor = eps * factor * factor  # in this order: the square alone may overflow
+    floor = eps * (root * factor) * (root * factor)  # in this order: the square may overflow
     clamped = tl.maximum(norm, floor, propagate_nan=tl.PropagateNan.ALL)
-    zero = clamped == 0
+    zero = norm == 0
     inverse_norm = tl.where(zero, 0.0, tl.div_rn(1.0, tl.where(zero, 1.0, clamped)))
     s = positive * inverse_norm
     tl.store(similarity + sample, s)
