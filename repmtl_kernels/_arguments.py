@@ -190,9 +190,8 @@ def check_int(name: str, value: int, *, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not minimum <= value <= LARGEST_INT:
-        raise ValueError(
-            f"{name}: expected an int of at least {minimum} and below 2^63; got {_shown(value)}"
-        )
+        bound = f"of at least {minimum}" if value < minimum else "below 2^63"
+        raise ValueError(f"{name}: expected an int {bound}; got {_shown(value)}")
 
 
 def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.device) -> None:
