@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 
 from torch import Tensor
+from torch.utils import _pytree
 
 
 class Levels(tuple):
@@ -31,16 +32,22 @@ class Levels(tuple):
             given twice.
     """
 
-    names: tuple[Hashable, ...]
-    """What messages and :func:`task_saliencies` call the levels: their names, or their indices."""
+    names: tuple[str | int, ...]
+    """What messages call the levels: their names, or their indices where they have none."""
 
     def __new__(
-        cls, *levels: Tensor | Iterable[Tensor] | Mapping[Hashable, Tensor], **named: Tensor
+        cls, *levels: Tensor | Iterable[Tensor] | Mapping[str, Tensor], **named: Tensor
     ) -> Levels:
         if levels and named:
             raise TypeError("levels: expected tensors in order or tensors by name, got both")
         given = levels[0] if len(levels) == 1 and not isinstance(levels[0], Tensor) else levels
         if isinstance(given, Mapping):
+            for name in given:
+                if not isinstance(name, str):
+                    raise TypeError(
+                        f"levels: expected a dict with names as keys, got the key {name!r}. Pass a "
+                        "list of levels that have none"
+                    )
             named = dict(given)
         elif not named:
             if not isinstance(given, Iterable) or isinstance(given, str | bytes):
@@ -49,7 +56,7 @@ class Levels(tuple):
                     f"{type(given).__name__}"
                 )
             named = dict(zip(getattr(given, "names", count()), given, strict=False))
-        seen: dict[int, Hashable] = {}
+        seen: dict[int, str | int] = {}
         for name, level in named.items():
             if not isinstance(level, Tensor):
                 raise TypeError(f"levels[{name!r}]: expected a Tensor, got {type(level).__name__}")
@@ -65,24 +72,36 @@ class Levels(tuple):
         self.names = tuple(named)
         return self
 
-    def __getitem__(self, key: Hashable | slice) -> Tensor | tuple[Tensor, ...]:
+    def __getitem__(self, key: str | int | slice) -> Tensor | tuple[Tensor, ...]:
         if isinstance(key, int | slice):
             return super().__getitem__(key)
         if key not in self.names:
             raise KeyError(f"{key!r}: the levels are {list(self.names)}")
         return super().__getitem__(self.names.index(key))
 
+    def __contains__(self, item: object) -> bool:
+        """Whether it is the name of a level, or a level."""
+        return item in self.names if isinstance(item, str) else any(item is z for z in self)
+
     def __repr__(self) -> str:
         shown = (f"{name}: {tuple(level.shape)}" for name, level in self.items())
         return f"Levels({', '.join(shown)})"
 
-    def items(self) -> Iterator[tuple[Hashable, Tensor]]:
+    def items(self) -> Iterator[tuple[str | int, Tensor]]:
         """The levels with their names, in order."""
         return zip(self.names, self, strict=True)
 
+    def keys(self) -> tuple[str | int, ...]:
+        """The names."""
+        return self.names
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The levels."""
+        return tuple(self)
+
     def like(self, levels: Iterable[Tensor]) -> Levels:
         """Other tensors under the same names."""
-        return Levels(dict(zip(self.names, levels, strict=True)))
+        return _from_leaves(levels, self.names)
 
     # LibMTL's architectures give each task `representation.detach().clone()` as a leaf.
 
@@ -108,6 +127,22 @@ class Levels(tuple):
         for level in self:
             level.requires_grad_(requires_grad)
         return self
+
+
+def _from_leaves(levels: Iterable[Tensor], names: Sequence[str | int]) -> Levels:
+    """Whatever a transform puts in place of the tensors, without checks."""
+    made = tuple.__new__(Levels, levels)
+    made.names = tuple(names)
+    return made
+
+
+# So that vmap, export and optimisers of a tree's leaves take them as they take a tuple.
+_pytree.register_pytree_node(
+    Levels,
+    lambda levels: (list(levels), levels.names),
+    _from_leaves,
+    serialized_type_name="repmtl_kernels.Levels",
+)
 
 
 def levels_of(representation: Tensor | Levels) -> list[Tensor]:

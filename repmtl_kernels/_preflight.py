@@ -236,14 +236,24 @@ def _depends(values: Iterable[Tensor], ends: Ends) -> bool:
     return any(_leads([edge.node for edge in edges], ends).values())
 
 
-def explain(tasks: Sequence[Task], applied: bool) -> bool:
-    """Raises where a loss can't be trained with: on the first training call, with its own graph.
+def made_from_another(tensors: Sequence[Tensor]) -> int | None:
+    """The index of the first tensor whose graph leads to another one of them."""
+    for i, z in enumerate(tensors):
+        others = [other for other in tensors if other is not z]
+        if others and _depends([z], _ends_of(others)):
+            return i
+    return None
+
+
+def explain(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
+    """Raises where a loss can't be trained with: on its first training call, with its own graph.
 
     Operations that are known to have no second derivative are looked for first, since some of them
     fail in ways that say nothing. Then the derivatives are taken, which shows all others.
 
     Args:
-        tasks: with a graph between each loss and its representations.
+        new: the tasks to look at, with a graph between each loss and its representations.
+        tasks: all tasks of the call.
         applied: whether this call has the regulariser.
 
     Returns:
@@ -251,7 +261,7 @@ def explain(tasks: Sequence[Task], applied: bool) -> bool:
         to be one without saliencies.
     """
     visited: dict[frozenset, dict[Node, bool]] = {}
-    for task in tasks:
+    for task in new:
         _refuse_shared(task, tasks)
         ends = _ends_of(task.representations)
         key = frozenset((node, nr) for node, numbers in ends.items() for nr in numbers)
@@ -280,13 +290,12 @@ def explain(tasks: Sequence[Task], applied: bool) -> bool:
             if fault.what == _STATIC_FAULT and not applied:
                 return False
             raise SecondDerivativeError(_between(task, between, fault))
-    for task in tasks:
+    for task in new:
         ends = _ends_of(task.representations)
         if not _depends([task.loss], ends):
             continue  # taking the saliencies says so
         between = " or ".join(name for name, _ in task.places)
-        with without_hooks(task.representations):
-            result = _Derivatives(task.loss, task.representations, ends, own=False).result()
+        result = _Derivatives(task.loss, task.representations, ends, own=False).result()
         if isinstance(result, Fault):
             raise SecondDerivativeError(_between(task, between, result)) from result.cause
     return True
@@ -301,6 +310,8 @@ def _between(task: Task, names: str, fault: Fault) -> str:
 
 def _refuse_shared(task: Task, tasks: Sequence[Task]) -> None:
     """Raises where a loss depends on a representation that is another task's alone."""
+    if all(other.places is task.places for other in tasks):  # shared by all
+        return
     own = _ends_of(task.representations)
     if not _depends([task.loss], own):
         return  # taking the saliencies says so
@@ -327,13 +338,18 @@ def _has_gradient(loss: Tensor, z: Tensor) -> bool:
 
 
 def _made_after(z: Tensor, nodes: Mapping[Node, bool]) -> list[Node]:
-    """Of nodes below a loss those that its head made, and the leaves that these are given: not what
-    an encoder made beside ``z``, e.g. for a skip connection."""
-    first = -1 if z.grad_fn is None else z.grad_fn._sequence_nr()
+    """The nodes below a loss that its head made, and the leaves that these are given: not what an
+    encoder made beside ``z``, e.g. for a skip connection."""
+    first = _number_of(z)
     made = [n for n, leads in nodes.items() if leads or n._sequence_nr() > first]
     leaves = (parent for node in made for parent, _ in node.next_functions)
     own = [node for node in made if not hasattr(node, "variable")]
     return own + [leaf for leaf in leaves if hasattr(leaf, "variable")]
+
+
+def _number_of(z: Tensor) -> int:
+    """PyTorch's sequence number of the operation that made ``z``."""
+    return -1 if z.grad_fn is None else z.grad_fn._sequence_nr()
 
 
 def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
@@ -494,6 +510,14 @@ def _version(tensors: Iterable[Tensor]) -> int:
     return sum(t._version for t in tensors)
 
 
+# Nodes that PyTorch puts where a derivative is missing: they raise in backward(), or only warn.
+MISSING = (
+    "torch::autograd::NotImplemented",
+    "torch::autograd::Error",
+    "torch::autograd::WarnNotImplemented",
+)
+
+
 class _Derivatives:
     """First and second derivative of ``probe``; remembers where each operation came from.
 
@@ -512,7 +536,7 @@ class _Derivatives:
         """A fault, or the saliencies at the representations that the probe depends on."""
         found, error = self._run(self.forward, [self.probe], observe=True)
         if error is not None:
-            if not self.own and not isinstance(error, CheckpointError):
+            if not self.own and self._fails_without_a_graph():
                 raise error
             return _fault_of(self.started, f"failed: {_first_line(error)}", error)
         saliencies = [s for s in found if s is not None]
@@ -524,22 +548,45 @@ class _Derivatives:
                     "gives a gradient without a graph, so the second derivative leaves it out "
                     "without a word" if nonzero else "is zero everywhere: no saliency reaches z",
                 )  # fmt: skip
-        second = _leads([s.grad_fn for s in saliencies], self.ends)
+        leaves = self._leaves()
+        second = _leads([s.grad_fn for s in saliencies], _ends_of([*self.given, *leaves]))
         for node in second:
-            # Nodes that PyTorch puts where a derivative is missing: they raise in backward().
-            if node.name() in ("torch::autograd::NotImplemented", "torch::autograd::Error"):
+            if node.name() in MISSING:
                 return _fault_of(self.origin.get(node, node), "has no derivative")
-        _, error = self._run(second, [s for s in saliencies if s.requires_grad], observe=False)
+        differentiable = [s for s in saliencies if s.requires_grad]
+        _, error = self._run(second, differentiable, observe=False, leaves=leaves)
         if error is not None:
             node = self.origin.get(self.started, self.started)
             return _fault_of(node, f"has no derivative: {_first_line(error)}", error)
         return [s.detach() for s in saliencies]
 
+    def _leaves(self) -> list[Tensor]:
+        """The parameters of the head: the second derivative trains them too."""
+        last = max(self.given, key=_number_of)
+        nodes = (node for node in _made_after(last, self.forward) if hasattr(node, "variable"))
+        return [node.variable for node in dict.fromkeys(nodes) if node not in self.ends]
+
+    def _fails_without_a_graph(self) -> bool:
+        """Whether there is no first derivative either, as where the graph is freed already."""
+        try:
+            with without_hooks(self.given):
+                grad(self.probe, self.given, retain_graph=True, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- a Function may raise anything
+            return not isinstance(error, CheckpointError)
+        return False
+
     def _run(
-        self, nodes: dict[Node, bool], values: Sequence[Tensor], observe: bool
-    ) -> tuple[Sequence[Tensor | None], RuntimeError | None]:
+        self,
+        nodes: dict[Node, bool],
+        values: Sequence[Tensor],
+        observe: bool,
+        leaves: Sequence[Tensor] = (),
+    ) -> tuple[Sequence[Tensor | None], Exception | None]:
         if not values:
             return [], None
+        inputs = [*self.given, *leaves]
         with contextlib.ExitStack() as hooks:  # left on, they would keep the graph alive
             for node in (node for node, leads in nodes.items() if leads):
                 hooks.callback(node.register_prehook(functools.partial(self._start, node)).remove)
@@ -547,13 +594,14 @@ class _Derivatives:
                     after = functools.partial(self._observe, node)
                     hooks.callback(node.register_hook(after).remove)
             try:
-                found = grad(
-                    values, self.given, [_weights(v) for v in values], create_graph=observe,
-                    retain_graph=True, allow_unused=True,
-                )  # fmt: skip
+                with without_hooks(inputs):
+                    found = grad(
+                        values, inputs, [_weights(v) for v in values], create_graph=observe,
+                        retain_graph=True, allow_unused=True,
+                    )  # fmt: skip
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:
+            except Exception as error:  # noqa: BLE001 -- a Function may raise anything
                 return [], error
         return found, None
 
@@ -562,7 +610,8 @@ class _Derivatives:
 
     def _observe(self, node: Node, grads: tuple, incoming: tuple) -> None:
         """After ``node`` gave ``grads``, one for each of its inputs."""
-        with_graph = any(g is not None and g.requires_grad for g in incoming)
+        # All of several: a part without a graph may be that of a result that counts linearly.
+        with_graph = all(g.requires_grad for g in incoming if g is not None)
         for given, (parent, _) in zip(grads, node.next_functions, strict=True):
             if given is None:
                 continue

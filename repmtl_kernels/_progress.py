@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from repmtl_kernels._strength import RATIO_DECAY, SIZE_DECAY, Alarm, RunningMean
 
 
 class Progress:
-    """The count, the running means and what has been said already; replicas share one.
+    """The count, the running means and what has been said already.
 
     The count is on the host, so that no step has to ask the device whether it is its turn.
     """
@@ -21,31 +22,53 @@ class Progress:
         self.step: int | None = None  # of the last call, where it was given
         self.ratio = RunningMean(RATIO_DECAY)  # of the gradients, at lambdas that sum to 1
         self.size = RunningMean(SIZE_DECAY)  # that clip compares with
-        self.measured = -1  # the number of the call that the ratio was last measured on
-        self.last_ratio: Tensor | None = None  # as applied there
-        self.explained = False  # operations without a second derivative
-        self.looked_at = False  # the saliencies' means
+        self.last_ratio: Tensor | None = None  # the last one measured, as applied there
+        self.explained: set[Hashable] = set()  # tasks whose operations have second derivatives
+        self.looked_at: set[Hashable] = set()  # tasks whose saliencies' means were looked at
         self.agreed = False  # with the other ranks, since there is something new to agree on
         self.alarm = Alarm()
         self.warned = False
         self.last: RepMTLStep | None = None
+        self._carrier: tuple[int, weakref.ref] | None = None
 
     def number(self, step: int | None) -> int:
         """The number of this training call."""
         return self.calls - 1 if step is not None and step == self.step else self.calls
 
     def count(self, number: int, step: int | None) -> None:
-        self.calls, self.step = max(self.calls, number + 1), step
+        self.calls, self.step = number + 1, step
+
+    def of_replica(self, replica: object) -> Progress:
+        """This one for the first replica of a forward pass, a copy that is dropped for the others.
+
+        So that nothing depends on which of their threads is faster.
+        """
+        if self._carrier is not None:
+            calls, carrier = self._carrier
+            if calls == self.calls and carrier() is not None:
+                return self._copy()
+        self._carrier = self.calls, weakref.ref(replica)
+        return self
+
+    def _copy(self) -> Progress:
+        other = Progress()
+        other.__dict__.update(self.__dict__, _carrier=None)
+        other.ratio, other.size = self.ratio.copy(), self.size.copy()
+        return other
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_carrier": None}
 
     def numbers(self) -> list[float]:
         """For a checkpoint."""
-        return [self.calls, *self.ratio.numbers(), *self.size.numbers()]
+        step = [] if self.step is None else [self.step]
+        return [self.calls, *self.ratio.numbers(), *self.size.numbers(), *step]
 
     def load(self, numbers: Sequence[float]) -> None:
         """Takes up where :meth:`numbers` was asked; its first version gave the count alone."""
-        self.agreed, self.measured = False, -1
+        self.agreed, self.last_ratio = False, None
         self.calls = int(numbers[0])
-        self.step = self.last_ratio = None
+        self.step = int(numbers[5]) if len(numbers) > 5 else None
         if len(numbers) > 1:
             self.ratio.load(numbers[1:3])
             self.size.load(numbers[3:5])

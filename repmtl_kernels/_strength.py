@@ -62,8 +62,17 @@ class RunningMean:
         """For a checkpoint. Waits for the device, if there is something to wait for."""
         return [0.0, 0.0] if self._state is None else self._state.tolist()
 
+    def copy(self) -> RunningMean:
+        """The same mean, which other observations may go on with."""
+        other = RunningMean(self.decay)
+        with torch.inference_mode(False):
+            other._state = None if self._state is None else self._state.clone()
+        return other
+
     @torch.inference_mode(False)
     def load(self, numbers: Sequence[float]) -> None:
+        if self._state is None and not any(numbers):  # from before the first observation
+            return
         new = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self._state = new if self._state is None else self._state.copy_(new)
 

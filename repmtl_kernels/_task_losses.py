@@ -295,8 +295,13 @@ def _stacked_in(loss: Tensor) -> torch.autograd.graph.Node | None:
     return whole if whole is not None and any(s in whole.name() for s in stacking) else None
 
 
-def take_saliencies(tasks: Sequence[Task], scale: Tensor | None = None) -> None:
-    """Takes them of the objectives times ``scale``, a scalar that is 1 where it is None."""
+def take_saliencies(
+    tasks: Sequence[Task], scale: Tensor | None = None, *, some_absent: bool = False
+) -> None:
+    """Takes them of the objectives times ``scale``, a scalar that is 1 where it is None.
+
+    some_absent: other tasks, absent now, may be those that depend on a level.
+    """
     with without_hooks(distinct(tasks)):
         for task in tasks:
             seed = None if scale is None else scale.to(task.objective.dtype)
@@ -306,7 +311,7 @@ def take_saliencies(tasks: Sequence[Task], scale: Tensor | None = None) -> None:
             if all(saliency is None for saliency in found):
                 raise ValueError(_not_dependent(task))
             task.saliencies = list(found)
-    for level, (name, _) in enumerate(tasks[0].places):
+    for level, (name, _) in enumerate([] if some_absent else tasks[0].places):
         if all(task.saliencies[level] is None for task in tasks):
             raise ValueError(f"{name}: expected a level that a loss depends on; none of them does")
 

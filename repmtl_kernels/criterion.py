@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,6 @@ from repmtl_kernels._arguments import (
 )
 from repmtl_kernels._clip import clipped
 from repmtl_kernels._distributed import Group, Options
-from repmtl_kernels._levels import Levels
 from repmtl_kernels._progress import Progress
 from repmtl_kernels._saliency import (
     NORMALIZERS,
@@ -100,15 +100,10 @@ def task_saliencies(
     """
     named = named_losses(losses, representation)
     tasks = [Task(key, row, loss, loss) for row, (key, loss) in enumerate(named.items())]
-    place(tasks, representation, losses)
+    levels = place(tasks, representation, losses)
     check_graph(tasks)
     take_saliencies(tasks)
-    if isinstance(representation, Tensor | Levels):
-        levelled = isinstance(representation, Levels)
-    else:
-        values = representation.values() if hasattr(representation, "values") else representation
-        levelled = any(isinstance(value, Levels) for value in values)
-    if not levelled:
+    if levels is None:
         return [task.saliencies[0] for task in tasks]
     return [
         [
@@ -167,7 +162,7 @@ class RepMTL(_Loss):
             nothing else that reaches the representation counts; the mean is over about the last
             four of them (exponential, decay 0.75). ``rho`` is held on average, single steps vary.
             The lambdas never sum to more than ``100 rho``; where they come to less than ``rho /
-            100``, a warning says so once. See ``last.ratio``.
+            100``, a warning says so once (on the CPU and on CUDA). See ``last.ratio``.
         start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
             cost of the losses alone; its weight then grows linearly, and is full at the
             ``ramp``-th call after that. Calls that are given the same ``step`` count as one.
@@ -201,13 +196,13 @@ class RepMTL(_Loss):
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
             R1): with ``strength`` the mean over all calls is ``rho``.
 
-    A measurement of the ratio is one more backward pass through the heads; it costs at most 3 % of
-    a step on average. ``clip``, and without ``group`` ``strength``, are each process's own. Both
-    keep running means, which ``torch.func`` and compiled regions around the criterion don't allow.
-    A CUDA graph has no measurements in it: run 16 calls before the capture, and where the weight is
-    to follow the training, one without the graph now and then. Replicas that ``nn.DataParallel``
-    makes count as one, and share the criterion's state and ``last``. Calls on meta or fake tensors
-    (dry runs) leave the state as it was.
+    A measurement of the ratio is one more backward pass through the heads; with ASPP heads it costs
+    1 to 2.3 % of a step on average. ``clip``, and without ``group`` ``strength``, are each
+    process's own. Both keep running means, which ``torch.func`` and compiled regions around the
+    criterion don't allow. A CUDA graph has no measurements in it: run 16 calls before the capture,
+    and where the weight is to follow the training, one without the graph now and then. Replicas
+    that ``nn.DataParallel`` makes count as one; the first of them carries the criterion's state and
+    ``last`` on. Calls on meta or fake tensors (dry runs) leave the state as it was.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -267,7 +262,6 @@ class RepMTL(_Loss):
         )
         self._check_options()
         self._progress = Progress()
-        self._replica_number: int | None = None
 
     @property
     def last(self) -> RepMTLStep | None:
@@ -293,7 +287,8 @@ class RepMTL(_Loss):
                 so the same tasks have to be absent on all of them.
             representation: ``(B, C, *spatial)``, or ``channel_dim`` says where the channels are;
                 or :class:`Levels` of several, over which the regulariser is averaged. A task whose
-                loss does not depend on a level is left out there.
+                loss does not depend on a level is left out there, and so is a level that only
+                absent tasks use.
                 Multi-input: one per task, all of one shape; both losses then pair sample ``b`` of
                 every task, which are different images there. That of an absent task may be None.
                 Not used in ``eval()`` mode.
@@ -333,9 +328,9 @@ class RepMTL(_Loss):
         with _distributed.telling(group, arguments):
             self._check_options()
             if step is not None:
-                check_int("step", step, minimum=0)
+                step = checked_step(step)
         lambdas = self._lambdas()
-        number = self._number(step)
+        number = self._progress.number(step)
         on = self.training and any(lambdas)
         weight = self._weight(number) if on else 0
         talks = group if self._talks(lambdas, weight) else ""
@@ -360,12 +355,12 @@ class RepMTL(_Loss):
                 check_graph(tasks)
                 if real:
                     self._explain(tasks, bool(weight))
-                masks = self._checked_masks(
+                masks = self._checked_batch(
                     tasks, present, at_each_level(positions, levels), len(named), group
                 )
                 if weight:
                     scale = self._scale(total.device) if real else None
-                    take_saliencies(tasks, scale)
+                    take_saliencies(tasks, scale, some_absent=len(tasks) < len(named))
                     if real:
                         self._warn_of_no_means(tasks)
         if talks:
@@ -376,8 +371,6 @@ class RepMTL(_Loss):
             total = total + self._regularizer(call)
         if self.training and real:
             self._progress.count(number, step)
-            if self._replica_number is not None:
-                self._replica_number += 1
         # A copy: `total /= accumulation_steps` is the caller's right.
         record.total = total.detach().clone()
         self._progress.last = record
@@ -397,7 +390,7 @@ class RepMTL(_Loss):
             step: what the next call will be given as ``step``.
         """
         self._check_options()
-        if self.training and any(self._lambdas()) and self._weight(self._number(step)):
+        if self.training and any(self._lambdas()) and self._weight(self._progress.number(step)):
             return _second_order.second_order()
         return nullcontext()
 
@@ -415,9 +408,9 @@ class RepMTL(_Loss):
         self._progress.load(state.flatten().tolist())
 
     def _replicate_for_data_parallel(self) -> RepMTL:
-        # The progress is shared; what the replicas are called for is one call.
+        # All start from the same state, and one carries it on: their calls are one.
         replica = super()._replicate_for_data_parallel()
-        replica._replica_number = self._progress.calls
+        replica._progress = self._progress.of_replica(replica)
         return replica
 
     def _check_options(self) -> None:
@@ -461,7 +454,7 @@ class RepMTL(_Loss):
         check_int("ramp", self.ramp, minimum=0)
         check_int("every", self.every, minimum=1)
 
-    def _checked_masks(
+    def _checked_batch(
         self,
         tasks: list[Task],
         present: Tensor | None,
@@ -469,7 +462,7 @@ class RepMTL(_Loss):
         count: int,
         group: str,
     ) -> list[Tensor | None]:
-        """The masks of positions without their names.
+        """The masks of positions, without the names that messages use.
 
         On every step, so that a batch that the regulariser can't take doesn't pass for a while.
         """
@@ -508,13 +501,6 @@ class RepMTL(_Loss):
             return both
         total = sum(both)
         return tuple(value / total for value in both) if self.strength and total else (0.0, 0.0)
-
-    def _number(self, step: int | None) -> int:
-        """The number of the next call in training mode."""
-        number = self._progress.number(step)
-        if self._replica_number is not None and (step is None or step != self._progress.step):
-            return self._replica_number
-        return number
 
     def _weight(self, number: int) -> float:
         """What the schedule multiplies the regulariser with on this call; 0: not its turn."""
@@ -563,21 +549,27 @@ class RepMTL(_Loss):
         return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
 
     def _explain(self, tasks: list[Task], applied: bool) -> None:
-        """Once, since it takes all derivatives."""
-        progress = self._progress
-        if progress.explained or any(is_transformed(task.loss) for task in tasks):
+        """Once for each task, since it takes all derivatives."""
+        explained = self._progress.explained
+        if all(task.key in explained for task in tasks):
+            return
+        if any(is_transformed(task.loss) for task in tasks):
             return
         if all(task.loss.grad_fn is not None for task in tasks):  # else no saliency either
-            progress.explained = _preflight.explain(tasks, applied)
+            new = [task for task in tasks if task.key not in explained]
+            if _preflight.explain(new, tasks, applied):
+                explained.update(task.key for task in new)
 
     def _warn_of_no_means(self, tasks: list[Task]) -> None:
-        """Once, since it waits for the device."""
-        if self._progress.looked_at or is_transformed(tasks[0].loss):
+        """Once for each task, since it waits for the device."""
+        looked_at = self._progress.looked_at
+        if all(task.key in looked_at for task in tasks) or is_transformed(tasks[0].loss):
             return
         if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        self._progress.looked_at = True
-        for task in tasks:
+        new = [task for task in tasks if task.key not in looked_at]
+        looked_at.update(task.key for task in new)
+        for task in new:
             for saliency in task.saliencies:
                 if saliency is None:
                     continue
@@ -625,7 +617,7 @@ class RepMTL(_Loss):
     def _measured(self, value: Tensor, call: _Call) -> Tensor | None:
         """The ratio of the gradients without ``strength``, where it is this call's turn."""
         progress, real = self._progress, has_values(value)
-        if is_transformed(value) or (real and progress.measured == call.number):
+        if is_transformed(value) or call.number < progress.calls:  # another call of its step
             return None
         if not is_measured((call.number - self.start) // self.every):
             return None
@@ -634,7 +626,6 @@ class RepMTL(_Loss):
             return None
         ratio = gradient_ratio(value, call.tasks, call.scale)
         if real:
-            progress.measured = call.number
             progress.ratio.observe(ratio / sum(call.lambdas))
         return ratio
 
@@ -668,6 +659,8 @@ class RepMTL(_Loss):
         found = []
         for level, mask in zip(_by_level(call.tasks), call.positions, strict=True):
             tasks = [t for t, s in zip(call.tasks, level, strict=True) if s is not None]
+            if not tasks:  # those that use it are absent
+                continue
             present = call.present
             if present is not None and len(tasks) < len(present):
                 present = torch.stack([present[task.row] for task in tasks])
@@ -721,6 +714,14 @@ class RepMTL(_Loss):
 def _by_level(tasks: Sequence[Task]) -> list[tuple[Tensor | None, ...]]:
     """The saliencies of all tasks at each level."""
     return list(zip(*(task.saliencies for task in tasks), strict=True))
+
+
+def checked_step(step: int) -> int:
+    """A counter of the user's, of NumPy perhaps."""
+    if isinstance(step, numbers.Integral) and not isinstance(step, bool):
+        step = int(step)
+    check_int("step", step, minimum=0)
+    return step
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

@@ -165,6 +165,19 @@ def test_a_task_is_left_out_where_it_does_not_use_a_level(uses: dict) -> None:
             assert bool(saliency.any()) is (name in names), (task, name)
 
 
+def test_a_level_that_absent_tasks_alone_use_is_left_out() -> None:
+    torch.manual_seed(0)
+    pyramid = Pyramid({"a": ("p3",), "b": ("p3", "p5"), "c": ("p4",)})
+    criterion = RepMTL(**LAMBDAS)
+    for absent in ((), ("c",), ("b", "c")):
+        z, losses = batch(pyramid)
+        losses |= dict.fromkeys(absent)
+        used = {n: z[n] for n in z if any(n in pyramid.uses[t] for t in TASKS if t not in absent)}
+        total = criterion(losses, Levels(z))
+        assert_same_step(pyramid, total, written_out(losses, used)[0])
+    assert criterion.last.applied and list(used) == ["p3"]
+
+
 def test_a_level_that_no_task_uses_is_refused() -> None:
     pyramid = Pyramid({"a": ("p3",), "b": ("p3", "p4")})
     z, losses = batch(pyramid)
@@ -327,11 +340,28 @@ def test_levels_are_a_tuple_with_names() -> None:
     first, *rest = named
     assert first is tensors["a"] and len(rest) == 2
     assert repr(named) == "Levels(a: (2, 3, 1), b: (2, 3, 2), c: (2, 3, 3))"
+    assert "a" in named and "d" not in named and 0 not in named and tensors["b"] in plain
+    assert dict(named) == tensors and named.values() == tuple(tensors.values())
     with pytest.raises(KeyError, match=r"'d'.*\['a', 'b', 'c'\]"):
         named["d"]
     for copied in (copy.copy(named), copy.deepcopy(named), pickle.loads(pickle.dumps(named))):
         assert copied.names == named.names
         torch.testing.assert_close(tuple(copied), tuple(named))
+
+
+def test_levels_in_a_tree() -> None:
+    layer = nn.Linear(3, 4)
+
+    def both(x: Tensor) -> Levels:
+        return Levels(first=layer(x), second=layer(x).sin())
+
+    x = torch.randn(5, 3)
+    found = torch.vmap(both)(x)
+    assert isinstance(found, Levels) and found.names == ("first", "second")
+    torch.testing.assert_close(found["second"], layer(x).sin())
+    leaves, form = torch.utils._pytree.tree_flatten(found)
+    assert torch.utils._pytree.tree_unflatten([1, 2], form).names == found.names
+    assert [leaf.shape for leaf in leaves] == [(5, 4), (5, 4)]
 
 
 def test_levels_as_leaves() -> None:
@@ -357,6 +387,7 @@ def test_levels_as_leaves() -> None:
         (lambda x: Levels(3), TypeError, "levels: expected Tensors, .* got int"),
         (lambda x: Levels(x, x), ValueError, r"levels\[1\]: expected another tensor"),
         (lambda x: Levels(x, b=x), TypeError, "levels: expected tensors in order or"),
+        (lambda x: Levels({1: x}), TypeError, "levels: expected a dict with names .* key 1"),
         (lambda x: Levels([x], x), TypeError, r"levels\[0\]: expected a Tensor, got list"),
     ),
 )

@@ -10,7 +10,7 @@ import torch
 from cases import settled
 from torch import nn
 
-from repmtl_kernels import Levels, RepMTL
+from repmtl_kernels import Levels, RepMTL, _preflight
 from repmtl_kernels.integrations.libmtl import RepMTLWeighting, register
 
 TASKS = ["a", "b", "c"]
@@ -191,6 +191,20 @@ def test_an_encoder_that_returns_levels(batch, options):
     RepMTL(**options)(*attached_losses(plain, *batch)).backward()
     model.backward(stacked_losses(model, *batch), **options)
     assert_same_gradients(model, plain)
+
+
+def test_options_that_change_leave_the_state(batch, monkeypatch):
+    """Its count, its means, and what it has looked at already."""
+    walks, explain = [], _preflight.explain
+    monkeypatch.setattr(
+        _preflight, "explain", lambda *a: walks.append([t.key for t in a[0]]) or explain(*a)
+    )
+    model = Model()
+    for step in range(3):
+        weights = dict.fromkeys(TASKS, 1.0 + step)
+        model.backward(stacked_losses(model, *batch), **STRONG, task_weights=weights)
+        assert model.criterion.get_extra_state()[0] == step + 1
+    assert walks == [TASKS]
 
 
 def test_losses_that_are_not_stacked_by_sample(batch):

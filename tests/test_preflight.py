@@ -639,7 +639,7 @@ def explain(losses: dict, representations: list[tuple[str, Tensor]], applied: bo
             zip(losses.items(), representations, strict=True)
         )
     ]
-    return _preflight.explain(tasks, applied)
+    return _preflight.explain(tasks, tasks, applied)
 
 
 KNOWN = [

@@ -284,6 +284,17 @@ def test_features_that_all_tasks_share_without_a_regulariser(shared, options):
     assert_same_gradients(network, gradients(twin), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("start", (0, 1))
+def test_features_that_are_made_from_each_other_are_refused(start):
+    layer = nn.Linear(5, 6)
+    second = layer(torch.randn(8, 5))
+    first = second.tanh()
+    losses = [(first * second).mean(), first.square().mean()]
+    for features in ([first, second], Levels(p3=first, p4=second)):
+        with pytest.raises(ValueError, match="features: expected .* none is made from another"):
+            rep_mtl_backward(losses, features, RepMTL(**STRONG, start=start))
+
+
 def test_features_of_one_task_each_have_a_name_of_their_own(network, batch):
     losses, z = network.multi_input_losses(*batch)
     rep_mtl_backward(losses, z, RepMTL(**STRONG), retain_graph=True)

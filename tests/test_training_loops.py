@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from cases import DEVICE
@@ -90,6 +91,22 @@ def test_one_weight_and_one_measurement_a_step() -> None:
         assert weight(alone) == pytest.approx(found[4 * step], rel=1e-6)
 
 
+def test_resumed_in_the_middle_of_a_step() -> None:
+    def run(criterion: RepMTL, first: int, last: int) -> list[tuple]:
+        found = []
+        for i in range(first, last):
+            call(criterion, seed=i, step=i // 3)
+            found.append((criterion.last.applied, criterion.last.total.item()))
+        return found
+
+    whole = run(RepMTL(every=2, strength=0.3, clip=1.0), 0, 12)
+    for cut in (1, 2, 3, 4, 8):
+        first, resumed = (RepMTL(every=2, strength=0.3, clip=1.0) for _ in range(2))
+        assert run(first, 0, cut) == whole[:cut]
+        resumed.load_state_dict(first.state_dict())
+        assert run(resumed, cut, 12) == whole[cut:]
+
+
 def test_step_numbers_are_the_users() -> None:
     """Only whether one is that of the call before counts; without one every call is a step."""
     criterion, found = RepMTL(every=2), []
@@ -97,6 +114,8 @@ def test_step_numbers_are_the_users() -> None:
         call(criterion, step=step)
         found.append(criterion.last.applied)
     assert found == [True, True, False, False, True, False, True, True, False]
+    call(criterion, step=np.int64(7))
+    assert criterion.get_extra_state()[0] == 6  # that of the call before
     for bad, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)):
         with pytest.raises(error, match="step: expected"):
             call(criterion, step=bad)
@@ -128,24 +147,45 @@ def test_lbfgs_closure() -> None:
 
 
 def test_replicas_share_their_state() -> None:
-    """One forward of ``nn.DataParallel`` is one call, however many replicas it has."""
-    criterion = RepMTL(start=1, every=2, strength=0.3)
-    applied = []
-    for step in range(6):
-        replicas = [criterion._replicate_for_data_parallel() for _ in range(3)]
-        threads = [
-            threading.Thread(target=call, args=(replica, 3 * step + i))
-            for i, replica in enumerate(replicas)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len({replica.last.applied for replica in replicas}) == 1
-        applied.append(criterion.last.applied)
-    assert applied == [False, True] * 3
-    state = criterion.get_extra_state()
-    assert state[0] == 6 and state[1] > 0
+    """One forward of ``nn.DataParallel`` is one call, whatever its threads do."""
+
+    def run(order: list[int]) -> tuple[list, list]:
+        criterion = RepMTL(start=1, every=2, strength=0.3, clip=1.0)
+        applied, totals = [], []
+        for step in range(6):
+            replicas = [criterion._replicate_for_data_parallel() for _ in range(3)]
+            threads = [
+                threading.Thread(target=call, args=(replicas[i], 3 * step + i)) for i in order
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len({replica.last.applied for replica in replicas}) == 1
+            applied.append(criterion.last.applied)
+            totals.append([replica.last.total.item() for replica in replicas])
+        assert criterion.last is replicas[0].last
+        state = criterion.get_extra_state()
+        assert state[0] == 6 and state[1] > 0
+        assert applied == [False, True] * 3
+        return totals, state.tolist()
+
+    expected = run([0, 1, 2])
+    for order in ([2, 1, 0], [1, 0, 2], [0, 1, 2]):
+        assert run(order) == expected
+
+
+def test_a_forward_pass_that_fails_is_no_call() -> None:
+    criterion = RepMTL(start=1)
+    for _ in range(2):
+        replica = criterion._replicate_for_data_parallel()
+        with pytest.raises(TypeError):
+            replica(3, None)
+        del replica
+    replicas = [criterion._replicate_for_data_parallel() for _ in range(2)]
+    call(replicas[1])
+    call(replicas[0])
+    assert criterion.get_extra_state()[0] == 1
 
 
 def test_replicas_that_are_given_the_step() -> None:
@@ -291,6 +331,30 @@ class Raises(torch.autograd.Function):
         return RaisesTwice.apply(grad)
 
 
+class RaisesAnything(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(grad.numpy() * (1 - np.tanh(x.detach().numpy()) ** 2))
+
+
+class RefusesTwice(torch.autograd.Function):
+    """As roi_align's backward: its second derivative is for the head's parameters alone."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return RaisesTwice.apply(grad) * 2
+
+
 class RaisesTwice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, grad):
@@ -298,7 +362,7 @@ class RaisesTwice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        raise NotImplementedError("not twice")
+        raise ValueError("not twice")
 
 
 # Operations between z and a loss, on `(B, 4, 6, 6)`.
@@ -318,7 +382,7 @@ NOT_TWICE = {
     ),
     "hardswish's neighbour, a custom Function": Detached.apply,
     "a custom Function that raises": Raises.apply,
-    "renorm": lambda y: torch.nn.functional.fractional_max_pool2d(y, 2, output_size=3),
+    "fractional_max_pool2d": lambda y: F.fractional_max_pool2d(y, 2, output_size=3),
     "pdist": lambda y: torch.pdist(y.flatten(1)),
 }
 
@@ -331,7 +395,7 @@ def is_not_twice(operation) -> bool:
         return True
     try:
         torch.autograd.grad(first.square().sum(), y, allow_unused=True)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return True
     return operation is Detached.apply
 
@@ -351,6 +415,97 @@ def test_the_first_call_finds_any_operation(name: str, start: int) -> None:
             criterion(losses, z)
         assert "plain" not in str(raised.value)
         assert criterion.get_extra_state()[0] == 0
+
+
+def test_the_first_call_finds_what_only_parameters_would_meet() -> None:
+    """The saliency is piecewise constant in z, but not in the weights behind the operation."""
+    torch.manual_seed(0)
+    z, layer = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8)), nn.Linear(4 * 36, 3)
+    for loss in (lambda y: (1 - y).clamp(min=0).mean(), lambda y: y.mean()):
+        losses = {"plain": z.square().mean(), "bad": loss(layer(RefusesTwice.apply(z).flatten(1)))}
+        with pytest.raises(SecondDerivativeError, match=r"losses\['bad'\]: .*RaisesTwice|Refuses"):
+            RepMTL(start=2)(losses, z)
+        with pytest.raises(SecondDerivativeError, match="Refuses|RaisesTwice"):
+            RepMTL.check(lambda z, loss=loss: loss(layer(RefusesTwice.apply(z).flatten(1))), z)
+
+
+def test_the_first_call_names_errors_of_the_first_derivative_under_a_graph() -> None:
+    z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
+    losses = [z.square().mean(), RaisesAnything.apply(z).square().mean()]
+    with pytest.raises(SecondDerivativeError, match=r"losses\[1\]: .*RaisesAnything"):
+        RepMTL(start=9)(losses, z)
+
+
+def test_the_first_call_of_each_task_counts() -> None:
+    criterion = RepMTL(start=9)
+    for present in (True, False):
+        z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
+        losses = [z.square().mean(), F.hardsigmoid(z).square().mean()]
+        if present:
+            criterion([losses[0], None], z)
+        else:
+            with pytest.raises(SecondDerivativeError, match=r"losses\[1\]: .*[Hh]ardsigmoid"):
+                criterion(losses, z)
+
+
+class Both(torch.autograd.Function):
+    """Two results, as DistributedDataParallel passes them on."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        return a.clone(), b.clone()
+
+    @staticmethod
+    def backward(ctx, da, db):
+        return da, db
+
+
+def test_a_result_that_counts_linearly_is_no_fault() -> None:
+    torch.manual_seed(0)
+    z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
+    a, b = Both.apply(nn.Conv2d(4, 2, 1)(z), nn.Conv2d(4, 2, 1)(z))
+    assert RepMTL()([(1 - a).clamp(min=0).mean() + b.square().mean(), z.tanh().mean()], z)
+
+
+def test_an_operator_without_a_derivative_of_its_backward_is_found() -> None:
+    library = torch.library.Library("repmtl_test_loops", "FRAGMENT")
+    library.define("backward(Tensor g, Tensor x) -> Tensor")
+    own_kernel = lambda g, x: torch.from_numpy(g.detach().numpy() * np.cos(x.detach().numpy()))  # noqa: E731
+    library.impl("backward", own_kernel, "CPU")
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.ops.repmtl_test_loops.backward(grad, *ctx.saved_tensors)
+
+    z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
+    with pytest.raises(SecondDerivativeError, match=r"losses\[0\]: .*Own"):
+        RepMTL()([Own.apply(z).square().mean(), z.tanh().mean()], z)
+
+
+@pytest.mark.parametrize("export", (False, True), ids=("compile", "export"))
+@pytest.mark.parametrize("options", ({}, {"log_losses": True, "log_offset": 0.1}), ids=str)
+def test_evaluation_compiles(options: dict, export: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.criterion = nn.Linear(3, 4), RepMTL(**options)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.encoder(x)
+            return self.criterion([z.square().mean(), z.sin().square().mean()], z)
+
+    model, x = Model().eval(), torch.randn(5, 3)
+    if export:
+        found = torch.export.export(model, (x,), strict=True).module()(x)
+    else:
+        found = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, model(x))
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,10 @@ class RepMTLWeighting(nn.Module):
 
     def _criterion(self, options: dict[str, Any]) -> RepMTL:
         if options != self._options:
-            state = self.criterion.state_dict()
+            progress = self.criterion._progress
             self.criterion = RepMTL(**options).train(self.training)
-            self.criterion.load_state_dict(state)
+            self.criterion._progress = progress
+            progress.agreed = False  # the ranks of a group compare the options again
             self._options = dict(options)
         return self.criterion
 

@@ -111,6 +111,10 @@ class RepMTLModule(LightningModule):
         z = self.encoder(inputs)
         return {task: head(z) for task, head in self.heads.items()}
 
+    def on_train_start(self) -> None:
+        # The numbers of batches begin again.
+        self.criterion._progress.step = None
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total = self._total(batch, "train")
         last = self.criterion.last

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchjd.autojac import backward, mtl_backward
 
 from repmtl_kernels._levels import Levels
+from repmtl_kernels._preflight import made_from_another
 from repmtl_kernels._task_losses import (
     Positions,
     Representation,
@@ -62,8 +63,8 @@ def rep_mtl_backward(
         losses: list or dict of T scalar losses, as for :class:`RepMTL`. A task whose loss is None
             has no row in this step.
         features: the shared representation that the heads were given; or several that all tasks
-            share, as ``mtl_backward`` takes them: a list, tuple or :class:`Levels`. (A dict with
-            the keys of ``losses`` has one for each task, as for :class:`RepMTL`.)
+            share, as ``mtl_backward`` takes them: a list, tuple or :class:`Levels`. None of them
+            may be made from another one. (A dict has one for each task, as for :class:`RepMTL`.)
         criterion: any :class:`RepMTL`; ``criterion.last`` has the values for logging.
         present, positions, step: as for :class:`RepMTL`.
         retain_graph, parallel_chunk_size: as for ``mtl_backward``.
@@ -136,6 +137,12 @@ def _backward(
         raise ValueError(
             "features: expected another representation for each task, got the same twice. Pass "
             "one that all tasks share to rep_mtl_backward"
+        )
+    if (made := made_from_another(zs)) is not None:
+        raise ValueError(
+            f"features: expected features of which none is made from another, got number {made} of "
+            f"{len(zs)} made from another: what reaches both would count twice. Leave out those "
+            "that others are made from"
         )
     if not criterion.last.applied:
         separate = [task.loss for task in tasks]
