@@ -205,7 +205,7 @@ class BuildNative(build_ext):
         if reason is None:
             note.unlink(missing_ok=True)
             return None
-        # That of an earlier build would still be used.
+        # The library of an earlier build would still be used.
         library.unlink(missing_ok=True)
         note.write_text(f"{reason}\n", encoding="utf-8")
         message = f"built without {TITLES[extension.name]}: {reason}"
@@ -213,7 +213,7 @@ class BuildNative(build_ext):
         return message
 
     def _files(self) -> Iterator[tuple[Path, Path]]:
-        """What may have been built, and where it is copied with ``--inplace``."""
+        """The files that a build may leave, in its folder and with ``--inplace`` in the tree."""
         for extension in self.extensions:
             library = Path(self.get_ext_filename(extension.name))
             for path in (library, library.with_suffix(".txt")):
@@ -269,7 +269,7 @@ def run_and_show(command: list[str]) -> tuple[int, list[str]]:
 
 
 def failure(lines: list[str]) -> str:
-    """What ninja's first command that failed is, and what it said last."""
+    """The first command of ninja's that failed, and its last words."""
     failed = [i for i, line in enumerate(lines) if line.startswith("FAILED: ")]
     if not failed:
         return "\n".join(["ninja failed:", *lines[-LINES_KEPT:]])

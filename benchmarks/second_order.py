@@ -171,7 +171,7 @@ def figures(
 
 
 def measurement(timing: Timing, measured: Timing | None) -> dict:
-    """What a measurement of the ratio adds to a step, and to one on average."""
+    """The share that a measurement of the ratio adds to its step, and to a step on average."""
     if measured is None:
         return {"measurement": None, "measurement_on_average": None}
     share = measured.ms / timing.ms - 1

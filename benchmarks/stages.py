@@ -132,7 +132,7 @@ def work_of(backend: str, saliencies: list[Tensor]) -> Work:
         group="",
         recompute=False,
     )
-    _, _, saved = _autograd._run_stages(stages, config, saliencies, saliencies, None)
+    _, _, saved = _autograd._run_stages(stages, config, saliencies, saliencies, None, None)
     saved = _autograd.Saved(*(value.contiguous() for value in saved))
     csa = _autograd._csa_gradient(saved.scale.new_ones(()), saved)
     return Work(

@@ -129,7 +129,7 @@ def _show(value: object) -> str:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    # Of another type it need not be comparable: an array is equal element by element.
+    # A value of another type may not be comparable: an array is equal element by element.
     if not isinstance(value, str) or value not in choices:
         expected = ", ".join(map(repr, choices))
         raise ValueError(f"{name}: expected one of {expected}; got {_shown(value)}")

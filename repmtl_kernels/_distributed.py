@@ -278,7 +278,7 @@ class Peers(NamedTuple):
         return finish
 
     def largest(self, values: Tensor) -> Tensor:
-        """Of each element the largest of all ranks."""
+        """Each element is the largest one of all ranks."""
         return _reduced(values, self.group, dist.ReduceOp.MAX)
 
     def summed(self, values: Tensor) -> Tensor:

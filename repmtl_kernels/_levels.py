@@ -33,7 +33,7 @@ class Levels(tuple):
     """
 
     names: tuple[str | int, ...]
-    """What messages call the levels: their names, or their indices where they have none."""
+    """The names that messages use: those given, or the indices where none were."""
 
     def __new__(
         cls, *levels: Tensor | Iterable[Tensor] | Mapping[str, Tensor], **named: Tensor

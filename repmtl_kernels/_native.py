@@ -61,7 +61,7 @@ def _why_missing(path: Path, library: str) -> str:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a library's file, as far as its headers tell.
+    """Says what is wrong with a library's file, as far as its headers tell; None: nothing.
 
     The loader maps what they promise without asking for the size of the file: one that is cut off,
     by a full disk or a copy that was interrupted, would end the process (SIGBUS).

@@ -1,4 +1,4 @@
-"""What the training calls of a criterion leave behind."""
+"""The state that the training calls of a criterion leave behind."""
 
 from __future__ import annotations
 

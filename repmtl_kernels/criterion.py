@@ -116,7 +116,7 @@ def task_saliencies(
 
 @dataclass(eq=False)
 class _Call:
-    """What the parts of one call with the regulariser need to know of it."""
+    """A call with the regulariser, as its parts need to know it."""
 
     tasks: list[Task]
     number: int
@@ -582,7 +582,7 @@ class RepMTL(_Loss):
                         warnings.warn(f"losses[{task.key!r}]: {found}", stacklevel=6)
 
     def _regularizer(self, call: _Call) -> Tensor:
-        """What is added to the tasks; the step's record gets its parts."""
+        """The term that is added to the tasks; the step's record gets its parts."""
         saliencies = [[s for s in level if s is not None] for level in _by_level(call.tasks)]
         flat = [s for level in saliencies for s in level]
         if is_float16(flat[0]):
@@ -630,7 +630,7 @@ class RepMTL(_Loss):
         return ratio
 
     def _strength(self, value: Tensor, group: str, measured: bool) -> float | Tensor:
-        """What the lambdas are multiplied with; the same on all ranks of a group."""
+        """The factor on the lambdas; the same on all ranks of a group."""
         if not has_values(value):
             return float(self.strength)
         progress = self._progress

@@ -99,7 +99,7 @@ def earlier_libraries(tree: Path) -> list[Path]:
 
 
 def status(tree: Path, library: str, monkeypatch) -> str:
-    """What the package in the tree says at run time."""
+    """The reason that the package in the tree gives at run time."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_native, "__file__", str(tree / "repmtl_kernels" / "_native.py"))
     return _native.status.__wrapped__(library)

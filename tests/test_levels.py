@@ -365,7 +365,7 @@ def test_levels_in_a_tree() -> None:
 
 
 def test_levels_as_leaves() -> None:
-    """What LibMTL's architectures do with a representation."""
+    """LibMTL's architectures do this with a representation."""
     z = Levels(a=torch.randn(2, 3, requires_grad=True) * 1, b=torch.randn(2, 4))
     leaves = z.detach().clone()
     assert leaves.names == z.names and not leaves.requires_grad

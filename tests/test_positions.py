@@ -557,7 +557,7 @@ def test_saliencies_are_not_copied(backend: str, case: Case, loss: Loss, monkeyp
 )
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_stages(backend: str, dtype: torch.dtype, case: Case):
-    """What the contract says of a mask, on saliencies that hold garbage elsewhere."""
+    """The stages keep the contract of a mask, on saliencies that hold garbage elsewhere."""
     stages, eager = backends.load(backend), backends.load("eager")
     mask = mask_of(case, "empty")
     flat = mask.flatten(1)

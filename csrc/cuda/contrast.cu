@@ -82,7 +82,7 @@ struct Peaks {
     sum = sum * exp((largest - raised) / temperature) + exp((r - raised) / temperature);
     largest = raised;
   }
-  // Of all threads, to all threads.
+  // Sums over all threads; every thread gets the result.
   __device__ void join(A temperature, A* shared) {
     const A top = block_max(largest, shared);
     sum = block_sum(sum * exp((largest - top) / temperature), shared);

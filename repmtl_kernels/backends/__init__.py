@@ -131,7 +131,7 @@ class CSAGradient(NamedTuple):
     negatives: Tensor  # (): dL / d mean_b logsumexp
 
     def of_samples(self, some: slice) -> CSAGradient:
-        """What the gradient of some samples needs, contiguous as the stages take it."""
+        """The part that the gradient of some samples needs, contiguous as the stages take it."""
 
         def cut(value: Tensor | None) -> Tensor | None:  # (T, B, ...)
             return None if value is None else value[:, some].contiguous()

@@ -76,7 +76,7 @@ def _some_samples(saliency: Tensor) -> list[slice]:
 
 
 def _number_of_positions(saliency: Tensor, mask: Tensor | None) -> int | Tensor:
-    """That of each sample, (B, 1), at least 1; without a mask, ``N``."""
+    """The number of positions of each sample, (B, 1), at least 1; without a mask, ``N``."""
     if mask is None:
         return saliency.shape[2:].numel()
     return mask.sum(1, keepdim=True).clamp_min(1)
@@ -346,7 +346,7 @@ def gradient_terms(
     position_grad: Tensor | None,
     mask: Tensor | None,
 ) -> Iterator[GradientTerms]:
-    """Of each task whose gradient is wanted; with a mask, of a few samples at a time.
+    """The terms of each task whose gradient is wanted; with a mask, a few samples at a time.
 
     The caller has written the output of one before it asks for the next.
     """
