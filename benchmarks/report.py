@@ -343,7 +343,7 @@ def second_order_table(found: dict) -> str:
         f"{_networks(found)}, 3 x 3 convolutions of dilation 6, 12 and 18 with batch norm. Time of "
         "a step relative to equal weighting, in turns in one run. The floor is the count of "
         "convolutions at equal weighting's speed, its step and once more its heads, without the "
-        "regulariser's own time. A measurement of `last.ratio` comes on top of every 16th step."
+        "regulariser's own time. A measurement of `last.ratio` comes on top of every 24th step."
     )
     return _with_caption(markdown(header, lines), found, units)
 

@@ -37,6 +37,6 @@ class RepMTLStep:
     ratio: Tensor | None = None
     """The norm of the regulariser's own gradient at the representation over that of the (weighted)
     tasks', as applied; float32. It is measured on the first 16 calls that apply the regulariser and
-    on every 16th after them; calls between show the last measurement. None before the first, and
+    on every 24th after them; calls between show the last measurement. None before the first, and
     where the regulariser was not applied. Both gradients are rounded to the representation's dtype,
     so in bfloat16 ratios below 0.01 or so are noise."""

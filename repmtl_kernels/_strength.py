@@ -15,11 +15,12 @@ from repmtl_kernels._saliency import accumulation_dtype
 from repmtl_kernels._task_losses import Task, distinct, without_hooks
 
 # The ratio is measured on the first calls that apply the regulariser, and on every so many of them
-# after that: a measurement takes 14 to 36 % of a step with ASPP heads.
-FIRST, BETWEEN = 16, 16
+# after that. With wide ASPP heads a measurement takes a third of a step, and without second_order()
+# more than half.
+FIRST, BETWEEN = 16, 24
 # The share of a running mean that an observation leaves as it was: the mean of the ratio follows
-# the last ten measurements or so, that of sizes, which are seen on every call, the last fifty.
-RATIO_DECAY, SIZE_DECAY = 0.75, 0.98
+# the last three measurements or so, that of sizes, which are seen on every call, the last fifty.
+RATIO_DECAY, SIZE_DECAY = 0.6, 0.98
 
 
 def is_measured(number: int) -> bool:
