@@ -204,7 +204,8 @@ def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.
         raise TypeError(f"present: expected a bool Tensor, got {present.dtype}")
     if tuple(present.shape) != (tasks, batch):
         raise ValueError(
-            f"present: expected shape (T, B) = {(tasks, batch)}; got {tuple(present.shape)}"
+            f"present: expected shape (T, B) = {(tasks, batch)}; got {tuple(present.shape)}. A "
+            "mask of padding is given as positions="
         )
     if present.layout != torch.strided:
         raise TypeError(f"present: expected a strided tensor, got layout {present.layout}")
@@ -230,7 +231,8 @@ def check_positions(
     if list(positions.shape) != expected:
         raise ValueError(
             f"{name}: expected shape (B, *spatial) = {tuple(expected)}, that of one task's "
-            f"saliency without its channels; got {tuple(positions.shape)}"
+            f"saliency without its channels; got {tuple(positions.shape)}. For tokens (B, N, D) "
+            "give channel_dim=-1"
         )
     if positions.device != saliency.device:
         raise ValueError(f"{name}: expected device {saliency.device}; got {positions.device}")

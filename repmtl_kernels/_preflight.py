@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointError
 from repmtl_kernels._arguments import check_saliencies, is_dtensor
 from repmtl_kernels._buffers import BufferCopies
 from repmtl_kernels._levels import Levels, levels_of
-from repmtl_kernels._saliency import canonical_tasks
+from repmtl_kernels._saliency import canonical_tasks, has_values
 from repmtl_kernels._task_losses import SHARED, Representation, Shared, Task, without_hooks
 
 Head = Callable[[Any], Any]
@@ -428,7 +428,8 @@ def check(heads: Heads, z: Representation, *, channel_dim: int = 1) -> None:
     named = _named_heads(heads)
     representations = _representations(z, heads, len(named), channel_dim)
     for (name, head), representation in zip(named.items(), representations, strict=True):
-        for saliency in _check_head(name, head, representation):
+        saliencies = _check_head(name, head, representation)
+        for saliency in filter(has_values, saliencies):
             for found in without_means(saliency, channel_dim):
                 warnings.warn(f"{name}: {found}", stacklevel=2)
 

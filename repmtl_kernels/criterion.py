@@ -639,10 +639,10 @@ class RepMTL(_Loss):
         if measured and not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
             progress.warned = True
             warnings.warn(
-                f"strength: expected lambdas of about {self.strength:g}, got less than a hundredth "
-                "of it, since the regulariser's gradient at the representation is more than "
-                f"{LARGEST_RATIO:g} times that of the tasks, at lambdas that sum to 1. Are the "
-                "tasks learned, so that their gradient vanishes? docs/tuning.md has more",
+                f"strength: the lambdas have fallen below a hundredth of {self.strength:g}, since "
+                "the tasks' gradient at the representation is less than a hundredth of the "
+                "regulariser's at lambdas that sum to 1. Are the tasks learned? docs/tuning.md has "
+                "more",
                 stacklevel=7,
             )
         return float(self.strength) / ratio.clamp_min(SMALLEST_RATIO)

@@ -431,6 +431,11 @@ def test_what_is_compiled_stays_compiled():
     assert len(compilations) == 1
 
 
+def test_a_check_on_the_meta_device():
+    heads = [nn.Linear(D, 2, device="meta"), nn.Sequential(nn.Tanh(), nn.Linear(D, 2)).to("meta")]
+    check(heads, tokens().to("meta"))
+
+
 def test_one_representation_per_head():
     heads = nn.ModuleDict({"a": nn.Linear(D, 2), "b": nn.Linear(3, 2)}).to(DEVICE)
     narrow = torch.randn(B, N, 3, device=DEVICE)

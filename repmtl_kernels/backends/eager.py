@@ -27,7 +27,7 @@ GRAM_BLOCK = 128
 CONTRAST_BLOCK = 1 << 22
 # Elements of one task's saliency that are copied at a time, with 0 where no position is, unless
 # those of one sample are more.
-MASKED_BLOCK = 1 << 22
+MASKED_BLOCK = 1 << 18
 # Products of operands with max in [2^-30, 2^30] neither overflow nor underflow in float32.
 SAFE_EXPONENT = 30
 
