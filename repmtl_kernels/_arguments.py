@@ -194,6 +194,14 @@ def check_int(name: str, value: int, *, minimum: int) -> None:
         raise ValueError(f"{name}: expected an int {bound}; got {_shown(value)}")
 
 
+def checked_step(step: int) -> int:
+    """The user's counter, NumPy's perhaps, as an int of at least 0."""
+    if isinstance(step, numbers.Integral) and not isinstance(step, bool):
+        step = int(step)
+    check_int("step", step, minimum=0)
+    return step
+
+
 def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.device) -> None:
     if present is None:
         return

@@ -326,7 +326,7 @@ def _without_others(config: Config, x: Tensor, mask: Tensor | None) -> Tensor:
     if config.normalizer == "abs":
         return x.where(mask, 0)
     x = x.masked_fill(~mask, -math.inf)
-    # Where nothing is there, one is all of the distribution.
+    # A distribution that is left with nothing gets one element that is all of it.
     if config.over == "tasks":
         x[0].masked_fill_(~mask, 0)
     else:

@@ -130,7 +130,7 @@ class Levels(tuple):
 
 
 def _from_leaves(levels: Iterable[Tensor], names: Sequence[str | int]) -> Levels:
-    """Whatever a transform puts in place of the tensors, without checks."""
+    """Levels of other leaves, unchecked: a transform may put anything in the tensors' place."""
     made = tuple.__new__(Levels, levels)
     made.names = tuple(names)
     return made

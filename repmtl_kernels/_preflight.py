@@ -238,9 +238,13 @@ def _depends(values: Iterable[Tensor], ends: Ends) -> bool:
 
 def made_from_another(tensors: Sequence[Tensor]) -> int | None:
     """The index of the first tensor whose graph leads to another one of them."""
+    ends = _ends_of(tensors)
+    known: dict[Node, bool] = {}  # one walk over the encoder's graph for all of them
     for i, z in enumerate(tensors):
-        others = [other for other in tensors if other is not z]
-        if others and _depends([z], _ends_of(others)):
+        made_from = [] if z.grad_fn is None else z.grad_fn.next_functions
+        parents = [(parent, nr) for parent, nr in made_from if parent is not None]
+        _leads([parent for parent, _ in parents], ends, known)
+        if any(nr in ends[p] if p in ends else known[p] for p, nr in parents):
             return i
     return None
 
@@ -261,9 +265,11 @@ def explain(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
         to be one without saliencies.
     """
     visited: dict[frozenset, dict[Node, bool]] = {}
+    dependent: list[tuple[Task, Ends, str]] = []  # taking the saliencies refuses others
     for task in new:
         _refuse_shared(task, tasks)
         ends = _ends_of(task.representations)
+        depends = _depends([task.loss], ends)
         key = frozenset((node, nr) for node, numbers in ends.items() for nr in numbers)
         known = visited.setdefault(key, {})
         nodes = _leads([task.loss.grad_fn], ends, known)
@@ -276,7 +282,7 @@ def explain(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
                     f"or gave {name}. {fault.remedy}"
                 )
             if z.grad_fn is not None and z.grad_fn.name().startswith("_DDPSink"):
-                if not _depends([task.loss], ends):
+                if not depends:
                     raise SecondDerivativeError(
                         f"losses[{task.key!r}]: does not depend on {name}, a result of "
                         "DistributedDataParallel, which copies its results where static_graph or "
@@ -290,11 +296,9 @@ def explain(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
             if fault.what == _STATIC_FAULT and not applied:
                 return False
             raise SecondDerivativeError(_between(task, between, fault))
-    for task in new:
-        ends = _ends_of(task.representations)
-        if not _depends([task.loss], ends):
-            continue  # taking the saliencies says so
-        between = " or ".join(name for name, _ in task.places)
+        if depends:
+            dependent.append((task, ends, between))
+    for task, ends, between in dependent:
         result = _Derivatives(task.loss, task.representations, ends, own=False).result()
         if isinstance(result, Fault):
             raise SecondDerivativeError(_between(task, between, result)) from result.cause

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from repmtl_kernels._arguments import (
     check_present,
     check_saliencies,
     check_tsr_options,
+    checked_step,
 )
 from repmtl_kernels._clip import clipped
 from repmtl_kernels._distributed import Group, Options
@@ -715,14 +715,6 @@ class RepMTL(_Loss):
 def _by_level(tasks: Sequence[Task]) -> list[tuple[Tensor | None, ...]]:
     """The saliencies of all tasks at each level."""
     return list(zip(*(task.saliencies for task in tasks), strict=True))
-
-
-def checked_step(step: int) -> int:
-    """A counter of the user's, of NumPy perhaps."""
-    if isinstance(step, numbers.Integral) and not isinstance(step, bool):
-        step = int(step)
-    check_int("step", step, minimum=0)
-    return step
 
 
 def _detached(value: Tensor | None) -> Tensor | None:
