@@ -41,7 +41,9 @@ SKIPPED_BY = {CPU: (SKIP,), CUDA: (SKIP, SKIP_CUDA)}
 REQUIRED_BY = {CPU: "REPMTL_REQUIRE_NATIVE", CUDA: "REPMTL_REQUIRE_CUDA"}
 # The last of a compiler's messages: there nvcc and the linker have their error.
 LINES_KEPT = 12
-SOURCES_DIGEST = runpy.run_path(str(ROOT / "repmtl_kernels" / "_sources.py"))["digest"]
+SOURCES_DIGEST = runpy.run_path(
+    str(ROOT / "repmtl_kernels" / "backends" / "native" / "sources.py")
+)["digest"]
 FLAGS = [
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",

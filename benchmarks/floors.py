@@ -5,7 +5,7 @@ with both rates measured on the same machine in the same run. It is a floor for 
 the literal equations move and compute far more.
 
 The losses are counted as the passes that no implementation can do without; a stage is counted with
-everything that its contract has it read and write (``repmtl_kernels/backends/__init__.py``).
+everything that its contract has it read and write (``repmtl_kernels/backends/contract.py``).
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def contrast(
     of_two = 2 * shape.tasks * numbers
     pairs = batch * (total - batch) + batch * (batch - 1) // 2
     work = [Pass(SUM * (total * numbers + batch), of_two * pairs)]
-    if with_grad:  # also reads pull, factor and everyone's log-sum-exp
+    if with_grad:  # also reads radial, factor and everyone's log-sum-exp
         moved = total * (numbers + 1) + batch * (2 * numbers + 1)
         work.append(Pass(SUM * moved, of_two * batch * (total - 1)))
     return work

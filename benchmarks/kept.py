@@ -22,9 +22,9 @@ from benchmarks.progress import markdown, say, track
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import block_ms
 from repmtl_kernels import RepMTL, checkpoint_contexts, csa_loss
-from repmtl_kernels._autograd import samples_at_a_time
-from repmtl_kernels._strength import FIRST
-from repmtl_kernels.backends._availability import refusal
+from repmtl_kernels._losses.backward import samples_at_a_time
+from repmtl_kernels._training.strength import FIRST
+from repmtl_kernels.backends.availability import refusal
 
 SAVE, RECOMPUTE = "save", "recompute"
 ROUNDS, QUICK_ROUNDS = 5, 3

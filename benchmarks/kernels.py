@@ -33,8 +33,8 @@ from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import Timing, side_by_side
 from repmtl_kernels import reference
-from repmtl_kernels.backends import resolve
-from repmtl_kernels.backends._availability import refusal
+from repmtl_kernels.backends.availability import refusal
+from repmtl_kernels.backends.choice import resolve
 
 DIRECTIONS = ("forward", "forward_backward")
 REFERENCE, COMPILED = "reference", "reference_compiled"

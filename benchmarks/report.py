@@ -28,7 +28,7 @@ from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
-from repmtl_kernels.backends import KNOWN
+from repmtl_kernels.backends.choice import KNOWN
 
 README = ROOT / "README.md"
 DOCUMENTS = (

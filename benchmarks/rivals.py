@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import reference
-from repmtl_kernels.backends import Everyone
-from repmtl_kernels.backends._peaks import peaks, share
+from repmtl_kernels.backends.contract import Everyone
+from repmtl_kernels.backends.peaks import peaks, share
 
 
 def csa_loss(

@@ -28,8 +28,8 @@ from benchmarks.rotation import Rotating
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.stages import EFFORTS, QUICK, TEMPERATURE
 from benchmarks.timing import side_by_side
-from repmtl_kernels import backends
-from repmtl_kernels.backends import Everyone
+from repmtl_kernels.backends import choice, contract
+from repmtl_kernels.backends.contract import Everyone
 
 FORWARD_BACKWARD = "forward_backward"
 MATERIALIZED = "materialized"
@@ -194,7 +194,7 @@ class AnchorPoint:
         if self.sweep == "anchors":
             # As they arrive from the ranks: sample by sample. Any number will do for the sums that
             # the other ranks would tell.
-            unit = backends.load("eager").anchors(a.transpose(0, 1), eps=0.0, with_grad=False).unit
+            unit = choice.load("eager").anchors(a.transpose(0, 1), eps=0.0, with_grad=False).unit
             told = torch.ones(2, self.value, device=device)
             unit = unit.transpose(0, 1).contiguous().transpose(0, 1)
             everyone = Everyone(unit, 0, lambda columns: told)
@@ -214,10 +214,10 @@ AnchorSet = tuple[Tensor, Everyone | None]  # anchors (T, B, C), not yet unit on
 
 
 def _of_backend(backend: str, sets: Sequence[AnchorSet]) -> Rotating:
-    stages = backends.load(backend)
+    stages = choice.load(backend)
     of_sets = [(stages.anchors(a, eps=0.0, with_grad=True), everyone) for a, everyone in sets]
 
-    def run(inputs: tuple[backends.Anchors, Everyone | None]) -> Tensor:
+    def run(inputs: tuple[contract.Anchors, Everyone | None]) -> Tensor:
         anchors, everyone = inputs
         options = {"temperature": TEMPERATURE, "with_grad": True, "everyone": everyone}
         return stages.contrast(anchors, **options).logsumexp
@@ -231,7 +231,7 @@ def _materialized(inputs: AnchorSet) -> Tensor:
 
 
 def _exact(a: Tensor, everyone: Everyone | None) -> float:
-    stages = backends.load("eager")
+    stages = choice.load("eager")
     if everyone is not None:
         everyone = everyone._replace(unit=everyone.unit.double())
     anchors = stages.anchors(a.double(), eps=0.0, with_grad=False)

@@ -32,7 +32,7 @@ from benchmarks.steps import (
     settings,
 )
 from benchmarks.timing import Timing, side_by_side
-from repmtl_kernels._strength import BETWEEN
+from repmtl_kernels._training.strength import BETWEEN
 
 PLAIN, FAST = "rep_mtl", "rep_mtl_second_order"
 METHODS = {

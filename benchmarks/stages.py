@@ -22,9 +22,11 @@ from benchmarks.progress import say, track
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import side_by_side
-from repmtl_kernels import _autograd, backends
-from repmtl_kernels._saliency import NORMALIZERS, OVER
-from repmtl_kernels.backends import Anchors, CSAGradient, Statistics
+from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._ground.saliency import NORMALIZERS, OVER
+from repmtl_kernels._losses import backward, forward
+from repmtl_kernels.backends import choice
+from repmtl_kernels.backends.contract import Anchors, CSAGradient, Statistics
 
 BMM, TORCH, TORCH_COMPILED = "bmm", "torch", "torch_compiled"
 LAYOUTS = ("contiguous", "channels_last")
@@ -115,8 +117,8 @@ def run(stages: object, variant: Variant, work: Work) -> object:
 
 def work_of(backend: str, saliencies: list[Tensor]) -> Work:
     """Forward and backward of both losses by this backend, stopped before the gradient's stage."""
-    stages = backends.load(backend)
-    config = _autograd.Config(
+    stages = choice.load(backend)
+    config = Config(
         backend=backend,
         tsr=True,
         csa=True,
@@ -132,9 +134,9 @@ def work_of(backend: str, saliencies: list[Tensor]) -> Work:
         group="",
         recompute=False,
     )
-    _, _, saved = _autograd._run_stages(stages, config, saliencies, saliencies, None, None)
-    saved = _autograd.Saved(*(value.contiguous() for value in saved))
-    csa = _autograd._csa_gradient(saved.scale.new_ones(()), saved)
+    _, _, saved = forward._run_stages(stages, config, saliencies, saliencies, None, None)
+    saved = Saved(*(value.contiguous() for value in saved))
+    csa = backward._csa_gradient(saved.scale.new_ones(()), saved)
     return Work(
         saliencies,
         stages.statistics(saliencies, positions=True, channels=True),
@@ -263,7 +265,7 @@ def contestants(
     case: Case, variant: Variant, works: dict[str, list[Work]], inputs: list[list[Tensor]]
 ) -> dict[str, Rotating]:
     found = {
-        backend: Rotating(partial(run, backends.load(backend), variant), sets)
+        backend: Rotating(partial(run, choice.load(backend), variant), sets)
         for backend, sets in works.items()
     }
     if variant.stage == "gram":

@@ -31,9 +31,9 @@ from benchmarks import report, results
 from benchmarks.line_up import triton_products_in
 from benchmarks.machine import git_state, versions
 from benchmarks.shapes import SHAPES, Shape
-from repmtl_kernels import backends
-from repmtl_kernels._second_order import triton as batch_norm
-from repmtl_kernels.backends import CSAGradient
+from repmtl_kernels._heads.second_order import triton as batch_norm
+from repmtl_kernels.backends import choice
+from repmtl_kernels.backends.contract import CSAGradient
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DATACENTER = (80, 90, 100)  # those of the committed report
@@ -182,7 +182,7 @@ def compile_stages(
 
     masked: with ``positions``.
     """
-    stages = backends.load("triton")
+    stages = choice.load("triton")
     dtype, _ = MODES[mode]
     saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
     mask = torch.empty(shape.batch, shape.positions, dtype=torch.bool) if masked else None
@@ -209,9 +209,9 @@ def compile_stages(
             anchors=anchors,
             contrast_grad=contrast.grad,
             gram=gram,
-            rank=pairs,
-            curl=pairs,
-            tug=pairs[0],
+            anchor_weight=pairs,
+            affinity_weight=pairs,
+            radial_weight=pairs[0],
             negatives=pairs[0, 0],
         )
         outputs = [torch.empty_like(s) for s in saliencies]

@@ -31,8 +31,8 @@ from benchmarks.phases import PHASES, Phases, Unmarked
 from benchmarks.progress import say, track
 from benchmarks.timing import Timing, side_by_side
 from repmtl_kernels import RepMTL, rep_mtl_loss, task_saliencies
-from repmtl_kernels._second_order import second_order
-from repmtl_kernels._strength import FIRST
+from repmtl_kernels._heads.second_order import second_order
+from repmtl_kernels._training.strength import FIRST
 
 EQUAL_WEIGHTING = "equal_weighting"
 LEARNING_RATE = 1e-4

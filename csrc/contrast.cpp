@@ -38,7 +38,7 @@ REPMTL_CLONES double dot(const double* x, const double* y, int64_t count) {
 
 template <typename A>
 void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, double eps, A* u,
-                  A* factor, A* pull, const ParallelFor& parallel_for) {
+                  A* factor, A* radial, const ParallelFor& parallel_for) {
   parallel_for(batch, grain_of(tasks * tasks * channels), [&](int64_t begin, int64_t end) {
     std::vector<A> products(tasks * tasks);
     const auto row = [&](auto* x, int64_t t, int64_t b) { return x + (t * batch + b) * channels; };
@@ -69,10 +69,10 @@ void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, do
         A* to = row(u, t, b);
         for (int64_t c = 0; c < channels; ++c) to[c] *= root;
       }
-      if (!pull) continue;
+      if (!radial) continue;
       const A share = guarded.clamped ? 0 : guarded.inverse;
       for (int64_t t = 0; t < tasks; ++t) {
-        A* to = row(pull, t, b);
+        A* to = row(radial, t, b);
         std::fill_n(to, channels, A(0));
         for (int64_t v = 0; v < tasks; ++v) {
           const A* from = row(u, v, b);
@@ -200,19 +200,19 @@ void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A*
 
 template <typename A>
 void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const A* u,
-                           const A* factor, const A* pull, A* du,
+                           const A* factor, const A* radial, A* du,
                            const ParallelFor& parallel_for) {
   parallel_for(batch, grain_of(tasks * channels), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      double tug = 0;
+      double radial_weight = 0;
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t row = (t * batch + b) * channels;
-        tug += dot(du + row, u + row, channels);
+        radial_weight += dot(du + row, u + row, channels);
       }
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t row = (t * batch + b) * channels;
         for (int64_t c = row; c < row + channels; ++c) {
-          du[c] = factor[b] * (du[c] - static_cast<A>(tug) * pull[c]);
+          du[c] = factor[b] * (du[c] - static_cast<A>(radial_weight) * radial[c]);
         }
       }
     }

@@ -7,11 +7,11 @@
 namespace repmtl {
 
 // Unit anchors of the channels' means a (T, B, C): u (T, B, C) = factor (B) * a, with Frobenius norm
-// 1 of sum_t u u^T, or a norm of at least eps before. pull (T, B, C) or null: what normalisation
+// 1 of sum_t u u^T, or a norm of at least eps before. radial (T, B, C) or null: what normalisation
 // takes out of a gradient.
 template <typename A>
 void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, double eps, A* u,
-                  A* factor, A* pull, const ParallelFor& parallel_for);
+                  A* factor, A* radial, const ParallelFor& parallel_for);
 
 // dots (T, M, T, B): products u_t,first+m . u_vk, with r_mk = sum_tv dots^2. The peaks of a set of r
 // are two numbers: the largest, at least 0, and the sum of exp((r - largest) / temperature).
@@ -31,9 +31,9 @@ void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A*
                 const A* rows, const A* columns, double temperature,
                 const ParallelFor& parallel_for);
 
-// du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) pull).
+// du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) radial).
 template <typename A>
 void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const A* u,
-                           const A* factor, const A* pull, A* du, const ParallelFor& parallel_for);
+                           const A* factor, const A* radial, A* du, const ParallelFor& parallel_for);
 
 }  // namespace repmtl

@@ -15,7 +15,7 @@ struct Terms {
   A constant;
   const A* vector;  // or null
   const A *weights, *rows;
-  int64_t weight_stride, row_stride, rank;
+  int64_t weight_stride, row_stride, vectors;
 };
 
 // row (count) = (kAdd ? row : 0) + constant + the kRank outer products from k on, in one loop.
@@ -41,7 +41,7 @@ template <typename A>
 inline __attribute__((always_inline)) void add_body(const A* __restrict product,
                                                     const Terms<A>& terms, int64_t begin,
                                                     int64_t count, A* __restrict row) {
-  int64_t k = std::min<int64_t>(terms.rank, 4);
+  int64_t k = std::min<int64_t>(terms.vectors, 4);
   switch (k) {
     case 0: add_some<0, false>(terms, 0, terms.constant, begin, count, row); break;
     case 1: add_some<1, false>(terms, 0, terms.constant, begin, count, row); break;
@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) void add_body(const A* __restrict product,
     case 3: add_some<3, false>(terms, 0, terms.constant, begin, count, row); break;
     default: add_some<4, false>(terms, 0, terms.constant, begin, count, row);
   }
-  for (; k < terms.rank; ++k) add_some<1, true>(terms, k, A(0), begin, count, row);
+  for (; k < terms.vectors; ++k) add_some<1, true>(terms, k, A(0), begin, count, row);
   if (const A* vector = terms.vector) {
     for (int64_t i = 0; i < count; ++i) row[i] += vector[begin + i];
   }
@@ -71,7 +71,7 @@ REPMTL_CLONES void add(const double* product, const Terms<double>& terms, int64_
 }  // namespace
 
 template <typename S>
-void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool transposed,
+void add_outer(const Shape& shape, int64_t vectors, const acc_t<S>* product, bool transposed,
                const acc_t<S>* da, const acc_t<S>* dx, const acc_t<S>* left,
                const acc_t<S>* right, const View<S>& output, const ParallelFor& parallel_for) {
   using A = acc_t<S>;
@@ -85,11 +85,11 @@ void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool t
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / count, r = i % count;
       Terms<A> terms;
-      terms.rank = rank;
+      terms.vectors = vectors;
       if (transposed) {
         terms.constant = dx ? dx[i] : A(0);
         terms.vector = da + b * C;
-        terms.weights = right + b * rank * N + r;
+        terms.weights = right + b * vectors * N + r;
         terms.weight_stride = N;
         terms.rows = left + b * C;
         terms.row_stride = batch * C;
@@ -98,7 +98,7 @@ void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool t
         terms.vector = dx ? dx + b * N : nullptr;
         terms.weights = left + b * C + r;
         terms.weight_stride = batch * C;
-        terms.rows = right + b * rank * N;
+        terms.rows = right + b * vectors * N;
         terms.row_stride = N;
       }
       for (int64_t j = 0; j < length; j += kBlock) {

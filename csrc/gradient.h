@@ -9,7 +9,7 @@ namespace repmtl {
 // product: (B, C, N), or (B, N, C) with `transposed`, or null for 0. da (B, C), dx (B, N) or null,
 // left (K, B, C), right (B, K, N). Outputs whose channels lie side by side want `transposed`.
 template <typename S>
-void add_outer(const Shape& shape, int64_t rank, const acc_t<S>* product, bool transposed,
+void add_outer(const Shape& shape, int64_t vectors, const acc_t<S>* product, bool transposed,
                const acc_t<S>* da, const acc_t<S>* dx, const acc_t<S>* left,
                const acc_t<S>* right, const View<S>& output, const ParallelFor& parallel_for);
 

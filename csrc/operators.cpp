@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> entropy_cpu(Tensor x, bool over_tasks, bool softmax, 
   return {value, grad};
 }
 
-// u, factor, pull (empty without a gradient)
+// u, factor, radial (empty without a gradient)
 std::tuple<Tensor, Tensor, Tensor> unit_anchors_cpu(Tensor a, double eps, bool with_grad) {
   STD_TORCH_CHECK(a.dim() == 3, "a: expected (T, B, C), got ", a.dim(), " dimensions");
   const int64_t T = a.size(0), B = a.size(1), C = a.size(2);
@@ -137,13 +137,13 @@ std::tuple<Tensor, Tensor, Tensor> unit_anchors_cpu(Tensor a, double eps, bool w
   check_contiguous("a", a, {T, B, C}, a, type);
   check_not_empty("a", a);
   Tensor u = empty(a, {T, B, C}, type), factor = empty(a, {B}, type);
-  Tensor pull = empty_if(with_grad, a, {T, B, C}, type);
+  Tensor radial = empty_if(with_grad, a, {T, B, C}, type);
   dispatch_accumulation(a, [&](auto example) {
     using A = decltype(example);
     unit_anchors<A>(T, B, C, data<const A>(a), eps, data<A>(u), data<A>(factor),
-                    with_grad ? data<A>(pull) : nullptr, kParallelFor);
+                    with_grad ? data<A>(radial) : nullptr, kParallelFor);
   });
-  return {u, factor, pull};
+  return {u, factor, radial};
 }
 
 struct Block {
@@ -189,18 +189,18 @@ void weigh_dots_cpu(Tensor dots, Tensor rows, Tensor columns, int64_t first, dou
   });
 }
 
-void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor pull) {
+void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor radial) {
   STD_TORCH_CHECK(du.dim() == 3, "du: expected (T, B, C), got ", du.dim(), " dimensions");
   const int64_t T = du.size(0), B = du.size(1), C = du.size(2);
   const ScalarType type = du.scalar_type();
   check_contiguous("du", du, {T, B, C}, du, type);
   check_contiguous("u", u, {T, B, C}, du, type);
   check_contiguous("factor", factor, {B}, du, type);
-  check_contiguous("pull", pull, {T, B, C}, du, type);
+  check_contiguous("radial", radial, {T, B, C}, du, type);
   dispatch_accumulation(du, [&](auto example) {
     using A = decltype(example);
     through_normalisation<A>(T, B, C, data<const A>(u), data<const A>(factor),
-                             data<const A>(pull), data<A>(du), kParallelFor);
+                             data<const A>(radial), data<A>(du), kParallelFor);
   });
 }
 
@@ -257,8 +257,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies,
 
 void small_gradient_cpu(Tensors saliencies, Tensors outputs,
                         Sizes tasks, Tensor scale, Tensor anchors, Tensor factor,
-                        Tensor pull, Tensor contrast_grad, Tensor projection, Tensor matrix,
-                        Tensor rank, Tensor curl, Tensor tug, Tensor negatives,
+                        Tensor radial, Tensor contrast_grad, Tensor projection, Tensor matrix,
+                        Tensor anchor_weight, Tensor affinity_weight, Tensor radial_weight, Tensor negatives,
                         std::optional<Tensor> position_grad, std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
@@ -271,12 +271,12 @@ void small_gradient_cpu(Tensors saliencies, Tensors outputs,
   };
   const SmallGradient g{
       check("scale", scale, {T, B}),
-      check("rank", rank, {T, B}),
-      check("curl", curl, {T, B}),
+      check("anchor_weight", anchor_weight, {T, B}),
+      check("affinity_weight", affinity_weight, {T, B}),
       check("factor", factor, {B}),
-      check("tug", tug, {B}),
+      check("radial_weight", radial_weight, {B}),
       check("anchors", anchors, {T, B, C}),
-      check("pull", pull, {T, B, C}),
+      check("radial", radial, {T, B, C}),
       check("contrast_grad", contrast_grad, {T, B, C}),
       check("projection", projection, {T, B, T, N}),
       check("matrix", matrix, {T, B, N, N}),
@@ -303,7 +303,7 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
         "(Tensor, Tensor)");
   m.def("weigh_dots(Tensor(a!) dots, Tensor rows, Tensor columns, int first, float temperature) -> "
         "()");
-  m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
+  m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor radial) -> ()");
   m.def("add_outer(Tensor? product, bool transposed, Tensor da, Tensor? dx, Tensor left, "
         "Tensor right, Tensor(a!) output) -> ()");
   m.def("small_products_are_fast() -> bool");
@@ -311,8 +311,8 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
   m.def("small_gram(Tensor[] saliencies, Tensor scale, Tensor anchors, bool with_grad, "
         "Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("small_gradient(Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor scale, "
-        "Tensor anchors, Tensor factor, Tensor pull, Tensor contrast_grad, Tensor projection, "
-        "Tensor matrix, Tensor rank, Tensor curl, Tensor tug, Tensor negatives, "
+        "Tensor anchors, Tensor factor, Tensor radial, Tensor contrast_grad, Tensor projection, "
+        "Tensor matrix, Tensor anchor_weight, Tensor affinity_weight, Tensor radial_weight, Tensor negatives, "
         "Tensor? position_grad, Tensor? mask=None) -> ()");
 }
 

@@ -195,13 +195,13 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
       const unsigned char* mask = g.mask ? g.mask + b * N : nullptr;
       const int64_t others = mask ? std::count(mask, mask + N, 0) : 0;
       const float there = static_cast<float>(std::max<int64_t>(1, N - others));
-      std::fill(positive.begin(), positive.end(), 0.0f);  // sum_t rank_t S^_t S^_t^T u, (C, T)
+      std::fill(positive.begin(), positive.end(), 0.0f);  // sum_t anchor_weight_t S^_t S^_t^T u, (C, T)
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t sample = t * batch + b;
         std::fill_n(factors.begin(), N * kSmall, 0.0f);
         for (int64_t v = 0; v < tasks; ++v) {
           const float* from = g.projection + (sample * tasks + v) * N;
-          for (int64_t n = 0; n < N; ++n) factors[n * kSmall + v] = g.rank[sample] * from[n];
+          for (int64_t n = 0; n < N; ++n) factors[n * kSmall + v] = g.anchor_weight[sample] * from[n];
         }
         const Reader reader{views[t], N, g.mask};
         for (int64_t c = 0; c < C; c += kRows) {
@@ -212,12 +212,12 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
       }
       for (size_t i = 0; i < wanted.size(); ++i) {
         const int64_t t = wanted[i], sample = t * batch + b;
-        const float curl = g.curl[sample] * g.scale[sample];
-        const float rank = g.rank[sample] * g.scale[sample];
+        const float affinity_weight = g.affinity_weight[sample] * g.scale[sample];
+        const float anchor_weight = g.anchor_weight[sample] * g.scale[sample];
         for (int64_t k = 0; k < count; ++k) {
           const float* from = k < N ? g.matrix + (sample * N + k) * N
                                     : g.projection + (sample * tasks + k - N) * N;
-          const float factor = k < N ? curl : rank;
+          const float factor = k < N ? affinity_weight : anchor_weight;
           for (int64_t n = 0; n < N; ++n) factors[k * kSmall + n] = factor * from[n];
         }
         const Reader reader{views[t], N, g.mask};
@@ -230,7 +230,7 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
             }
             const int64_t place = sample * C + c + r;
             const float through =
-                g.factor[b] * (positive[(c + r) * columns + t] - g.tug[b] * g.pull[place]);
+                g.factor[b] * (positive[(c + r) * columns + t] - g.radial_weight[b] * g.radial[place]);
             const float da =
                 (*g.negatives * g.contrast_grad[place] + through) / there;
             float* sum = &sums[r * kSmall];

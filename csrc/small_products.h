@@ -22,9 +22,9 @@ void small_gram(const Shape& shape, const View<const float>* views, const float*
 
 // What the gradient needs of the forward pass, of the stage before and of CSAGradient.
 struct SmallGradient {
-  const float *scale, *rank, *curl;            // (T, B)
-  const float *factor, *tug;                   // (B)
-  const float *anchors, *pull, *contrast_grad;  // (T, B, C)
+  const float *scale, *anchor_weight, *affinity_weight;            // (T, B)
+  const float *factor, *radial_weight;                   // (B)
+  const float *anchors, *radial, *contrast_grad;  // (T, B, C)
   const float* projection;                     // (T, B, T, N)
   const float* matrix;                         // (T, B, N, N)
   const float* negatives;                      // ()

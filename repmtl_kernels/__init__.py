@@ -2,12 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-import repmtl_kernels._operators  # noqa: F401  (registers the operators)
+import repmtl_kernels._losses.operators  # noqa: F401  (registers the operators)
 from repmtl_kernels import reference
-from repmtl_kernels._buffers import checkpoint_contexts
-from repmtl_kernels._levels import Levels
-from repmtl_kernels._preflight import SecondDerivativeError
-from repmtl_kernels._second_order import convert_second_order, second_order
+from repmtl_kernels._heads.buffers import checkpoint_contexts
+from repmtl_kernels._heads.preflight.preflight import SecondDerivativeError
+from repmtl_kernels._heads.second_order import convert_second_order, second_order
+from repmtl_kernels._training.levels import Levels
 from repmtl_kernels.backends import available_backends, backend_report
 from repmtl_kernels.criterion import RepMTL, task_saliencies
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from repmtl_kernels._saliency import DTYPES, NORMALIZERS, OVER
+from repmtl_kernels._ground.saliency import DTYPES, NORMALIZERS, OVER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

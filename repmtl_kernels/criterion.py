@@ -10,36 +10,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repmtl_kernels import _distributed, _preflight, _second_order
-from repmtl_kernels._arguments import (
-    check_csa_batch,
-    check_csa_options,
-    check_int,
-    check_number,
-    check_positions,
-    check_present,
-    check_saliencies,
-    check_tsr_options,
-    checked_step,
-)
-from repmtl_kernels._clip import clipped
+from repmtl_kernels import _distributed
 from repmtl_kernels._distributed import Group, Options
-from repmtl_kernels._progress import Progress
-from repmtl_kernels._saliency import (
+from repmtl_kernels._ground.checks import check_int, check_number, checked_step
+from repmtl_kernels._ground.saliency import (
     NORMALIZERS,
     OVER,
     accumulation_dtype,
     has_values,
     is_float16,
 )
-from repmtl_kernels._step import RepMTLStep
-from repmtl_kernels._strength import (
+from repmtl_kernels._heads import second_order as _second_order
+from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._losses.arguments import (
+    check_csa_batch,
+    check_csa_options,
+    check_positions,
+    check_present,
+    check_saliencies,
+    check_tsr_options,
+)
+from repmtl_kernels._training.clip import clipped
+from repmtl_kernels._training.progress import Progress
+from repmtl_kernels._training.step import RepMTLStep
+from repmtl_kernels._training.strength import (
     gradient_ratio,
     is_measured,
     is_transformed,
     share_below_float16,
 )
-from repmtl_kernels._task_losses import (
+from repmtl_kernels._training.tasks import (
     Positions,
     Representation,
     Task,
@@ -209,7 +209,7 @@ class RepMTL(_Loss):
         ValueError, TypeError: an argument is not as described.
     """
 
-    check = staticmethod(_preflight.check)
+    check = staticmethod(preflight.check)
 
     def __init__(
         self,
@@ -558,7 +558,7 @@ class RepMTL(_Loss):
             return
         if all(task.loss.grad_fn is not None for task in tasks):  # else no saliency either
             new = [task for task in tasks if task.key not in explained]
-            if _preflight.explain(new, tasks, applied):
+            if preflight.explain(new, tasks, applied):
                 explained.update(task.key for task in new)
 
     def _warn_of_no_means(self, tasks: list[Task]) -> None:
@@ -577,7 +577,7 @@ class RepMTL(_Loss):
                 saliency = saliency.detach()
                 # One sample's means may be a single number, and that small by chance.
                 some = max(1, ENOUGH // saliency[0].numel())
-                for found in _preflight.without_means(saliency[:some], self.channel_dim):
+                for found in preflight.without_means(saliency[:some], self.channel_dim):
                     if getattr(self, found.option):
                         # Past forward and the two frames of nn.Module's call.
                         warnings.warn(f"losses[{task.key!r}]: {found}", stacklevel=6)

@@ -8,16 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels import backends, reference
-from repmtl_kernels._arguments import (
-    check_number,
-    check_tsr_options,
-    csa_arguments,
-    tsr_arguments,
-)
-from repmtl_kernels._autograd import Config, evaluate
+from repmtl_kernels import reference
 from repmtl_kernels._distributed import Group, name_of, telling
-from repmtl_kernels._saliency import accumulation_dtype
+from repmtl_kernels._ground.checks import check_number
+from repmtl_kernels._ground.record import Config
+from repmtl_kernels._ground.saliency import accumulation_dtype
+from repmtl_kernels._losses.arguments import check_tsr_options, csa_arguments, tsr_arguments
+from repmtl_kernels._losses.evaluate import evaluate
+from repmtl_kernels.backends import choice
 
 
 class RepMTLLosses(NamedTuple):
@@ -101,7 +99,7 @@ def tsr_loss(
         positions=positions,
         channel_dim=channel_dim,
     )
-    name = backends.resolve(backend, operands[0])
+    name = choice.resolve(backend, operands[0])
     if name == "reference":
         return reference.tsr_loss(
             saliencies,
@@ -198,7 +196,7 @@ def csa_loss(
             group=group_name,
             memory=memory,
         )
-        name = backends.resolve(backend, operands[0])
+        name = choice.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
             reference.check_nothing_is_recomputed(memory)
@@ -299,7 +297,7 @@ def rep_mtl_loss(
         )
         lambda_tsr = check_number("lambda_tsr", lambda_tsr, minimum=0, dtype=dtype)
         lambda_csa = check_number("lambda_csa", lambda_csa, minimum=0, dtype=dtype)
-        name = backends.resolve(backend, operands[0])
+        name = choice.resolve(backend, operands[0])
         if name == "reference":
             reference.check_group_of_one(group_name)
             reference.check_nothing_is_recomputed(memory)

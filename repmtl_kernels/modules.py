@@ -8,14 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from repmtl_kernels._arguments import (
-    check_channel_dim,
-    check_csa_options,
-    check_number,
-    check_tsr_options,
-)
 from repmtl_kernels._distributed import Group
-from repmtl_kernels.backends import check_backend
+from repmtl_kernels._ground.checks import check_number
+from repmtl_kernels._losses.arguments import check_channel_dim, check_csa_options, check_tsr_options
+from repmtl_kernels.backends.choice import check_backend
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
 
 

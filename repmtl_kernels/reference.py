@@ -14,15 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from repmtl_kernels._arguments import csa_arguments, tsr_arguments
 from repmtl_kernels._distributed import Group, name_of
-from repmtl_kernels._saliency import (
+from repmtl_kernels._ground.saliency import (
     accumulation_dtype,
     canonical_mask,
     canonical_tasks,
     held,
     without_autocast,
 )
+from repmtl_kernels._losses.arguments import csa_arguments, tsr_arguments
+from repmtl_kernels._losses.product import Product
 
 
 def tsr_loss(
@@ -184,33 +185,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``. Its derivatives too are without autocast, wherever they are taken."""
     if torch.compiler.is_compiling():
         # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
-        from repmtl_kernels._graph_node import product_node
+        from repmtl_kernels._losses.graph_node import product_node
 
         return product_node(a, b)
     return Product.apply(a, b)
-
-
-class Product(torch.autograd.Function):
-    """Products are what autocast computes in 16 bits, those of PyTorch's own backward included."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        with without_autocast(a.device):
-            return a @ b
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        a, b = ctx.saved_tensors
-        return Product.apply(grad, b.mT), Product.apply(a.mT, grad)
-
-    @staticmethod
-    def jvp(ctx, da, db):
-        a, b = ctx.saved_tensors
-        return Product.apply(da, b) + Product.apply(a, db)

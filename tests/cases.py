@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 import repmtl_kernels
-from repmtl_kernels import RepMTL, _native, csa_loss, reference, rep_mtl_loss, tsr_loss
-from repmtl_kernels._strength import FIRST
+from repmtl_kernels import RepMTL, csa_loss, reference, rep_mtl_loss, tsr_loss
+from repmtl_kernels._training.strength import FIRST
+from repmtl_kernels.backends.native import library as native_library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Those that take tensors of the device.
 BACKENDS = [
     name
     for name in repmtl_kernels.available_backends()
-    if name != "reference" and not (name == "native" and _native.status(DEVICE) != "ok")
+    if name != "reference" and not (name == "native" and native_library.status(DEVICE) != "ok")
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

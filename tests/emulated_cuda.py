@@ -1,14 +1,14 @@
 """The CUDA kernels of ``csrc/cuda`` on the CPU: compiled with headers that emulate CUDA."""
 
 import os
-import runpy
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from repmtl_kernels import _native
+from repmtl_kernels.backends.native import library as native_library
+from repmtl_kernels.backends.native.sources import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -23,7 +23,6 @@ def build(folder: Path, *flags: str) -> Path:
     kernels = [*common, "-Wno-unknown-pragmas", "-x", "c++", "-I", str(HEADERS)]
     binding = [*common, "-Wno-psabi", "-isystem", str(torch_folder / "include")]
     binding += ["-DREPMTL_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    digest = runpy.run_path(str(ROOT / "repmtl_kernels" / "_sources.py"))["digest"]
     binding.append(f'-DREPMTL_SOURCES="{digest(ROOT / "csrc")}"')
     jobs = [(kernels, source) for source in sorted(SOURCES.glob("*.cu"))]
     jobs += [(binding, path) for path in (SOURCES / "operators.cpp", HEADERS / "torch_cuda.cpp")]
@@ -56,8 +55,8 @@ def install(library: str) -> None:
     implementations = torch.library.Library("aten", "IMPL")
     implementations.impl("bmm.dtype", _bmm, "CPU")
     install.implementations = implementations  # which end with it
-    _native.library_of = lambda x: "cuda"
-    _native.status = lambda library: "ok"
+    native_library.library_of = lambda x: "cuda"
+    native_library.status = lambda library: "ok"
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

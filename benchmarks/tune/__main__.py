@@ -28,7 +28,7 @@ from benchmarks.tune.measuring import (
     measure,
     rows_of,
 )
-from repmtl_kernels.backends.triton import _tiles
+from repmtl_kernels.backends.triton import tiles as tile_table
 
 DEFAULT_MODES = ("bfloat16", "tf32")
 # Containers with fewer cores than their machine may not say so.
@@ -77,8 +77,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--write", type=Path, metavar="FILE",
-        help=f"write the faster tiles there, as {_tiles.VARIABLE} takes them, before those of the "
-        f"table that {_tiles.VARIABLE} names now",
+        help=f"write the faster tiles there, as {tile_table.VARIABLE} takes them, before those of "
+        f"the table that {tile_table.VARIABLE} names now",
     )  # fmt: skip
     parser.add_argument(
         "--compile-only", action="store_true",
@@ -119,7 +119,7 @@ def main() -> None:
     tune(
         planned,
         device,
-        _tiles.capability_of(device),
+        tile_table.capability_of(device),
         head,
         folder=folder,
         write=options.write,
@@ -153,20 +153,20 @@ def tune(
     """
     began = time.monotonic() if began is None else began
     seconds = float("inf") if seconds is None else seconds
-    kept = _tiles.own_rules()  # before all else: a bad table is refused
+    kept = tile_table.own_rules()  # before all else: a bad table is refused
     line_ups, notes = compiled_line_ups(
         planned, capability, workers, until=began + COMPILE_SHARE * seconds
     )
     say(f"compiled; {time.monotonic() - began:.0f} s")
     measured: list[list[Measured]] = []
     rows: list[dict] = []
-    rules: list[_tiles.Rule] = []
+    rules: list[tile_table.Rule] = []
 
     def save() -> None:
         results.save(folder, "tiles", head, rows, notes=notes)
         if write is not None:
             write.parent.mkdir(parents=True, exist_ok=True)
-            write.write_text(_tiles.as_json((*rules, *kept)))
+            write.write_text(tile_table.as_json((*rules, *kept)))
 
     def leave_out(case: Case, why: str) -> None:
         notes.append(f"left out: {case}: {why}")
@@ -195,7 +195,7 @@ def tune(
     say("\n" + comparison(measured, rows))
     say(f"\n{len(rules)} rules: a tile that takes at least {100 * GAIN:g} % less time")
     if write is not None:
-        say(f"written; use them with {_tiles.VARIABLE}={write}")
+        say(f"written; use them with {tile_table.VARIABLE}={write}")
 
 
 def jobs_of(planned: Iterable[Case]) -> list[Job]:

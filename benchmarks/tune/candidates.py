@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from repmtl_kernels.backends.triton._tiles import ANY, KINDS, Sweep, Tile
+from repmtl_kernels.backends.triton.tiles import ANY, KINDS, Sweep, Tile
 
 
 class Candidates(NamedTuple):

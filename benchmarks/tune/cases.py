@@ -12,10 +12,10 @@ from torch import Tensor
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.static_report import MODES, products_of, saliency
 from benchmarks.tune.candidates import candidates
-from repmtl_kernels import backends
-from repmtl_kernels.backends import Anchors, CSAGradient, Gram
-from repmtl_kernels.backends.triton._operand import Operand
-from repmtl_kernels.backends.triton._tiles import Sweep, Tile
+from repmtl_kernels.backends import choice
+from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram
+from repmtl_kernels.backends.triton.operand import Operand
+from repmtl_kernels.backends.triton.tiles import Sweep, Tile
 
 # In the order in which they are tuned.
 KERNELS = {
@@ -94,7 +94,7 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
     What other stages would have computed is made like all else: numbers of order 1, by
     ``make(size, dtype=...)``.
     """
-    stages = backends.load("triton")
+    stages = choice.load("triton")
     s = case.shape
     saliencies = [saliency(s, case.dtype, case.layout, make) for _ in range(s.tasks)]
     if case.kernel == "statistics":
@@ -104,7 +104,7 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
     make = partial(make, dtype=torch.float32)
     pairs, vectors = (s.tasks, s.batch), (s.tasks, s.batch, s.channels)
     scale = make(pairs).fill_(0.25)
-    anchors = Anchors(unit=make(vectors), factor=make((s.batch,)), pull=make(vectors))
+    anchors = Anchors(unit=make(vectors), factor=make((s.batch,)), radial=make(vectors))
     if case.kernel == "gram":
         return partial(stages.gram, saliencies, scale, anchors.unit, eps=0.0, with_grad=True)
     csa = CSAGradient(
@@ -118,10 +118,10 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
             projection=make((*pairs, s.tasks, side)),
             matrix=make((*pairs, side, side), dtype=case.dtype),
         ),
-        rank=make(pairs),
+        anchor_weight=make(pairs),
         # All terms of the gradient of like size: an error in any of them shows.
-        curl=make(pairs) * operand.storage_factor,
-        tug=make((s.batch,)),
+        affinity_weight=make(pairs) * operand.storage_factor,
+        radial_weight=make((s.batch,)),
         negatives=make(()),
     )
     position_grad = make((*pairs, s.positions))

@@ -19,8 +19,8 @@ from triton.errors import TritonError
 
 from benchmarks.static_report import compiled_instead_of_launched, inspect, products_of
 from benchmarks.tune.cases import KERNELS, Case, stage_of
-from repmtl_kernels.backends.triton import _tiles
-from repmtl_kernels.backends.triton._tiles import Request, Sweep, Tile
+from repmtl_kernels.backends.triton import tiles as tile_table
+from repmtl_kernels.backends.triton.tiles import Request, Sweep, Tile
 
 # Bytes that one block may have; of other GPUs the launch tells.
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10} | dict.fromkeys(
@@ -95,7 +95,7 @@ def compile_one(job: Job, capability: int) -> Compiled:
         with (
             products_of(case.mode),
             compiled_instead_of_launched(capability, only) as kernels,
-            _tiles.trying(tiles) as given,
+            tile_table.trying(tiles) as given,
         ):
             stage_of(case, torch.empty)()
     except (TritonError, RuntimeError) as error:

@@ -23,8 +23,8 @@ from benchmarks.timing import Timing, side_by_side
 from benchmarks.tune.candidates import shown
 from benchmarks.tune.cases import Case, stage_of
 from benchmarks.tune.compiling import Compiled
-from repmtl_kernels.backends.triton import _tiles
-from repmtl_kernels.backends.triton._tiles import Rule, Sweep, Tile
+from repmtl_kernels.backends.triton import tiles as tile_table
+from repmtl_kernels.backends.triton.tiles import Rule, Sweep, Tile
 
 # A candidate has to take that much less time than the tile of the tables, and beyond the spread.
 GAIN = 0.03
@@ -97,7 +97,7 @@ def _run(
     tiles: Mapping[str, Tile | Sweep], stages: Sequence[Callable[[], Sequence]]
 ) -> Sequence[Tensor | None]:
     """The stages one after the other with these tiles; what the last one computes."""
-    with _tiles.trying(tiles):
+    with tile_table.trying(tiles):
         for stage in stages:
             found = stage()
     return found
@@ -213,7 +213,7 @@ def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:
     Cases that ask alike (layouts, batches, both 16-bit dtypes) have one rule: a candidate has to be
     faster in one of them, and slower in none.
     """
-    alike: dict[_tiles.Request, list[dict[Tile | Sweep, Timing]]] = defaultdict(list)
+    alike: dict[tile_table.Request, list[dict[Tile | Sweep, Timing]]] = defaultdict(list)
     baselines = {}
     for case in measured:
         timings = {m.candidate.tile: m.timing for m in case if m.timing is not None}

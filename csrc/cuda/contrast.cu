@@ -11,7 +11,7 @@ REPMTL_KERNEL unit_anchors_kernel(
     A* products,  // (B, T, T): scratch
     A* u,  // (T, B, C)
     A* factor,  // (B)
-    A* pull) {  // (T, B, C) or null
+    A* radial) {  // (T, B, C) or null
   __shared__ A shared[kWarps];
   const int64_t b = blockIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -44,12 +44,12 @@ REPMTL_KERNEL unit_anchors_kernel(
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
       row(u, t)[c] = row(a, t)[c] * scale * root;
-      if (!pull) continue;
+      if (!radial) continue;
       A sum = 0;
       for (int64_t v = 0; v < tasks; ++v) {
         sum += products[t * tasks + v] * share * (row(a, v)[c] * scale * root);
       }
-      row(pull, t)[c] = sum;
+      row(radial, t)[c] = sum;
     }
   }
 }
@@ -160,21 +160,21 @@ REPMTL_KERNEL weigh_dots_kernel(
 // A block for each sample.
 template <typename A>
 REPMTL_KERNEL through_normalisation_kernel(
-    const A* u,  // (T, B, C), as pull and du
+    const A* u,  // (T, B, C), as radial and du
     const A* factor,  // (B)
-    const A* pull, int64_t tasks, int64_t batch, int64_t channels, A* du) {
+    const A* radial, int64_t tasks, int64_t batch, int64_t channels, A* du) {
   __shared__ A shared[kWarps];
   const int64_t b = blockIdx.x;
-  A tug = 0;
+  A radial_weight = 0;
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t row = (t * batch + b) * channels;
-    for (int64_t c = row + threadIdx.x; c < row + channels; c += kThreads) tug += du[c] * u[c];
+    for (int64_t c = row + threadIdx.x; c < row + channels; c += kThreads) radial_weight += du[c] * u[c];
   }
-  tug = block_sum(tug, shared);
+  radial_weight = block_sum(radial_weight, shared);
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t row = (t * batch + b) * channels;
     for (int64_t c = row + threadIdx.x; c < row + channels; c += kThreads) {
-      du[c] = factor[b] * (du[c] - tug * pull[c]);
+      du[c] = factor[b] * (du[c] - radial_weight * radial[c]);
     }
   }
 }
@@ -211,12 +211,12 @@ REPMTL_KERNEL csa_value_kernel(
 }  // namespace
 
 void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t channels,
-                  const void* a, double eps, void* u, void* factor, void* pull) {
+                  const void* a, double eps, void* u, void* factor, void* radial) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, unit_anchors_kernel<A>, batch, static_cast<const A*>(a), tasks, batch, channels,
            eps, scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u),
-           static_cast<A*>(factor), static_cast<A*>(pull));
+           static_cast<A*>(factor), static_cast<A*>(radial));
   });
 }
 
@@ -247,12 +247,12 @@ void weigh_dots(const Context& on, Type type, int64_t tasks, int64_t batch, int6
 }
 
 void through_normalisation(const Context& on, Type type, int64_t tasks, int64_t batch,
-                           int64_t channels, const void* u, const void* factor, const void* pull,
+                           int64_t channels, const void* u, const void* factor, const void* radial,
                            void* du) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, through_normalisation_kernel<A>, batch, static_cast<const A*>(u),
-           static_cast<const A*>(factor), static_cast<const A*>(pull), tasks, batch, channels,
+           static_cast<const A*>(factor), static_cast<const A*>(radial), tasks, batch, channels,
            static_cast<A*>(du));
   });
 }

@@ -7,39 +7,39 @@ namespace {
 
 template <typename A>
 struct Terms {
-  const A *scale, *rank_of, *curl;  // (T, B)
+  const A *scale, *anchor_weight, *affinity_weight;  // (T, B)
   const A *da, *dx;                 // (T, B, C), (T, B, N) or null
-  int64_t rank;
+  int64_t vectors;
   const A *left, *right;  // (K, B, C), (T, B, K, N)
 };
 
 template <typename A>
 Terms<A> terms_of(const Coefficients& c, const Outer& o) {
   const auto cast = [](const void* x) { return static_cast<const A*>(x); };
-  return {cast(c.scale), cast(c.rank), cast(c.curl), cast(o.da),
-          cast(o.dx),    o.rank,       cast(o.left), cast(o.right)};
+  return {cast(c.scale), cast(c.anchor_weight), cast(c.affinity_weight), cast(o.da),
+          cast(o.dx),    o.vectors,       cast(o.left), cast(o.right)};
 }
 
 template <typename A>
 REPMTL_KERNEL coefficients_kernel(
     const A* grad, const A* weight, const A* similarity, const A* inverse,
-    const A* slope, int64_t tasks, int64_t batch, A* rank, A* curl, A* tug) {
+    const A* slope, int64_t tasks, int64_t batch, A* anchor_weight, A* affinity_weight, A* radial_weight) {
   const int64_t b = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (b >= batch) return;
   A sum = 0;
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t i = t * batch + b;
     const A ds = 2 * *grad * weight[i];
-    rank[i] = ds * inverse[i];
-    curl[i] = rank[i] * slope[i];
+    anchor_weight[i] = ds * inverse[i];
+    affinity_weight[i] = anchor_weight[i] * slope[i];
     sum += ds * similarity[i];
   }
-  tug[b] = sum;
+  radial_weight[b] = sum;
 }
 
 template <typename A>
 struct AnchorTerms {
-  const A *negatives, *grad, *factor, *rank, *y, *tug, *pull;
+  const A *negatives, *grad, *factor, *anchor_weight, *y, *radial_weight, *radial;
 };
 
 // Grid: (anchor and sample, tile of channels).
@@ -53,10 +53,10 @@ REPMTL_KERNEL anchor_gradient_kernel(
   A positive = 0;
   for (int64_t t = 0; t < shape.tasks; ++t) {
     const int64_t task = t * shape.batch + b;
-    positive += terms.rank[task] * terms.y[(task * shape.tasks + v) * shape.channels + c];
+    positive += terms.anchor_weight[task] * terms.y[(task * shape.tasks + v) * shape.channels + c];
   }
   const int64_t i = sample * shape.channels + c;
-  const A through = terms.factor[b] * (positive - terms.tug[b] * terms.pull[i]);
+  const A through = terms.factor[b] * (positive - terms.radial_weight[b] * terms.radial[i]);
   const A count = counts ? larger(counts[b], A(1)) : static_cast<A>(shape.positions);
   da[i] = (*terms.negatives * terms.grad[i] + through) / count;
 }
@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
     units.template elements<kStride>(products, g);
   }
 
-  const A curl = terms.curl[sample] / multiple, rank = terms.rank_of[sample];
+  const A affinity_weight = terms.affinity_weight[sample] / multiple, anchor_weight = terms.anchor_weight[sample];
   const int64_t c0 = first + threadIdx.x / kSide, n0 = threadIdx.x % kSide;
   Elements<A, kRowTiles, kTiles> outer{};
-  for (int64_t k = 0; k < terms.rank; ++k) {
+  for (int64_t k = 0; k < terms.vectors; ++k) {
     A of_channels[kRowTiles], of_positions[kTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const int64_t n = min(n0 + j * kSide, N - 1);
-      of_positions[j] = terms.right[(sample * terms.rank + k) * N + n];
+      of_positions[j] = terms.right[(sample * terms.vectors + k) * N + n];
     }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
     for (int i = 0; i < kRowTiles; ++i) {
       const int64_t c = c0 + i * kSide;
       if (c >= C) break;
-      const A x = scale * (curl * g.x[i][j] + rank * outer.x[i][j]);
+      const A x = scale * (affinity_weight * g.x[i][j] + anchor_weight * outer.x[i][j]);
       narrow(is_there ? x + terms.da[sample * C + c] + dx : A(0), column[c * to.channel]);
     }
   }
@@ -188,9 +188,9 @@ REPMTL_KERNEL add_outer_kernel(
   const auto row_of = [&](int i) { return min(first + i, axes.rows - 1); };
 
   A x[kRows][kVector] = {};
-  for (int64_t k = 0; k < terms.rank; ++k) {
+  for (int64_t k = 0; k < terms.vectors; ++k) {
     const A* left = terms.left + (k * shape.batch + b) * C;
-    const A* right = terms.right + (sample * terms.rank + k) * N;
+    const A* right = terms.right + (sample * terms.vectors + k) * N;
     A of_columns[kVector];
     load((axes.rows_are_channels ? right : left) + column, of_columns);
 #pragma unroll
@@ -200,8 +200,8 @@ REPMTL_KERNEL add_outer_kernel(
       for (int j = 0; j < kVector; ++j) x[i][j] += of_row * of_columns[j];
     }
   }
-  const A scale = terms.scale[sample], rank = terms.rank_of[sample];
-  const A curl = terms.curl[sample] / multiple;
+  const A scale = terms.scale[sample], anchor_weight = terms.anchor_weight[sample];
+  const A affinity_weight = terms.affinity_weight[sample] / multiple;
   const A* da = terms.da + sample * C;
   const A* dx = terms.dx ? terms.dx + sample * N : nullptr;
   const A* along_rows = axes.rows_are_channels ? da : dx;
@@ -220,7 +220,7 @@ REPMTL_KERNEL add_outer_kernel(
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       // In this order: scale^2 may overflow.
-      const A value = scale * (curl * (scale * from[j]) + rank * x[i][j]);
+      const A value = scale * (affinity_weight * (scale * from[j]) + anchor_weight * x[i][j]);
       narrow(value + of_row + rest[j], pack.x[j]);
     }
     if constexpr (kMasked) keep(pack, there<kVector>(valid + b * N, axes, row, column));
@@ -232,13 +232,13 @@ REPMTL_KERNEL add_outer_kernel(
 
 void coefficients(const Context& on, Type type, int64_t tasks, int64_t batch, const void* grad,
                   const void* weight, const void* similarity, const void* inverse,
-                  const void* slope, void* rank, void* curl, void* tug) {
+                  const void* slope, void* anchor_weight, void* affinity_weight, void* radial_weight) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, coefficients_kernel<A>, ceil_div(batch, kThreads), static_cast<const A*>(grad),
            static_cast<const A*>(weight), static_cast<const A*>(similarity),
            static_cast<const A*>(inverse), static_cast<const A*>(slope), tasks, batch,
-           static_cast<A*>(rank), static_cast<A*>(curl), static_cast<A*>(tug));
+           static_cast<A*>(anchor_weight), static_cast<A*>(affinity_weight), static_cast<A*>(radial_weight));
   });
 }
 
@@ -248,8 +248,8 @@ void anchor_gradient(const Context& on, Type type, const Shape& shape, const Mas
     using A = decltype(example);
     const auto cast = [](const void* x) { return static_cast<const A*>(x); };
     const AnchorTerms<A> typed{cast(terms.negatives), cast(terms.grad), cast(terms.factor),
-                               cast(terms.rank),      cast(terms.y),    cast(terms.tug),
-                               cast(terms.pull)};
+                               cast(terms.anchor_weight),      cast(terms.y),    cast(terms.radial_weight),
+                               cast(terms.radial)};
     const int64_t blocks = ceil_div(shape.channels, kThreads);
     launch(on, anchor_gradient_kernel<A>, shape.tasks * shape.batch * blocks, typed, shape,
            static_cast<unsigned>(blocks), static_cast<A*>(da), cast(mask.counts));

@@ -43,7 +43,7 @@ struct Mask {
 
 // What makes S^ of S and the gradient of the scaled products; of CSAGradient.
 struct Coefficients {
-  const void *scale, *rank, *curl;  // (T, B)
+  const void *scale, *anchor_weight, *affinity_weight;  // (T, B)
 };
 
 // Why the current device can't run the kernels, or an empty string.
@@ -70,9 +70,9 @@ void entropy(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t
              const void* x, const Mask& mask, const EntropyOptions& options, void* value,
              void* grad);
 
-// Stage `anchors`: u (T, B, C) = factor (B) a (T, B, C), pull (T, B, C) or null.
+// Stage `anchors`: u (T, B, C) = factor (B) a (T, B, C), radial (T, B, C) or null.
 void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, int64_t channels,
-                  const void* a, double eps, void* u, void* factor, void* pull);
+                  const void* a, double eps, void* u, void* factor, void* radial);
 
 // Stage `contrast`, between the products of anchors. dots (T, M, T, B): products u_t,first+m . u_vk,
 // with r_mk = sum_tv dots^2. The peaks of a set of r are two numbers: the largest, at least 0, and the
@@ -88,9 +88,9 @@ void weigh_dots(const Context& on, Type type, int64_t tasks, int64_t batch, int6
                 int64_t samples, void* dots, const void* rows, const void* columns,
                 double temperature);
 
-// du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) pull).
+// du (T, B, C), the gradient at u, becomes that at a: factor (du - (sum_t du . u) radial).
 void through_normalisation(const Context& on, Type type, int64_t tasks, int64_t batch,
-                           int64_t channels, const void* u, const void* factor, const void* pull,
+                           int64_t channels, const void* u, const void* factor, const void* radial,
                            void* du);
 
 // CSA (): mean of logsumexp (B) plus sum of weight (T, B) similarity (T, B). weight, written: minus
@@ -147,29 +147,29 @@ struct Vectors {
 void products(const Context& on, Type type, const Shape& shape, const View* views,
               const Mask& mask, bool over_channels, const Vectors& vectors, const void* scale, void* out);
 
-// Of the backward: rank, curl (T, B) and tug (B), see CSAGradient. grad () is that of the loss.
+// Of the backward: anchor_weight, affinity_weight (T, B) and radial_weight (B), see CSAGradient. grad () is that of the loss.
 void coefficients(const Context& on, Type type, int64_t tasks, int64_t batch, const void* grad,
                   const void* weight, const void* similarity, const void* inverse,
-                  const void* slope, void* rank, void* curl, void* tug);
+                  const void* slope, void* anchor_weight, void* affinity_weight, void* radial_weight);
 
-// da (T, B, C), over the number of a sample's positions: negatives () grad + factor (sum_t rank_t y_t - tug pull). y
-// (T, B, T, C) = S^_t S^_t^T u_v; factor, tug (B); grad, pull (T, B, C).
+// da (T, B, C), over the number of a sample's positions: negatives () grad + factor (sum_t anchor_weight_t y_t - radial_weight radial). y
+// (T, B, T, C) = S^_t S^_t^T u_v; factor, radial_weight (B); grad, radial (T, B, C).
 struct AnchorGradient {
-  const void *negatives, *grad, *factor, *rank, *y, *tug, *pull;
+  const void *negatives, *grad, *factor, *anchor_weight, *y, *radial_weight, *radial;
 };
 void anchor_gradient(const Context& on, Type type, const Shape& shape, const Mask& mask,
                      const AnchorGradient& terms, void* da);
 
 // What is added to the product with the Gram matrix, of all tasks: da (T, B, C) 1^T, 1 dx^T with dx
-// (T, B, N) or null, and rank scale left (K, B, C) right^T (T, B, K, N).
+// (T, B, N) or null, and anchor_weight scale left (K, B, C) right^T (T, B, K, N).
 struct Outer {
   const void *da, *dx;
-  int64_t rank;
+  int64_t vectors;
   const void *left, *right;
 };
 
 // Stage `saliency_grad` in one pass over all tasks, for N <= kSmallPositions: outputs[i], of task
-// tasks[i], = scale (curl S^ matrix / multiple + outer products) + the rest of `outer`; 0 at
+// tasks[i], = scale (affinity_weight S^ matrix / multiple + outer products) + the rest of `outer`; 0 at
 // positions that are not there.
 void small_gradient(const Context& on, Type type, const Shape& shape, int64_t count,
                     const int64_t* tasks, const View* views, const View* outputs,

@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor> entropy_op(Tensor x, bool over_tasks, bool softmax, d
 }
 
 struct Anchors {
-  Tensor unit, factor, pull;
+  Tensor unit, factor, radial;
 };
 
 Anchors run_unit_anchors(const Context& on, const Tensor& a, double eps, bool with_grad) {
@@ -237,7 +237,7 @@ Anchors run_unit_anchors(const Context& on, const Tensor& a, double eps, bool wi
   Anchors found{empty(a, {T, B, C}, type), empty(a, {B}, type),
                 empty_if(with_grad, a, {T, B, C}, type)};
   unit_anchors(on, type_of(a), T, B, C, data(a), eps, output(found.unit), output(found.factor),
-               output_or_null(found.pull));
+               output_or_null(found.radial));
   return found;
 }
 
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> unit_anchors_op(Tensor a, double eps, bool wi
   check_three("a", a);
   const Call on(a);
   Anchors found = run_unit_anchors(on, a, eps, with_grad);
-  return {found.unit, found.factor, found.pull};
+  return {found.unit, found.factor, found.radial};
 }
 
 struct Block {
@@ -285,14 +285,14 @@ void weigh_dots_op(Tensor dots, Tensor rows, Tensor columns, int64_t first, doub
              data(rows), data(columns), temperature);
 }
 
-void through_normalisation_op(Tensor du, Tensor u, Tensor factor, Tensor pull) {
+void through_normalisation_op(Tensor du, Tensor u, Tensor factor, Tensor radial) {
   check_three("du", du);
   const int64_t T = du.size(0), B = du.size(1), C = du.size(2);
   check_contiguous("u", u, {T, B, C}, du, du.scalar_type());
   check_contiguous("factor", factor, {B}, du, du.scalar_type());
-  check_contiguous("pull", pull, {T, B, C}, du, du.scalar_type());
+  check_contiguous("radial", radial, {T, B, C}, du, du.scalar_type());
   const Call on(du);
-  through_normalisation(on, type_of(du), T, B, C, data(u), data(factor), data(pull), output(du));
+  through_normalisation(on, type_of(du), T, B, C, data(u), data(factor), data(radial), output(du));
 }
 
 struct Contrast {
@@ -342,7 +342,7 @@ Contrast run_contrast(const Context& on, const Anchors& anchors, double temperat
       torch::stable::copy_(part, torch::stable::view(du, {T, samples(b), C}));
     }
   }
-  through_normalisation(on, type, T, B, C, data(u), data(anchors.factor), data(anchors.pull),
+  through_normalisation(on, type, T, B, C, data(u), data(anchors.factor), data(anchors.radial),
                         output(found.grad));
   return found;
 }
@@ -446,8 +446,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_op(Tensors saliencies, T
 
 // What the gradient needs of the forward pass and of the incoming gradient.
 struct GradientOf {
-  Tensor scale, anchors, factor, pull, contrast_grad, projection, matrix;
-  Tensor rank, curl, tug, negatives;
+  Tensor scale, anchors, factor, radial, contrast_grad, projection, matrix;
+  Tensor anchor_weight, affinity_weight, radial_weight, negatives;
   std::optional<Tensor> position_grad;
 };
 
@@ -473,10 +473,10 @@ void run_saliency_grad(const Context& on, const Tensors& saliencies, const Tenso
   }
   const Tensor da = empty(first, {T, B, C}, sums);
   anchor_gradient(on, type, shape, mask,
-                  {data(g.negatives), data(g.contrast_grad), data(g.factor), data(g.rank), data(y),
-                   data(g.tug), data(g.pull)},
+                  {data(g.negatives), data(g.contrast_grad), data(g.factor), data(g.anchor_weight), data(y),
+                   data(g.radial_weight), data(g.radial)},
                   output(da));
-  const Coefficients coefficients{data(g.scale), data(g.rank), data(g.curl)};
+  const Coefficients coefficients{data(g.scale), data(g.anchor_weight), data(g.affinity_weight)};
   const Outer outer{data(da), g.position_grad ? data(*g.position_grad) : nullptr,
                     T, data(g.anchors), data(w)};
   if (is_small(shape)) {
@@ -519,13 +519,13 @@ void check_gradient(const Tensor& first, const Shape& shape, GradientOf& g) {
   check_contiguous("scale", g.scale, {T, B}, first, sums);
   g.anchors = vectors("anchors", g.anchors, {T, B, C}, first, sums);
   check_contiguous("factor", g.factor, {B}, first, sums);
-  check_contiguous("pull", g.pull, {T, B, C}, first, sums);
+  check_contiguous("radial", g.radial, {T, B, C}, first, sums);
   check_contiguous("contrast_grad", g.contrast_grad, {T, B, C}, first, sums);
   g.projection = vectors("projection", g.projection, {T, B, T, R}, first, sums);
   check_contiguous("matrix", g.matrix, {T, B, R, R}, first, first.scalar_type());
-  check_contiguous("rank", g.rank, {T, B}, first, sums);
-  check_contiguous("curl", g.curl, {T, B}, first, sums);
-  check_contiguous("tug", g.tug, {B}, first, sums);
+  check_contiguous("anchor_weight", g.anchor_weight, {T, B}, first, sums);
+  check_contiguous("affinity_weight", g.affinity_weight, {T, B}, first, sums);
+  check_contiguous("radial_weight", g.radial_weight, {B}, first, sums);
   check_contiguous("negatives", g.negatives, {}, first, sums);
   if (g.position_grad) {
     g.position_grad = vectors("position_grad", *g.position_grad, {T, B, N}, first, sums);
@@ -533,14 +533,14 @@ void check_gradient(const Tensor& first, const Shape& shape, GradientOf& g) {
 }
 
 void saliency_grad_op(Tensors saliencies, Tensors outputs, Sizes tasks,
-                      Tensor scale, Tensor anchors, Tensor factor, Tensor pull,
-                      Tensor contrast_grad, Tensor projection, Tensor matrix, Tensor rank,
-                      Tensor curl, Tensor tug, Tensor negatives,
+                      Tensor scale, Tensor anchors, Tensor factor, Tensor radial,
+                      Tensor contrast_grad, Tensor projection, Tensor matrix, Tensor anchor_weight,
+                      Tensor affinity_weight, Tensor radial_weight, Tensor negatives,
                       std::optional<Tensor> position_grad, std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   check_outputs(saliencies, outputs, tasks);
-  GradientOf g{scale, anchors, factor, pull, contrast_grad, projection,   matrix,
-                     rank,  curl,    tug,    negatives, position_grad};
+  GradientOf g{scale, anchors, factor, radial, contrast_grad, projection,   matrix,
+                     anchor_weight,  affinity_weight,    radial_weight,    negatives, position_grad};
   check_gradient(saliencies[0], shape, g);
   if (tasks.empty()) return;
   const Call on(saliencies[0]);
@@ -548,9 +548,9 @@ void saliency_grad_op(Tensors saliencies, Tensors outputs, Sizes tasks,
   run_saliency_grad(on, saliencies, outputs, tasks, shape, counted, g);
 }
 
-// What is saved for the backward pass, after the two losses: see Saved in _autograd.py.
+// What is saved for the backward pass, after the two losses: see Saved in _ground/record.py.
 enum SavedTensor {
-  kPositionGrad, kScale, kAnchors, kFactor, kPull, kContrastGrad, kWeight, kSimilarity, kInverse,
+  kPositionGrad, kScale, kAnchors, kFactor, kRadial, kContrastGrad, kWeight, kSimilarity, kInverse,
   kSlope, kProjection, kMatrix, kSavedTensors
 };
 
@@ -596,7 +596,7 @@ Tensors losses_op(Tensors saliencies, std::optional<Tensor> present, std::option
   saved[kScale] = means.scale;
   saved[kAnchors] = anchors.unit;
   saved[kFactor] = anchors.factor;
-  saved[kPull] = anchors.pull;
+  saved[kRadial] = anchors.radial;
   saved[kContrastGrad] = contrast.grad;
   saved[kWeight] = weight;
   saved[kSimilarity] = gram.similarity;
@@ -618,7 +618,7 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad,
   if (tasks.empty()) return;
   const int64_t T = shape.tasks, B = shape.batch;
   const ScalarType sums = accumulation_type(first);
-  GradientOf g{saved[kScale], saved[kAnchors], saved[kFactor], saved[kPull],
+  GradientOf g{saved[kScale], saved[kAnchors], saved[kFactor], saved[kRadial],
                saved[kContrastGrad], saved[kProjection], saved[kMatrix],
                empty(first, {T, B}, sums), empty(first, {T, B}, sums), empty(first, {B}, sums),
                grad_csa, position_grad};
@@ -630,7 +630,7 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad,
   const Mask counted = counted_mask_of(on, mask, first, shape);
   coefficients(on, type_of(first), T, B, data(grad_csa), data(saved[kWeight]),
                data(saved[kSimilarity]), data(saved[kInverse]), data(saved[kSlope]),
-               output(g.rank), output(g.curl), output(g.tug));
+               output(g.anchor_weight), output(g.affinity_weight), output(g.radial_weight));
   run_saliency_grad(on, saliencies, outputs, tasks, shape, counted, g);
 }
 
@@ -656,12 +656,12 @@ STABLE_TORCH_LIBRARY(repmtl_cuda, m) {
         "(Tensor, Tensor)");
   m.def("weigh_dots(Tensor(a!) dots, Tensor rows, Tensor columns, int first, float temperature) -> "
         "()");
-  m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor pull) -> ()");
+  m.def("through_normalisation(Tensor(a!) du, Tensor u, Tensor factor, Tensor radial) -> ()");
   m.def("gram(Tensor[] saliencies, Tensor scale, Tensor anchors, float eps, bool with_grad, "
         "Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("saliency_grad(Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor scale, "
-        "Tensor anchors, Tensor factor, Tensor pull, Tensor contrast_grad, Tensor projection, "
-        "Tensor matrix, Tensor rank, Tensor curl, Tensor tug, Tensor negatives, "
+        "Tensor anchors, Tensor factor, Tensor radial, Tensor contrast_grad, Tensor projection, "
+        "Tensor matrix, Tensor anchor_weight, Tensor affinity_weight, Tensor radial_weight, Tensor negatives, "
         "Tensor? position_grad, Tensor? mask=None) -> ()");
   m.def("losses(Tensor[] saliencies, Tensor? present, Tensor? mask, bool tsr, bool csa, "
         "bool over_tasks, bool softmax, float tsr_temperature, float tsr_floor, "

@@ -1,4 +1,4 @@
-"""The stages in plain PyTorch, for any device. Contract: ``backends/__init__.py``."""
+"""The stages in plain PyTorch, for any device. Contract: ``backends/contract.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels._saliency import accumulation_dtype, float16_gram_factor, in_factors
-from repmtl_kernels.backends import (
+from repmtl_kernels._ground.saliency import accumulation_dtype, float16_gram_factor, in_factors
+from repmtl_kernels.backends.contract import (
     Anchors,
     Contrast,
     CSAGradient,
@@ -18,7 +18,7 @@ from repmtl_kernels.backends import (
     Gram,
     Statistics,
 )
-from repmtl_kernels.backends._peaks import joined, peaks, share
+from repmtl_kernels.backends.peaks import joined, peaks, share
 
 # Rows of one block of the Gram matrix: small enough to skip most of the upper half, large enough
 # for the matrix product to run at full speed.
@@ -134,8 +134,8 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     u = scaled * inverse.sqrt()[:, None]
     if not with_grad:
         return Anchors(u, factor, None)
-    pull = torch.einsum("btu,ubc->tbc", products * (inverse * free)[:, None, None], u)
-    return Anchors(u, factor, pull)
+    radial = torch.einsum("btu,ubc->tbc", products * (inverse * free)[:, None, None], u)
+    return Anchors(u, factor, radial)
 
 
 def contrast(
@@ -183,8 +183,8 @@ def contrast(
         dots *= (weight * (2 / (temperature * total)))[:, None, :, None]
         torch.mm(dots.view(-1, len(others)), others, out=du[b * tasks : (b + step) * tasks])
     du = du.view(batch, tasks, channels).transpose(0, 1)
-    tug = (du * u).sum((0, 2))
-    return Contrast(lse, anchors.factor[:, None] * (du - tug[:, None] * anchors.pull))
+    radial_weight = (du * u).sum((0, 2))
+    return Contrast(lse, anchors.factor[:, None] * (du - radial_weight[:, None] * anchors.radial))
 
 
 def _guarded_inverse(norm: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -367,15 +367,15 @@ def gradient_terms(
         if output is None:
             continue
         x, rest = _operand(s, csa.scale[t], prescale, mask)
-        rank = csa.rank[t] * csa.scale[t]
-        curl = csa.curl[t] * csa.scale[t] * rest / _storage_factor(s)
-        matrix = csa.gram.matrix[t] * curl[:, None, None]
+        anchor_weight = csa.anchor_weight[t] * csa.scale[t]
+        affinity_weight = csa.affinity_weight[t] * csa.scale[t] * rest / _storage_factor(s)
+        matrix = csa.gram.matrix[t] * affinity_weight[:, None, None]
         dx = None if position_grad is None else position_grad[t]
         if _is_n_side(s):
-            right = csa.gram.projection[t] * rank[:, None, None]
+            right = csa.gram.projection[t] * anchor_weight[:, None, None]
             yield GradientTerms(output, x, matrix, anchor_grad[t], dx, anchors, right)
         else:
-            weighted = anchors.permute(1, 2, 0) * (rank * rest)[:, None, None]
+            weighted = anchors.permute(1, 2, 0) * (anchor_weight * rest)[:, None, None]
             matrix.baddbmm_(weighted, anchors.transpose(0, 1))
             right = x.new_empty(len(x), 0, x.shape[2])
             yield GradientTerms(output, matrix, x, anchor_grad[t], dx, anchors[:0], right)
@@ -406,14 +406,15 @@ def _anchor_grad(
     saliencies: list[Tensor], csa: CSAGradient, prescale: bool, mask: Tensor | None
 ) -> Tensor:
     """``da / N`` (T, B, C)."""
-    positive = torch.zeros_like(csa.anchors.unit)  # sum_t rank_t S^_t S^_t^T u
+    positive = torch.zeros_like(csa.anchors.unit)  # sum_t anchor_weight_t S^_t S^_t^T u
     for t, s in enumerate(saliencies):
-        v = csa.gram.projection[t] * csa.rank[t][:, None, None]  # (B, T, R)
+        v = csa.gram.projection[t] * csa.anchor_weight[t][:, None, None]  # (B, T, R)
         if _is_n_side(s):
             x, rest = _operand(s, csa.scale[t], prescale, mask)
             v = (v * rest[:, None, None]) @ x.mT
         positive += v.transpose(0, 1)
-    through = csa.anchors.factor[:, None] * (positive - csa.tug[:, None] * csa.anchors.pull)
+    radial = csa.radial_weight[:, None] * csa.anchors.radial
+    through = csa.anchors.factor[:, None] * (positive - radial)
     da = csa.negatives * csa.contrast_grad + through
     return da / _number_of_positions(saliencies[0], mask)
 

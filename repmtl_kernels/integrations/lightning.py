@@ -19,7 +19,7 @@ from lightning import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from repmtl_kernels._levels import Levels, levels_of
+from repmtl_kernels._training.levels import Levels, levels_of
 from repmtl_kernels.criterion import RepMTL
 
 Targets = Mapping[str, Any]

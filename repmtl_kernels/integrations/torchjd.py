@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torchjd.autojac import backward, mtl_backward
 
-from repmtl_kernels._levels import Levels
-from repmtl_kernels._preflight import made_from_another
-from repmtl_kernels._task_losses import (
+from repmtl_kernels._heads.preflight.preflight import made_from_another
+from repmtl_kernels._training.levels import Levels
+from repmtl_kernels._training.tasks import (
     Positions,
     Representation,
     Task,

@@ -1,9 +1,1 @@
-"""The stages as Triton kernels, for CUDA. Contract: ``backends/__init__.py``."""
-
-from repmtl_kernels.backends.triton.contrast import anchors, contrast
-from repmtl_kernels.backends.triton.entropy import entropy
-from repmtl_kernels.backends.triton.gradient import saliency_grad
-from repmtl_kernels.backends.triton.gram import gram
-from repmtl_kernels.backends.triton.statistics import statistics
-
-__all__ = ["anchors", "contrast", "entropy", "gram", "saliency_grad", "statistics"]
+"""The stages as Triton kernels, for CUDA."""

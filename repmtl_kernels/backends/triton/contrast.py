@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels._saliency import in_factors
-from repmtl_kernels.backends import Anchors, Contrast, Everyone
-from repmtl_kernels.backends.triton._common import (
+from repmtl_kernels._ground.saliency import in_factors
+from repmtl_kernels.backends.contract import Anchors, Contrast, Everyone
+from repmtl_kernels.backends.triton.common import (
     INTERPRET,
     alignment,
     cdiv,
@@ -39,7 +39,7 @@ BUFFER = 1 << 24
 def _contrast_anchor_kernel(
     a,  # (T, B, C)
     anchors,  # (T, B, C): unit anchors
-    pull,  # (T, B, C) or None
+    radial,  # (T, B, C) or None
     factor,  # (B,)
     batch,
     channels_div,
@@ -73,15 +73,15 @@ def _contrast_anchor_kernel(
     inverse = tl.where(norm != 0, 1 / tl.where(norm != 0, clamped, 1.0), 0.0)
     root = tl.sqrt_rn(inverse)
     tl.store(factor + b, scale * root)
-    if pull is not None:
+    if radial is not None:
         products *= tl.where(norm < floor, 0.0, inverse)
     for c in range(0, channels, WIDE):
         mask = (t < TASKS) & (c + lane < channels)
         u = tl.load(a + offset + c, mask=mask, other=0.0) * scale * root
         tl.store(anchors + offset + c, u, mask=mask)
-        if pull is not None:
+        if radial is not None:
             pulled = tl.dot(products, u, input_precision=PRECISION)
-            tl.store(pull + offset + c, pulled, mask=mask)
+            tl.store(radial + offset + c, pulled, mask=mask)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def _tile_of(matrix, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.const
 def _contrast_logsumexp_kernel(
     similarity,  # (samples of this launch, columns): r
     logsumexp,  # (B,)
-    peaks,  # (2, B + G): of rows, then of columns over the samples so far; see backends/_peaks.py
+    peaks,  # (2, B + G): of rows, then of columns over the samples so far; see backends/peaks.py
     first,
     own,  # number of the first of the B samples among the G
     rows,  # samples of this launch
@@ -205,7 +205,7 @@ def _contrast_gradient_kernel(
     dots,  # (tiles of this launch * SIDE, all tiles * SIDE)
     similarity,  # (tiles of this launch * samples, all tiles * samples): r
     others,  # (T, G, C), of rows of C
-    pull,  # (T, B, C)
+    radial,  # (T, B, C)
     factor,  # (B,)
     peaks,  # (2, B + G)
     grad,  # (T, B, C)
@@ -239,7 +239,7 @@ def _contrast_gradient_kernel(
     b_sum = tl.load(sums + b, mask=b < batch, other=1.0)[:, None]
     c = block * WIDE + tl.arange(0, WIDE)[None, :]
     du = tl.zeros((SIDE, WIDE), tl.float32)
-    tug = tl.zeros((samples,), tl.float32)  # sum_t du_t . u_t, from r alone
+    radial_weight = tl.zeros((samples,), tl.float32)  # sum_t du_t . u_t, from r alone
     k_samples: tl.constexpr = K_SIDE // TASK_BLOCK
     for k_tile in range(tiles * (SIDE // K_SIDE)):
         k = k_tile * k_samples + tl.arange(0, k_samples)
@@ -253,7 +253,7 @@ def _contrast_gradient_kernel(
         weight = tl.exp((r - b_top) / temperature) / b_sum
         weight += tl.exp((r - k_top) / temperature) / k_sum
         weight = tl.where(negative, weight, 0.0)
-        tug += tl.sum(weight * r, 1)
+        radial_weight += tl.sum(weight * r, 1)
         shape: tl.constexpr = (samples, TASK_BLOCK, k_samples, TASK_BLOCK)
         weight = tl.reshape(tl.broadcast_to(weight[:, None, :, None], shape), (SIDE, K_SIDE))
         weight *= tl.load(_tile_of(dots, local, k_tile, tiles * SIDE, SIDE, K_SIDE))
@@ -266,10 +266,12 @@ def _contrast_gradient_kernel(
     row, exists = _anchor_rows(tile, batch, batch, 1, SIDE, TASKS, TASK_BLOCK)
     offset = row[:, None] * channels + c
     mask = exists[:, None] & (c < channels)
-    pulled = tl.load(pull + offset, mask=mask, other=0.0)
-    tug = tl.reshape(tl.broadcast_to(tug[:, None], (samples, TASK_BLOCK)), (SIDE,))
+    pulled = tl.load(radial + offset, mask=mask, other=0.0)
+    radial_weight = tl.reshape(
+        tl.broadcast_to(radial_weight[:, None], (samples, TASK_BLOCK)), (SIDE,)
+    )
     scale = coefficient * tl.load(factor + row % batch, mask=exists, other=0.0)
-    tl.store(grad + offset, scale[:, None] * (du - tug[:, None] * pulled), mask=mask)
+    tl.store(grad + offset, scale[:, None] * (du - radial_weight[:, None] * pulled), mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -310,7 +312,7 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     a = a.contiguous()
     align = alignment(channels)
     unit, factor = torch.empty_like(a), a.new_empty(batch)
-    pull = torch.empty_like(a) if with_grad else None
+    radial = torch.empty_like(a) if with_grad else None
     block = max(16, next_power_of_2(tasks))  # the least that a matrix product takes
     launch(
         _contrast_anchor_kernel,
@@ -318,7 +320,7 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
         a.device,
         a,
         unit,
-        pull,
+        radial,
         factor,
         batch,
         channels // align,
@@ -329,13 +331,13 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
         PRECISION=_precision(),
         **_step(block, align),
     )
-    return Anchors(unit, factor, pull)
+    return Anchors(unit, factor, radial)
 
 
 def contrast(
     anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
 ) -> Contrast:
-    unit, factor, pull = anchors
+    unit, factor, radial = anchors
     others, own = (unit, 0) if everyone is None else everyone[:2]
     tasks, batch, channels = unit.shape
     total = others.shape[1]
@@ -417,7 +419,7 @@ def contrast(
             dots,
             similarity,
             others,
-            pull,
+            radial,
             factor,
             peaks,
             grad,

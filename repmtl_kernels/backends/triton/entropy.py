@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends import Entropy
-from repmtl_kernels.backends.triton._common import cdiv, launch, next_power_of_2
+from repmtl_kernels.backends.contract import Entropy
+from repmtl_kernels.backends.triton.common import cdiv, launch, next_power_of_2
 
 WARPS = 4
 # Elements of a block: 8 for each thread.

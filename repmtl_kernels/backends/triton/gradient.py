@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends import CSAGradient
-from repmtl_kernels.backends.triton import _tma
-from repmtl_kernels.backends.triton._common import (
+from repmtl_kernels.backends.contract import CSAGradient
+from repmtl_kernels.backends.triton import tma
+from repmtl_kernels.backends.triton.common import (
     TRITON_3_6,
     cdiv,
     count_valid,
@@ -19,7 +19,7 @@ from repmtl_kernels.backends.triton._common import (
     task_groups,
     zero_unless,
 )
-from repmtl_kernels.backends.triton._operand import (
+from repmtl_kernels.backends.triton.operand import (
     Operand,
     join_columns,
     matmul,
@@ -31,8 +31,8 @@ from repmtl_kernels.backends.triton._operand import (
     task_vectors,
     touched,
 )
-from repmtl_kernels.backends.triton._tiles import capability_of
-from repmtl_kernels.backends.triton._tma import chosen, load_block
+from repmtl_kernels.backends.triton.tiles import capability_of
+from repmtl_kernels.backends.triton.tma import chosen, load_block
 
 
 def saliency_grad(
@@ -52,27 +52,27 @@ def saliency_grad(
     parts = 2 if operand.is_split else 1
     # Triton 3.6 can't pipeline two products with one touched operand on Blackwell.
     untouched = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
-    for group, target in _paired_groups(saliencies, outputs, _tma.most_tasks(tile)):
+    for group, target in _paired_groups(saliencies, outputs, tma.most_tasks(tile)):
         views = tuple(saliencies[t] for t in target.tasks)
-        x = _tma.matrices(views, operand, tile)
+        x = tma.matrices(views, operand, tile)
         matrix = csa.gram.matrix.flatten(0, 1) if x else None
-        if x and not _tma.readable(matrix):
+        if x and not tma.readable(matrix):
             x = None
         launch(
             _gradient_kernel,
             (tiles * batch, len(target.tasks)),
             anchors.device,
             views,
-            *_tma.descriptors(x, tile.depth, tile.columns),
-            _tma.descriptors(x and [matrix], tile.rows, tile.depth)[0],
+            *tma.descriptors(x, tile.depth, tile.columns),
+            tma.descriptors(x and [matrix], tile.rows, tile.depth)[0],
             group.layout,
             mask,
             target.tensors,
             target.geometry.layout,
             target.tasks,
             csa.scale,
-            csa.rank,
-            csa.curl,
+            csa.anchor_weight,
+            csa.affinity_weight,
             csa.gram.matrix,
             csa.gram.projection if operand.n_side else None,
             anchors,
@@ -91,7 +91,7 @@ def saliency_grad(
             TOUCH=operand.passes_registers(group.form, along_rows=True) and not untouched,
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
-            ROWS_LAST=x is not None and _tma.rows_last(x[0]),
+            ROWS_LAST=x is not None and tma.rows_last(x[0]),
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,
@@ -124,11 +124,11 @@ def _anchor_grad(
         anchor_grad.device,
         pulled,
         mask,
-        csa.rank,
+        csa.anchor_weight,
         csa.contrast_grad,
-        csa.anchors.pull,
+        csa.anchors.radial,
         csa.anchors.factor,
-        csa.tug,
+        csa.radial_weight,
         csa.negatives,
         anchor_grad,
         tasks,
@@ -243,11 +243,11 @@ def _gradient_pull_kernel(
 def _gradient_anchor_kernel(
     pulled,  # (T, B, T, C): S^ S^^T u
     valid,  # (B, N) bool; or None
-    rank,  # (T, B)
+    anchor_weight,  # (T, B)
     contrast_grad,  # (T, B, C)
-    pull,  # (T, B, C)
+    radial,  # (T, B, C)
     factor,  # (B,)
-    tug,  # (B,)
+    radial_weight,  # (B,)
     negatives,  # ()
     anchor_grad,  # (T, B, C)
     tasks,
@@ -266,10 +266,10 @@ def _gradient_anchor_kernel(
     for t in range(tasks):
         sample = t * batch + b
         y = tl.load(pulled + (sample * tasks + u) * channels + c, mask=inside, other=0.0)
-        positive += tl.load(rank + sample) * y
+        positive += tl.load(anchor_weight + sample) * y
     at = (u * batch + b) * channels + c
     negative = tl.load(negatives) * tl.load(contrast_grad + at, mask=inside, other=0.0)
-    removed = tl.load(tug + b) * tl.load(pull + at, mask=inside, other=0.0)
+    removed = tl.load(radial_weight + b) * tl.load(radial + at, mask=inside, other=0.0)
     da = negative + tl.load(factor + b) * (positive - removed)
     count = positions
     if valid is not None:
@@ -305,8 +305,8 @@ def _gradient_kernel(
     target_layout,
     group,  # numbers of the tasks
     scale,  # (T, B)
-    rank,  # (T, B)
-    curl,  # (T, B)
+    anchor_weight,  # (T, B)
+    affinity_weight,  # (T, B)
     matrix,  # (T, B, R, R): X^ X^^T / unit
     projection,  # (T, B, T, N), or None on the C side
     anchors,  # (T, B, C)
@@ -402,8 +402,8 @@ def _gradient_kernel(
         left = task_vectors(anchors, anchor_stride, r, rows, tasks, COLUMNS, PARTS)
         right = (repeat_columns(join_columns(w)) if PARTS == 2 else w) * factor
     # Scaled in an order in which 2^100 does not overflow.
-    grad = acc * factor * (tl.load(curl + sample) * unit)
-    grad = _add_outer(left * tl.load(rank + sample), right, grad, PARTS, PRECISION)
+    grad = acc * factor * (tl.load(affinity_weight + sample) * unit)
+    grad = _add_outer(left * tl.load(anchor_weight + sample), right, grad, PARTS, PRECISION)
     of_channel = anchor_grad + sample * channels
     if N_SIDE:
         grad = grad * factor + tl.load(of_channel + k, mask=inside_k, other=0.0)[None, :]

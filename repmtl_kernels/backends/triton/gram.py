@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels._saliency import in_factors
-from repmtl_kernels.backends import Gram
-from repmtl_kernels.backends.triton import _tma
-from repmtl_kernels.backends.triton._common import (
+from repmtl_kernels._ground.saliency import in_factors
+from repmtl_kernels.backends.contract import Gram
+from repmtl_kernels.backends.triton import tma
+from repmtl_kernels.backends.triton.common import (
     cdiv,
     launch,
     pick,
@@ -22,7 +22,7 @@ from repmtl_kernels.backends.triton._common import (
     task_groups,
     zero_unless,
 )
-from repmtl_kernels.backends.triton._operand import (
+from repmtl_kernels.backends.triton.operand import (
     Operand,
     join_columns,
     matmul,
@@ -34,7 +34,7 @@ from repmtl_kernels.backends.triton._operand import (
     task_vectors,
     touched,
 )
-from repmtl_kernels.backends.triton._tma import chosen, load_block
+from repmtl_kernels.backends.triton.tma import chosen, load_block
 
 # Saliencies with max |S| in [2^-40, 2^40] need no scaling before they are multiplied: a product
 # that float32 flushes to zero is below 2^-44 of the largest.
@@ -65,17 +65,17 @@ def gram(
         partial = () if operand.n_side else (tiles,)
         projection = anchors.new_empty(tasks, batch, *partial, tasks, operand.rows)
         matrix = saliencies[0].new_empty(tasks, batch, operand.rows, operand.rows)
-    for group in task_groups(saliencies, _tma.most_tasks(tile)):
+    for group in task_groups(saliencies, tma.most_tasks(tile)):
         form = group.geometry.form
-        x = _tma.matrices(group.tensors, operand, tile)
+        x = tma.matrices(group.tensors, operand, tile)
         launch(
             _gram_kernel,
             # The pairs of tiles of a sample are neighbours: they share it in the L2 cache.
             (pairs * batch, len(group.tasks)),
             anchors.device,
             group.tensors,
-            *_tma.descriptors(x, tile.rows, tile.depth),
-            *_tma.descriptors(x if ratio > 1 else None, tile.rows * ratio, tile.depth),
+            *tma.descriptors(x, tile.rows, tile.depth),
+            *tma.descriptors(x if ratio > 1 else None, tile.rows * ratio, tile.depth),
             group.tasks,
             group.geometry.layout,
             mask,
@@ -100,7 +100,7 @@ def gram(
             TOUCH=operand.passes_registers(form, along_rows=False),
             BLOCK=tile.rows,
             RATIO=ratio,
-            ROWS_LAST=x is not None and _tma.rows_last(x[0]),
+            ROWS_LAST=x is not None and tma.rows_last(x[0]),
             DEPTH=tile.depth,
             STAGES=tile.stages,
             num_warps=tile.warps,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends import Statistics
-from repmtl_kernels.backends.triton._common import (
+from repmtl_kernels.backends.contract import Statistics
+from repmtl_kernels.backends.triton.common import (
     Geometry,
     TaskGroup,
     alignment,
@@ -25,7 +25,7 @@ from repmtl_kernels.backends.triton._common import (
     task_groups,
     zero_unless,
 )
-from repmtl_kernels.backends.triton._tiles import Sweep, tile_of
+from repmtl_kernels.backends.triton.tiles import Sweep, tile_of
 
 FINISH_PARTS, FINISH_COLUMNS, FINISH_WARPS = 16, 128, 4
 

@@ -1,0 +1,1 @@
+"""What all other parts stand on: records, checks, canonical views."""

@@ -1,0 +1,246 @@
+"""Batch norm, fused with the ReLU that follows it, with a closed-form double backward.
+
+The forward is PyTorch's own. There is a node for it, one for its gradient and one for that one's;
+derivatives beyond, and all under ``vmap``, are PyTorch's, of the formula in elementary operations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+
+from repmtl_kernels._heads.second_order import stages
+from repmtl_kernels._heads.second_order.engine import transformed, visible, wanted
+
+
+class Operands(NamedTuple):
+    """What a batch norm was computed from."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    training: bool
+
+
+class Made(NamedTuple):
+    operands: Operands
+    node: torch.autograd.graph.Node
+
+
+# Outputs of batch norm that are reachable and have their graph: a ReLU of one can be fused with it.
+_made = WeakTensorKeyDictionary()
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``torch.nn.functional.batch_norm`` of checked arguments."""
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        result, mean, invstd, *_ = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var,
+            training, momentum, eps, torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        if not training:
+            mean, invstd = running_mean, torch.rsqrt(running_var.to(precise) + eps)
+        statistics = mean.to(precise), invstd.to(precise)
+    operands = Operands(visible(x), visible(weight), visible(bias), *statistics, training)
+    y = BatchNorm.apply([result], *operands)
+    y.grad_fn.output = TensorWeakRef(y)
+    _made[y] = Made(operands, y.grad_fn)
+    return y
+
+
+def relu(y: Tensor, inplace: bool) -> Tensor | None:
+    """ReLU of an output of :func:`batch_norm` as one node with it; None where ``y`` isn't one.
+
+    Who asks for the gradient at ``y`` still gets it: hooks on ``y`` prevent the fusion, and as long
+    as the caller keeps ``y`` the gradient takes the way through it.
+    """
+    made = _made.get(y)
+    if made is None or y.grad_fn is not made.node or y._backward_hooks or y.retains_grad:
+        return None
+    if inplace:
+        del _made[y]
+    return BatchNormReLU.apply(None if inplace else TensorWeakRef(y), y, *made.operands)
+
+
+class BatchNorm(Function):
+    @staticmethod
+    def forward(ctx, result, x, weight, bias, mean, invstd, training):
+        ctx.set_materialize_grads(False)
+        ctx.training = training
+        ctx.save_for_backward(x, weight, mean, invstd)
+        return result[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = tuple(wanted(ctx)[1:4])
+        y = ctx.output()
+        if y is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            _made.pop(y, None)  # its operands go with the graph
+        if grad is None:
+            return (None,) * 7
+        gradients = _gradients(ctx.training, needs, grad, *ctx.saved_tensors, None)
+        return None, *gradients, None, None, None
+
+
+class BatchNormReLU(Function):
+    """From the batch norm's operands to the ReLU's output; ``kept`` is None for an in-place one."""
+
+    @staticmethod
+    def forward(ctx, kept, y, x, weight, bias, mean, invstd, training):
+        ctx.set_materialize_grads(False)
+        ctx.training, ctx.kept = training, kept
+        if kept is None:
+            ctx.mark_dirty(y)
+            output = y.relu_()
+        else:
+            output = y.relu()
+        ctx.save_for_backward(x, weight, mean, invstd, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs = tuple(wanted(ctx)[2:5])
+        if grad is None:
+            return (None,) * 8
+        *operands, output = ctx.saved_tensors
+        output = output.detach()
+        if ctx.kept is not None and ctx.kept() is not None:
+            through = torch.ops.aten.threshold_backward(grad, output, 0)
+            return None, through, *(None,) * 6
+        gradients = _gradients(ctx.training, needs, grad, *operands, output)
+        return None, None, *gradients, None, None, None
+
+
+def _gradients(training, needs, grad, x, weight, mean, invstd, output):
+    if transformed():
+        found = _first_gradient(training, grad, x, weight, mean, invstd, output)
+        return tuple(f if need else None for f, need in zip(found, needs, strict=True))
+    operands = visible(grad), x, weight, mean, invstd, output
+    return BatchNormGradient.apply(training, needs, *operands)
+
+
+class BatchNormGradient(Function):
+    @staticmethod
+    def forward(ctx, training, needs, grad, x, weight, mean, invstd, output):
+        ctx.set_materialize_grads(False)
+        ctx.training = training
+        operands = grad, x, weight, mean, invstd, output
+        ctx.save_for_backward(*operands)
+        return stages.load(x).batch_norm_backward(*operands, training, needs)
+
+    @staticmethod
+    def backward(ctx, *vectors):
+        needs = tuple(wanted(ctx)[2:5])
+        if all(vector is None for vector in vectors):
+            return (None,) * 8
+        if transformed():
+            found = _second_gradient_of_rows(ctx.training, vectors, *ctx.saved_tensors)
+            gradients = [f if need else None for f, need in zip(found, needs, strict=True)]
+        else:
+            operands = *map(visible, vectors), *ctx.saved_tensors
+            gradients = BatchNormSecondGradient.apply(ctx.training, needs, *operands)
+        return None, None, *gradients, None, None, None
+
+
+class BatchNormSecondGradient(Function):
+    @staticmethod
+    def forward(ctx, training, needs, *operands):
+        ctx.set_materialize_grads(False)
+        ctx.training, ctx.needs = training, needs
+        ctx.save_for_backward(*operands)
+        return stages.load(operands[4]).batch_norm_double_backward(*operands, training, needs)
+
+    @staticmethod
+    def backward(ctx, *vectors):
+        *operands, mean, invstd, output = ctx.saved_tensors
+        needs = wanted(ctx)[2:8]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Each one by itself: they may depend on each other outside.
+            operands = [None if t is None else _separate(t) for t in operands]
+            found = _second_gradient(ctx.training, *operands, mean, invstd, output)
+            found = [f if need else None for f, need in zip(found, ctx.needs, strict=True)]
+            targets = [t for t, need in zip(operands, needs, strict=True) if need]
+            gradients = iter(_pull_back(found, targets, vectors, create_graph))
+        return None, None, *(next(gradients) if need else None for need in needs), None, None, None
+
+
+def _first_gradient(training, grad, x, weight, mean, invstd, output):
+    """``batch_norm_backward`` in operations that PyTorch can differentiate."""
+    over, column = [0, *range(2, x.ndim)], [-1, *[1] * (x.ndim - 2)]
+    g, z = grad.to(mean.dtype), x.to(mean.dtype)
+    if output is not None:
+        g = torch.ops.aten.threshold_backward(g, output, 0)
+    if training:
+        z = z - z.mean(over, keepdim=True)
+        variance = z.square().mean(over)
+        eps = (invstd.pow(-2) - variance).detach()
+        invstd = torch.rsqrt(variance + eps)
+    else:
+        z = z - mean.view(column)
+    z = z * invstd.view(column)
+    scale = invstd if weight is None else weight * invstd
+    along = (g * z).sum(over)
+    grad_bias = g.sum(over)
+    if training:
+        g = g - g.mean(over, keepdim=True) - z * (g * z).mean(over, keepdim=True)
+    of_weight = mean.dtype if weight is None else weight.dtype
+    return (g * scale.view(column)).to(x.dtype), along.to(of_weight), grad_bias.to(of_weight)
+
+
+def _second_gradient(training, v, p, q, grad, x, weight, mean, invstd, output):
+    """``batch_norm_double_backward``, in the same way."""
+    first = _first_gradient(training, grad, x, weight, mean, invstd, output)
+    targets = [grad, x] if weight is None else [grad, x, weight]
+    found = _pull_back(first, targets, (v, p, q), True)
+    return (*found, None) if weight is None else found
+
+
+def _second_gradient_of_rows(training, vectors, grad, x, weight, *rest):
+    """The same under ``vmap``, which lets no tensor require a gradient but by ``torch.func``."""
+
+    def first(grad, x, weight=None):
+        return _first_gradient(training, grad, x, weight, *rest)
+
+    targets = (grad, x) if weight is None else (grad, x, weight)
+    outputs, pull = torch.func.vjp(first, *targets)
+    pairs = zip(vectors, outputs, strict=True)
+    found = pull(tuple(torch.zeros_like(y) if v is None else v for v, y in pairs))
+    return (*found, None) if weight is None else found
+
+
+def _pull_back(outputs, inputs, vectors, create_graph):
+    pairs = [
+        (output, vector.to(output.dtype))
+        for output, vector in zip(outputs, vectors, strict=True)
+        if vector is not None and output is not None and output.requires_grad
+    ]
+    if not pairs or not inputs:
+        return (None,) * len(inputs)
+    outputs, vectors = zip(*pairs, strict=True)
+    return torch.autograd.grad(
+        outputs, inputs, vectors, create_graph=create_graph, allow_unused=True
+    )
+
+
+def _separate(tensor: Tensor) -> Tensor:
+    """The same values as an input of a graph of its own, connected to the outer one."""
+    if tensor.requires_grad:
+        return tensor.view_as(tensor)
+    return tensor.detach().requires_grad_()

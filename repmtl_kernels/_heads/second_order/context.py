@@ -1,0 +1,270 @@
+"""The context under which convolution and batch norm get their efficient double backward."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from repmtl_kernels._heads.second_order.batch_norm import batch_norm, relu
+from repmtl_kernels._heads.second_order.convolution import Geometry, convolution
+from repmtl_kernels._heads.second_order.engine import transformed
+
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+class SecondOrder(TorchFunctionMode, ContextDecorator):
+    """See :func:`second_order`."""
+
+    def __init__(self):
+        super().__init__()
+        self._hooks_at_entry: list[tuple | None] = []
+
+    def __enter__(self):
+        self._hooks_at_entry.append(_saved_tensor_hooks())
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._hooks_at_entry.pop()
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        result = None
+        if handler is not None and _applicable() and not self._is_around_a_checkpoint():
+            result = handler(*args, **kwargs)
+        return func(*args, **kwargs) if result is None else result
+
+    def _is_around_a_checkpoint(self) -> bool:
+        """Whether this runs in a checkpointed function that was called within the context.
+
+        It runs again in the backward, perhaps without the context, and what was saved would be
+        taken for something else.
+        """
+        hooks = _saved_tensor_hooks()
+        if hooks is None or hooks == self._hooks_at_entry[-1]:
+            return False
+        if hooks[0].__module__ != "torch.utils.checkpoint":
+            return False
+        warnings.warn(
+            "second_order(): a checkpointed function within the context runs with PyTorch's own "
+            "derivatives; enter the context inside the function, or convert its modules with "
+            "convert_second_order",
+            stacklevel=4,
+        )
+        return True
+
+
+def _saved_tensor_hooks() -> tuple | None:
+    """The innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
+    if torch.compiler.is_compiling():  # no compiler traces this, and none uses the handlers
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def second_order() -> SecondOrder:
+    """Context manager (or decorator) for the forward of the task heads of a Rep-MTL step::
+
+        with second_order():
+            losses = [loss(head(z), y) for head, loss, y in ...]
+        total = criterion(losses, z)
+        total.backward()  # may run outside
+
+    Under it convolutions (1d, 2d, 3d, transposed, of any stride, dilation, groups and padding) and
+    batch norms, with a ReLU that follows one, get an efficient and exact double backward: the
+    saliencies cost one convolution for each of the forward, and the weight's gradient through them
+    is the library's own weight gradient. Everything else of the model stays as it is: outputs,
+    parameters, ``state_dict``, running statistics. Other functions are PyTorch's own, and so are
+    these for arguments that need no gradient, aren't real floating point, or are of a subclass of
+    Tensor, under ``torch.compile``, ``torch.func`` transforms, forward-mode differentiation and
+    ``torch.jit.trace``. Backwards of several rows at once (``torch.vmap`` of
+    ``torch.autograd.grad``, ``is_grads_batched``, TorchJD) use PyTorch's derivatives; the third
+    ones of batch norm have to be taken row by row.
+
+    It holds for the thread that enters it and may be nested. Where
+    ``torch.utils.checkpoint.checkpoint`` runs heads again in the backward, enter it inside the
+    checkpointed function: within a context that was entered outside, the function runs with
+    PyTorch's own derivatives, with a warning. Layers converted by :func:`convert_second_order`
+    enter it there by themselves.
+
+    A gradient that is asked for at the output of a batch norm followed by a ReLU that is not in
+    place is found while that output is kept; a hook has to be registered on it before the ReLU, or
+    the output kept. Where the representation is such an output, with the ReLU in a head, enter the
+    context for the heads only: who follows the graph down to the representation, as TorchJD does to
+    find the tasks' parameters, would get past it.
+    """
+    return SecondOrder()
+
+
+def _applicable() -> bool:
+    """Whether this is plain eager PyTorch: transforms and tracers have derivatives of their own."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not transformed()
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def _suitable(*tensors: Tensor | None) -> bool:
+    tensors = [t for t in tensors if t is not None]
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors) and all(
+        type(t) in PLAIN_TYPES
+        and t.is_floating_point()
+        and t.layout is torch.strided
+        and not t.is_nested
+        for t in tensors
+    )
+
+
+def _convolution(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """``torch.conv{dims}d``; None where that has to do it, or to refuse it."""
+    if not _suitable(input, weight, bias) or not _ranks(dims, input, weight):
+        return None
+    stride, dilation = _each(dims, stride), _each(dims, dilation)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        if any(s != 1 for s in stride):
+            return None
+        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(total % 2 for total in totals):
+            # The odd one goes to the end, as in PyTorch.
+            ends = [side for total in reversed(totals) for side in (0, total % 2)]
+            input = torch.constant_pad_nd(input, ends, 0)
+        padding = [total // 2 for total in totals]
+    elif isinstance(padding, str):
+        return None
+    geometry = Geometry(stride, _each(dims, padding), dilation, False, (0,) * dims, groups)
+    return _batched(dims, geometry, input, weight, bias)
+
+
+def _transposed_convolution(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor | None:
+    """``torch.conv_transpose{dims}d``; None where that has to do it, or to refuse it."""
+    if not _suitable(input, weight, bias) or not _ranks(dims, input, weight):
+        return None
+    stride, padding, dilation = (_each(dims, n) for n in (stride, padding, dilation))
+    geometry = Geometry(stride, padding, dilation, True, _each(dims, output_padding), groups)
+    return _batched(dims, geometry, input, weight, bias)
+
+
+def _ranks(dims: int, input: Tensor, weight: Tensor) -> bool:
+    return input.ndim in (dims + 1, dims + 2) and weight.ndim == dims + 2
+
+
+def _each(dims: int, value: int | Sequence[int]) -> tuple[int, ...]:
+    # PyTorch has checked it: what is no sequence is an integer, of NumPy perhaps.
+    values = tuple(value) if isinstance(value, (list, tuple)) else (operator.index(value),)
+    return values * dims if len(values) == 1 else values
+
+
+def _batched(
+    dims: int, geometry: Geometry, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    input, weight, bias = (_autocast(t, input.device.type) for t in (input, weight, bias))
+    if input.ndim == dims + 2:
+        return convolution(geometry, input, weight, bias)
+    return convolution(geometry, input.unsqueeze(0), weight, bias).squeeze(0)
+
+
+def _autocast(tensor: Tensor | None, device_type: str) -> Tensor | None:
+    """What autocast makes of an argument of a convolution."""
+    if (
+        tensor is None
+        or not torch.amp.is_autocast_available(device_type)
+        or not torch.is_autocast_enabled(device_type)
+        or tensor.device.type != device_type
+        or tensor.dtype == torch.float64
+    ):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """``torch.nn.functional.batch_norm``; None where that has to do it, or to refuse it."""
+    if not _suitable(input, weight, bias) or input.ndim < 2 or input.numel() == 0:
+        return None
+    if training:
+        refused = input.numel() == input.shape[1]
+    else:
+        refused = running_mean is None or running_var is None
+    if refused or eps <= 0:
+        return None
+    return batch_norm(input, running_mean, running_var, weight, bias, bool(training), momentum, eps)
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor | None:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor | None:
+    return relu(input, inplace) if isinstance(input, Tensor) and input.requires_grad else None
+
+
+def _relu_(input: Tensor) -> Tensor | None:
+    return _relu(input, True)
+
+
+# A handler returns None where the function itself has to be called.
+HANDLERS: dict[Callable, Callable] = {
+    torch.conv1d: functools.partial(_convolution, 1),
+    torch.conv2d: functools.partial(_convolution, 2),
+    torch.conv3d: functools.partial(_convolution, 3),
+    torch.conv_transpose1d: functools.partial(_transposed_convolution, 1),
+    torch.conv_transpose2d: functools.partial(_transposed_convolution, 2),
+    torch.conv_transpose3d: functools.partial(_transposed_convolution, 3),
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _torch_batch_norm,
+    F.relu: _relu,
+    torch.relu: _relu,
+    Tensor.relu: _relu,
+    torch.relu_: _relu_,
+    Tensor.relu_: _relu_,
+}

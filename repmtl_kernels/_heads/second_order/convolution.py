@@ -1,0 +1,131 @@
+"""Convolution of any kind with an efficient double backward.
+
+Output, gradient of the input and gradient of the weight are three bilinear maps. The derivatives of
+each are the other two, so that every order of derivative is made of the library's own convolutions,
+and each is computed only where it is asked for. PyTorch's double backward computes the weight's
+gradient as a convolution whose kernel is the output's gradient, which no library is fast at. Under
+``vmap`` the maps are PyTorch's nodes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from repmtl_kernels._ground.saliency import without_autocast
+from repmtl_kernels._heads.second_order.engine import transformed, visible, wanted
+
+
+class Geometry(NamedTuple):
+    """The arguments of ``aten.convolution`` after input, weight and bias."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+
+def convolution(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``aten.convolution`` of a batch."""
+    if transformed():
+        return _output(geometry, x, weight, bias)
+    return Output.apply(geometry, visible(x), visible(weight), visible(bias))
+
+
+class Output(Function):
+    @staticmethod
+    def forward(ctx, geometry, x, weight, bias):
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        ctx.save_for_backward(x, weight)
+        return _output(geometry, x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _, for_x, for_weight, for_bias = wanted(ctx)
+        if grad is None:
+            return None, None, None, None
+        x, weight = ctx.saved_tensors
+        over = [0, *range(2, grad.ndim)]
+        return (
+            None,
+            _input_gradient(ctx.geometry, grad, weight, x) if for_x else None,
+            _weight_gradient(ctx.geometry, grad, x, weight) if for_weight else None,
+            grad.sum(over) if for_bias else None,
+        )
+
+
+class InputGradient(Function):
+    """``grad`` and ``weight`` to the gradient of the input; ``like`` has the input's form."""
+
+    @staticmethod
+    def forward(ctx, geometry, grad, weight, like):
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        ctx.save_for_backward(grad, weight)
+        return _backward(geometry, grad, like, weight, 0)
+
+    @staticmethod
+    def backward(ctx, v):
+        _, for_grad, for_weight, _ = wanted(ctx)
+        if v is None:
+            return None, None, None, None
+        grad, weight = ctx.saved_tensors
+        return (
+            None,
+            convolution(ctx.geometry, v, weight, None) if for_grad else None,
+            _weight_gradient(ctx.geometry, grad, v, weight) if for_weight else None,
+            None,
+        )
+
+
+class WeightGradient(Function):
+    """``grad`` and ``x`` to the gradient of the weight; ``like`` has the weight's form."""
+
+    @staticmethod
+    def forward(ctx, geometry, grad, x, like):
+        ctx.set_materialize_grads(False)
+        ctx.geometry = geometry
+        ctx.save_for_backward(grad, x)
+        return _backward(geometry, grad, x, like, 1)
+
+    @staticmethod
+    def backward(ctx, v):
+        _, for_grad, for_x, _ = wanted(ctx)
+        if v is None:
+            return None, None, None, None
+        grad, x = ctx.saved_tensors
+        return (
+            None,
+            convolution(ctx.geometry, x, v, None) if for_grad else None,
+            _input_gradient(ctx.geometry, grad, v, x) if for_x else None,
+            None,
+        )
+
+
+def _input_gradient(geometry: Geometry, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    if transformed():
+        return _backward(geometry, grad, like.detach(), weight, 0)
+    return InputGradient.apply(geometry, visible(grad), visible(weight), like.detach())
+
+
+def _weight_gradient(geometry: Geometry, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    if transformed():
+        return _backward(geometry, grad, x, like.detach(), 1)
+    return WeightGradient.apply(geometry, visible(grad), visible(x), like.detach())
+
+
+def _output(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with without_autocast(x.device):  # on CUDA it would cast what a backward convolves
+        return torch.ops.aten.convolution(x, weight, bias, *geometry)
+
+
+def _backward(geometry: Geometry, grad: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+    mask = [which == i for i in range(3)]
+    backward = torch.ops.aten.convolution_backward
+    return backward(grad, x, weight, None, *geometry, mask)[which]

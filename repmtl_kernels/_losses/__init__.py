@@ -1,0 +1,1 @@
+"""From checked arguments to values and gradients."""

@@ -1,0 +1,29 @@
+"""The way into the losses: the ``autograd.Function``, or under a compiler its graph node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+
+from repmtl_kernels._ground.record import Config
+from repmtl_kernels._losses.function import Losses
+
+
+def evaluate(
+    config: Config,
+    operands: Sequence[Tensor],
+    present: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``(tsr, csa)`` of checked operands; a loss that ``config`` leaves out is an empty tensor."""
+    if torch.compiler.is_compiling():
+        # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
+        from repmtl_kernels._losses.graph_node import graph_node
+
+        return graph_node(present, positions, tuple(config), *operands)
+    # Tensors of a dry run have no values that a backend could look at.
+    tsr, csa, *_ = Losses.apply(is_fake(operands[0]), config, present, positions, *operands)
+    return tsr, csa

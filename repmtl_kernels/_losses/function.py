@@ -1,0 +1,141 @@
+"""The one differentiable function of the package, as an ``autograd.Function``."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._losses import backward, forward
+
+NO_SECOND_DERIVATIVE = (
+    "repmtl_kernels: a second derivative of tsr_loss, csa_loss or rep_mtl_loss was asked for; the "
+    "{backend!r} backend has hand-written first derivatives only. Use backend='reference' "
+    "(repmtl_kernels.reference), which supports double backward. If nobody asked for one: inside "
+    "torch.compile, inputs of torch.func.grad that require a gradient make the compiler trace it; "
+    "detach them, or make the call under torch.no_grad()."
+)
+
+NO_FORWARD_MODE = (
+    "repmtl_kernels: a forward-mode derivative (torch.func.jvp, jacfwd, hessian) of tsr_loss, "
+    "csa_loss or rep_mtl_loss was asked for; the {backend!r} backend has reverse mode only. Use "
+    "torch.func.grad, vjp or jacrev, or backend='reference'."
+)
+NO_BATCHED_GRADIENTS = (
+    "repmtl_kernels: torch.autograd.grad(is_grads_batched=True) sends several gradients at a time "
+    "to tsr_loss, csa_loss or rep_mtl_loss; the {backend!r} backend takes one. Use torch.func.vmap "
+    "over torch.func.vjp, or backend='reference'."
+)
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function], size: int, in_dims: tuple, inputs: tuple
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The batching rule of ``vmap``. CSA contrasts the samples of one call, so what is mapped over
+    can't be folded into the batch."""
+    runs = [
+        function.apply(
+            *(
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(inputs, in_dims, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    outputs = tuple(torch.stack(values) for values in zip(*runs, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+class Losses(torch.autograd.Function):
+    """``(traced, config, present, positions, *operands) -> (tsr, csa, *saved)``; the losses
+    differentiable.
+
+    traced: by a compiler, which is to see operators; not in every part of it does PyTorch 2.11
+    know that it is compiling.
+    """
+
+    @staticmethod
+    def forward(
+        traced: bool,
+        config: Config,
+        present: Tensor | None,
+        positions: Tensor | None,
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:
+        if traced:
+            return tuple(torch.ops.repmtl.losses(operands, present, positions, *config))
+        return forward.forward(config, operands, present, positions)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(Losses, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE.format(backend=ctx.config.backend))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        traced, config, _, positions, *operands = inputs
+        _, _, *saved = output
+        ctx.traced = traced
+        ctx.config = config
+        ctx.operands = len(operands)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(positions, *operands, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_tsr, grad_csa, *_):
+        wanted = tuple(ctx.needs_input_grad[4:])
+        if grad_tsr is None and grad_csa is None:
+            return None, None, None, None, *(None for _ in wanted)
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        if any(g is not None and batched(g) for g in (grad_tsr, grad_csa)):
+            raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
+        saved = ctx.saved_tensors
+        traced = ctx.traced or torch.compiler.is_compiling()
+        given = traced, ctx.config, wanted, ctx.operands, grad_tsr, grad_csa
+        found = iter(Gradient.apply(*given, *saved))
+        return None, None, None, None, *(next(found) if w else None for w in wanted)
+
+
+class Gradient(torch.autograd.Function):
+    """The backward of :class:`Losses`, a node of its own so that a second derivative is refused."""
+
+    @staticmethod
+    def forward(traced, config, wanted, count, grad_tsr, grad_csa, positions, *tensors):
+        operands, saved = tensors[:count], Saved(*tensors[count:])
+        if traced:
+            return tuple(
+                torch.ops.repmtl.losses_backward(
+                    grad_tsr, grad_csa, positions, operands, saved, wanted, *config
+                )
+            )
+        return tuple(
+            backward.backward(config, wanted, grad_tsr, grad_csa, positions, operands, saved)
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _one_by_one(Gradient, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE.format(backend=ctx.backend))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[1].backend
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(NO_SECOND_DERIVATIVE.format(backend=ctx.backend))
+
+
+# PyTorch asks for the signature of `forward` at every call; found afresh, it takes longer than most
+# kernels.
+for _function in (Losses, Gradient):
+    _function.forward.__signature__ = inspect.signature(_function.forward)

@@ -1,0 +1,1 @@
+"""The stages with the compiled operators of ``csrc``."""

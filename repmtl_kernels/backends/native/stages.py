@@ -1,0 +1,215 @@
+"""The stages with the compiled operators of ``csrc``. Contract: ``contract.py``.
+
+Large matrix products are PyTorch's, those of float32 in the precision that PyTorch is set to; what
+is between them is one pass each. On CUDA the operators ``losses`` and ``losses_backward`` are all
+stages in one call.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels.backends import eager
+from repmtl_kernels.backends.contract import (
+    Anchors,
+    Contrast,
+    CSAGradient,
+    Entropy,
+    Everyone,
+    Gram,
+    Statistics,
+)
+from repmtl_kernels.backends.native import library as native_library
+
+MOST_SMALL_TASKS = 64  # kSmallTasks of csrc
+
+
+def ops_of(x: Tensor) -> ModuleType:
+    """The operators for a tensor's device."""
+    if x.dtype == torch.float16 and _on_cuda(x):
+        _check_fp16_products()
+    return native_library.load(native_library.library_of(x))
+
+
+def _check_fp16_products() -> None:
+    """PyTorch has no float16 products with float32 results where this is allowed."""
+    if torch.backends.cuda.matmul.allow_fp16_accumulation:
+        raise ValueError(
+            "torch.backends.cuda.matmul.allow_fp16_accumulation: expected False for float16 "
+            "saliencies with backend='native'; got True"
+        )
+
+
+def in_one_call(saliency: Tensor) -> ModuleType | None:
+    """The operators ``losses`` and ``losses_backward``, where there are any."""
+    return ops_of(saliency) if _on_cuda(saliency) else None
+
+
+def _on_cuda(x: Tensor) -> bool:
+    return native_library.library_of(x) == "cuda"
+
+
+def statistics(
+    saliencies: list[Tensor], *, positions: bool, channels: bool, mask: Tensor | None = None
+) -> Statistics:
+    x, a, scale = ops_of(saliencies[0]).statistics(saliencies, positions, channels, mask)
+    return Statistics(x if positions else None, *((a, scale) if channels else (None, None)))
+
+
+def entropy(
+    x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
+) -> Entropy:
+    over_tasks, softmax = over == "tasks", normalizer == "softmax"
+    value, grad = ops_of(x).entropy(
+        x.contiguous(), over_tasks, softmax, temperature, eps, with_grad
+    )
+    return Entropy(value, grad if with_grad else None)
+
+
+def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
+    unit, factor, radial = ops_of(a).unit_anchors(a.contiguous(), eps, with_grad)
+    return Anchors(unit, factor, radial if with_grad else None)
+
+
+def contrast(
+    anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
+) -> Contrast:
+    u, ops = anchors.unit, ops_of(anchors.unit)
+    others, first = (u, 0) if everyone is None else everyone[:2]
+    tasks, batch, _ = u.shape
+    total = others.shape[1]
+    step = max(1, eager.CONTRAST_BLOCK // (tasks * tasks * total))
+    blocks = range(0, batch, step)
+
+    def dots_of(b: int) -> Tensor:
+        """(T, M, T, G): products of one block of samples with all."""
+        return _products(u[:, b : b + step], others)
+
+    columns = u.new_zeros(2, total) if with_grad else None
+    found, rows = [], []
+    for b in blocks:
+        dots = dots_of(b)
+        lse, peaks = ops.log_sum_exp(dots, first + b, temperature, columns)
+        found.append(lse)
+        rows.append(peaks)
+    lse = torch.cat(found)
+    if not with_grad:
+        return Contrast(lse, None)
+
+    if everyone is not None:
+        columns = everyone.join(columns)
+    du = torch.empty_like(u)
+    for b, peaks in zip(blocks, rows, strict=True):
+        if len(blocks) > 1:  # else those of above are still there
+            dots = dots_of(b)
+        ops.weigh_dots(dots, peaks, columns, first + b, temperature)
+        du[:, b : b + step] = _weighted_sums(dots, others)
+    ops.through_normalisation(du, u, anchors.factor, anchors.radial)
+    return Contrast(lse, du)
+
+
+def _products(x: Tensor, others: Tensor) -> Tensor:
+    """(T, M, T, G): of x (T, M, C) with all of ``others`` (T, G, C)."""
+    tasks, samples, channels = x.shape
+    shape = (tasks, samples, tasks, others.shape[1])
+    if others.is_contiguous():
+        return torch.matmul(x, others.view(-1, channels).T).view(shape)
+    # Task by task, in place: gathered anchors are too many to be copied.
+    products, x = x.new_empty(shape), x.reshape(-1, channels)
+    for v, other in enumerate(others):
+        torch.mm(x, other.T, out=products.view(-1, *shape[2:])[:, v])
+    return products
+
+
+def _weighted_sums(weights: Tensor, others: Tensor) -> Tensor:
+    """(T, M, C): of ``others`` (T, G, C), with weights (T, M, T, G)."""
+    if others.is_contiguous():
+        flat = others.view(-1, others.shape[2])
+        return torch.matmul(weights.flatten(2), flat)
+    weights = weights.flatten(0, 1)
+    sums = weights[:, 0] @ others[0]
+    for weight, other in zip(weights.unbind(1)[1:], others[1:], strict=True):
+        sums.addmm_(weight, other)
+    return sums.view(len(others), -1, others.shape[2])
+
+
+def gram(
+    saliencies: list[Tensor],
+    scale: Tensor,
+    anchors: Tensor,
+    *,
+    eps: float,
+    with_grad: bool,
+    mask: Tensor | None = None,
+) -> Gram:
+    first, ops = saliencies[0], ops_of(saliencies[0])
+    if _on_cuda(first):
+        *found, projection, matrix = ops.gram(saliencies, scale, anchors, eps, with_grad, mask)
+        return Gram(*found, *((projection, matrix) if with_grad else (None, None)))
+    if not _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
+        return eager.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad, mask=mask)
+    norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad, mask)
+    stored = (projection, matrix) if with_grad else (None, None)
+    return eager.gram_of(norm, positive, scale, eps, *stored)
+
+
+@functools.cache
+def small_positions() -> range:
+    """Numbers of positions for which own products on the CPU beat the library's: few, but not a
+    vector's padding."""
+    return range(16, 65) if native_library.load("cpu").small_products_are_fast() else range(0)
+
+
+def _is_small(tasks: int, channels: int, positions: int, dtype: torch.dtype) -> bool:
+    few = positions in small_positions() and positions <= channels and tasks <= MOST_SMALL_TASKS
+    return few and dtype == torch.float32
+
+
+def saliency_grad(
+    saliencies: list[Tensor],
+    outputs: list[Tensor | None],
+    csa: CSAGradient,
+    position_grad: Tensor | None,
+    mask: Tensor | None = None,
+) -> None:
+    first, ops = saliencies[0], ops_of(saliencies[0])
+    whole = None
+    if _on_cuda(first):
+        whole = ops.saliency_grad
+    elif _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
+        whole = ops.small_gradient
+    if whole is not None:
+        wanted = [t for t, output in enumerate(outputs) if output is not None]
+        whole(
+            saliencies,
+            [outputs[t] for t in wanted],
+            wanted,
+            csa.scale,
+            csa.anchors.unit,
+            csa.anchors.factor,
+            csa.anchors.radial,
+            csa.contrast_grad,
+            csa.gram.projection,
+            csa.gram.matrix,
+            csa.anchor_weight,
+            csa.affinity_weight,
+            csa.radial_weight,
+            csa.negatives,
+            None if position_grad is None else position_grad.contiguous(),
+            mask,
+        )
+        return
+    for term in eager.gradient_terms(saliencies, outputs, csa, position_grad, mask):
+        dx = None if term.dx is None else term.dx.contiguous()
+        rest = term.da.contiguous(), dx, term.left.contiguous(), term.right, term.output
+        rows, transposed = eager.rows_of(term.output)
+        a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
+        if rows is not None and rows.dtype == a.dtype:
+            ops.add_outer(None, transposed, *rest)
+            rows.baddbmm_(a, b)
+        else:
+            ops.add_outer(torch.bmm(a, b), transposed, *rest)

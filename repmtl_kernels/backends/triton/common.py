@@ -1,0 +1,180 @@
+"""What the kernels share: operands of several tasks, strides and alignment, dot precision."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repmtl_kernels.backends.availability import interpreting
+
+INTERPRET = interpreting()
+# That of PyTorch 2.11, which does some things less well.
+TRITON_3_6 = triton.__version__.startswith("3.6.")
+
+# Positions of a mask that are read at a time to be counted.
+COUNT_BLOCK = tl.constexpr(1024)
+
+# Tasks of one launch: bounds how many variants of a kernel are compiled.
+MAX_TASKS = 8
+
+FP32_PRECISIONS = ("ieee", "tf32x3", "tf32")
+
+
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **kwargs) -> None:
+    """Runs ``kernel`` on the current stream of ``device``, whatever the current device is."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+    else:
+        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+
+
+def fp32_precision() -> str:
+    """``input_precision`` of float32 matrix products.
+
+    REPMTL_FP32_PRECISION if set, else that of PyTorch's own CUDA products: tf32 if the user allows
+    it (``torch.backends.cuda.matmul``, ``torch.set_float32_matmul_precision``), else ieee.
+    """
+    precision = os.environ.get("REPMTL_FP32_PRECISION")
+    if not precision:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    if precision not in FP32_PRECISIONS:
+        raise ValueError(
+            f"REPMTL_FP32_PRECISION: expected one of {', '.join(FP32_PRECISIONS)}; "
+            f"got {precision!r}"
+        )
+    return precision
+
+
+# Triton's own of these two cost the host as much as a small launch.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class Geometry(NamedTuple):
+    """Strides of a ``(B, C, *spatial)`` view as kernels take them.
+
+    ``layout = (stride_b, stride_c, stride_0, stride_1, stride_2, size_1, size_2)``: the positions
+    as a row-major grid of ``dims`` dimensions. Strides other than 1 are in units of ``align``
+    elements, so that the compiler knows how rows are aligned without one variant per size.
+    ``form = (dims, align, unit)`` is for compile time; bit i of ``unit``: stride i is 1.
+    """
+
+    layout: tuple[int, ...]
+    form: tuple[int, int, int]
+
+
+def geometry(view: Tensor) -> Geometry:
+    return _geometry(view.shape, view.stride())
+
+
+@functools.lru_cache(maxsize=1024)  # host time of every launch
+def _geometry(shape: tuple[int, ...], every: tuple[int, ...]) -> Geometry:
+    batch, channel, *of_positions = every
+    sizes, strides = [], []
+    for size, stride in zip(shape[2:], of_positions, strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:  # row-major neighbours are one dimension
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    dims = max(1, len(sizes))
+    sizes += [1] * (3 - len(sizes))
+    strides = [batch, channel, *strides, *[0] * (3 - len(strides))]
+    unit = sum(1 << i for i, stride in enumerate(strides) if stride == 1)
+    align = alignment(*(stride for stride in strides if stride != 1))
+    scaled = [1 if stride == 1 else stride // align for stride in strides]
+    return Geometry((*scaled, sizes[1], sizes[2]), (dims, align, unit))
+
+
+def alignment(*values: int) -> int:
+    """The largest power of two up to 16 that divides every value."""
+    return min(16, *(value & -value for value in values if value), 16)
+
+
+class TaskGroup(NamedTuple):
+    """Tasks of equal strides, which one launch takes together."""
+
+    tasks: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+    geometry: Geometry
+
+
+def task_groups(views: Sequence[Tensor | None], most: int = MAX_TASKS) -> Iterator[TaskGroup]:
+    """The tasks (None is left out) in groups of equal strides and at most ``most``."""
+    by_stride: dict[tuple, list[int]] = {}
+    for t, view in enumerate(views):
+        if view is not None:
+            by_stride.setdefault((geometry(view), view.data_ptr() % 16 == 0), []).append(t)
+    for (layout, _), tasks in by_stride.items():
+        for i in range(0, len(tasks), most):
+            part = tuple(tasks[i : i + most])
+            yield TaskGroup(part, tuple(views[t] for t in part), layout)
+
+
+@triton.jit
+def pick(values, index):
+    """``values[index]`` of a tuple of pointers or integers, by a runtime index."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        if index == i:
+            value = values[i]
+    return value
+
+
+@triton.jit
+def zero_unless(there, x):
+    """``x``, and 0 where it is not there, whatever ``x`` is."""
+    return tl.where(there, x, tl.zeros_like(x))
+
+
+@triton.jit
+def count_valid(valid, positions):
+    """The number of a sample's positions that are there; 1 for none, since it divides a sum."""
+    total = tl.zeros((COUNT_BLOCK,), tl.int32)
+    for start in range(0, positions, COUNT_BLOCK):
+        n = start + tl.arange(0, COUNT_BLOCK)
+        total += tl.load(valid + n, mask=n < positions, other=0).to(tl.int32)
+    return tl.maximum(tl.sum(total, 0), 1)
+
+
+@triton.jit
+def stride_of(layout, FORM: tl.constexpr, i: tl.constexpr):
+    """Stride ``i`` of a :class:`Geometry` in elements: int64, or the constant 1."""
+    if (FORM[2] >> i) & 1:
+        return 1
+    else:
+        return tl.cast(layout[i], tl.int64) * FORM[1]
+
+
+@triton.jit
+def position_offsets(n, layout, FORM: tl.constexpr):
+    """Offsets in elements (int64) of positions ``n``, row-major over the spatial dimensions."""
+    n = n.to(tl.int64)
+    if FORM[0] == 1:
+        return n * stride_of(layout, FORM, 2)
+    elif FORM[0] == 2:
+        row, column = n // layout[5], n % layout[5]
+        return row * stride_of(layout, FORM, 2) + column * stride_of(layout, FORM, 3)
+    else:
+        plane, rest = n // (layout[5] * layout[6]), n % (layout[5] * layout[6])
+        row, column = rest // layout[6], rest % layout[6]
+        return (
+            plane * stride_of(layout, FORM, 2)
+            + row * stride_of(layout, FORM, 3)
+            + column * stride_of(layout, FORM, 4)
+        )

@@ -1,0 +1,199 @@
+"""The matrix ``X`` of one task and sample, and products with it, for both CSA stages.
+
+``X`` (``R x K``) is ``S_bt^T`` where positions are the smaller side (N side), else ``S_bt``
+(C side): its Gram matrix ``X X^T`` is ``R x R``. ``^`` marks scaled operands.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from repmtl_kernels._ground.saliency import float16_gram_factor
+from repmtl_kernels.backends.triton import common
+from repmtl_kernels.backends.triton.common import (
+    alignment,
+    fp32_precision,
+    next_power_of_2,
+    position_offsets,
+    stride_of,
+)
+from repmtl_kernels.backends.triton.tiles import Tile, tile_of
+
+# The interpreter multiplies bfloat16 wrongly and has no inline assembly.
+INTERPRET = tl.constexpr(common.INTERPRET)
+
+
+class Operand(NamedTuple):
+    """What is known of ``X`` before the launch, and how its products are computed."""
+
+    n_side: bool
+    rows: int  # R = min(C, N)
+    depth: int  # K = max(C, N)
+    dtype: torch.dtype
+    precision: str  # input_precision of its products; means nothing for 16-bit dtypes
+
+    @classmethod
+    def of(cls, saliency: Tensor) -> Operand:
+        channels, positions = saliency.shape[1], saliency.shape[2:].numel()
+        n_side = positions <= channels
+        rows, depth = (positions, channels) if n_side else (channels, positions)
+        precision = fp32_precision() if saliency.dtype == torch.float32 else "16-bit"
+        return cls(n_side, rows, depth, saliency.dtype, precision)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``R // R_ALIGN, K // K_ALIGN, R_ALIGN, K_ALIGN``: masks then keep wide loads."""
+        r_align, k_align = alignment(self.rows), alignment(self.depth)
+        return self.rows // r_align, self.depth // k_align, r_align, k_align
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether rows of the Gram matrix, and of a dense ``X``, start at any address."""
+        return alignment(self.rows, self.depth) == 1
+
+    def tile(self, kernel: str, device: torch.device) -> Tile:
+        return tile_of(kernel, self.precision, self.is_odd, self.rows, self.depth, device)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether float32 factors of ``X`` come in two parts (:func:`split_columns`)."""
+        return self.precision in ("16-bit", "tf32")
+
+    @property
+    def storage_factor(self) -> float:
+        """The power of two on the stored Gram matrix, whose elements are at most ``4 K`` without.
+
+        float32, bfloat16: at most 8 with it, so that products with unscaled saliencies stay in
+        range. float16: at most 2^15, as far from the smallest numbers as possible.
+        """
+        if self.dtype == torch.float16:
+            return float16_gram_factor(self.depth)
+        return 2.0 ** -math.floor(math.log2(self.depth))
+
+    def passes_registers(self, form: tuple[int, int, int], *, along_rows: bool) -> bool:
+        """Whether products that sum along the rows (or columns) of ``X`` use :func:`touched`."""
+        dims, _, unit = form
+        axis = 1 + dims if self.n_side == along_rows else 1
+        return self.precision == "tf32" and not unit >> axis & 1
+
+
+def task_columns(tasks: int, parts: int) -> int:
+    """Columns for ``parts`` values of each task: at least the 16 that matrix units want."""
+    return max(16, parts * next_power_of_2(tasks))
+
+
+@triton.jit
+def row_offsets(index, layout, FORM: tl.constexpr, N_SIDE: tl.constexpr):
+    """Offsets of rows of ``X``; with ``not N_SIDE`` of its columns."""
+    if N_SIDE:
+        return position_offsets(index, layout, FORM)
+    else:
+        return index.to(tl.int64) * stride_of(layout, FORM, 1)
+
+
+@triton.jit
+def matmul(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32.
+
+    In tf32 ``X`` goes into every product as it is and is cut off there, by the matrix units: alike
+    in all of them, it is as if the saliencies were other ones. All else has to be more exact than
+    TF32, for the gradient is a small difference of large terms.
+    """
+    if INTERPRET:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        if PRECISION == "tf32":
+            a = _cut_off(a)
+            b = _cut_off(b)
+    return tl.dot(a, b, acc, input_precision="ieee" if PRECISION == "16-bit" else PRECISION)
+
+
+@triton.jit
+def matmul_in_parts(a, b, acc, TRANSPOSED: tl.constexpr):
+    """``acc + a @ b`` (TRANSPOSED: ``a^T @ b``) of float32 ``a`` as two bfloat16 parts."""
+    high = a.to(tl.bfloat16)
+    acc = matmul(tl.trans(high) if TRANSPOSED else high, b, acc, "16-bit")
+    low = (a - high.to(tl.float32)).to(tl.bfloat16)  # here: before, it takes more registers
+    return matmul(tl.trans(low) if TRANSPOSED else low, b, acc, "16-bit")
+
+
+@triton.jit
+def _cut_off(x):
+    """float32 without its lower 13 bits: what the matrix units make of it in TF32."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_tf32(x):
+    """float32 to the nearest number in TF32."""
+    if INTERPRET:
+        bits = x.to(tl.int32, bitcast=True) + 4096
+        return tl.where(x - x == 0, _cut_off(bits.to(tl.float32, bitcast=True)), x)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def touched(x):
+    """``x``, for float32 operands that are not contiguous along the sum.
+
+    They have to be transposed for the matrix units. Left alone, the compiler does it by copying 4
+    bytes at a time; touched on their way, they are copied 16 bytes at a time.
+    """
+    if INTERPRET:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def task_vectors(
+    values,  # of one sample: a vector of `size` float32 per task, `stride` apart
+    stride,
+    index,
+    size,
+    tasks,
+    COLUMNS: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
+    """``(len(index), COLUMNS)`` float32: elements `index` of each task, REPEAT columns a task."""
+    task = tl.arange(0, COLUMNS) // REPEAT
+    return tl.load(
+        values + task.to(tl.int64)[None, :] * stride + index[:, None],
+        mask=(task < tasks)[None, :] & (index < size)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def split_columns(v, DTYPE: tl.constexpr):
+    """Pairs of equal columns to a value in DTYPE (float32: in TF32) and what that lost.
+
+    Rounding anchors to 16 bits alone changes the similarity by up to 1.8e-2.
+    """
+    high = round_tf32(v) if DTYPE == tl.float32 else v.to(DTYPE)
+    low = (v - high.to(tl.float32)).to(DTYPE)
+    return tl.where((tl.arange(0, v.shape[1]) % 2 == 0)[None, :], high, low)
+
+
+@triton.jit
+def join_columns(v):
+    """Sums pairs of columns: undoes :func:`split_columns` in a product with its result."""
+    return tl.sum(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)), 2)
+
+
+@triton.jit
+def repeat_columns(v):
+    """Each column twice."""
+    twice = tl.broadcast_to(v[:, :, None], (v.shape[0], v.shape[1], 2))
+    return tl.reshape(twice, (v.shape[0], 2 * v.shape[1]))

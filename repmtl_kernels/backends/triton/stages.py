@@ -1,0 +1,9 @@
+"""The stages as Triton kernels, for CUDA. Contract: ``backends/contract.py``."""
+
+from repmtl_kernels.backends.triton.contrast import anchors, contrast
+from repmtl_kernels.backends.triton.entropy import entropy
+from repmtl_kernels.backends.triton.gradient import saliency_grad
+from repmtl_kernels.backends.triton.gram import gram
+from repmtl_kernels.backends.triton.statistics import statistics
+
+__all__ = ["anchors", "contrast", "entropy", "gram", "saliency_grad", "statistics"]

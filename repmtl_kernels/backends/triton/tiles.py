@@ -1,0 +1,263 @@
+"""Which tile each kernel takes, as data: by kind of product, size and GPU.
+
+Two kinds of table: that of the package (:data:`RULES`), and one of the user's own, a JSON file that
+REPMTL_TILES names and that comes first. In both the first rule that fits holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from repmtl_kernels.backends.triton.common import INTERPRET, next_power_of_2
+
+VARIABLE = "REPMTL_TILES"
+# 16-bit numbers, and float32 by `input_precision` of its products.
+KINDS = ("16-bit", "tf32", "tf32x3", "ieee")
+ANY = 1 << 62
+
+
+class Tile(NamedTuple):
+    """Of a matrix product: what one program writes, and how.
+
+    gram: ``rows`` x ``columns`` of the Gram matrix; ``columns`` is a multiple of ``rows``, and not
+    used on the C side, where tiles are square. gradient: of ``X``, ``R x K``. pull: channels x
+    tasks, as many as there are.
+    """
+
+    rows: int
+    columns: int
+    depth: int  # terms of the sum at a time
+    warps: int
+    stages: int  # of the software pipeline
+    registers: int | None = None  # of a thread, at most; None: as the compiler likes
+    tma: bool = False  # whether TMA copies what gram and gradient multiply, where it can
+
+    def within(self, rows: int, columns: int, depth: int = ANY) -> Tile:
+        """No larger than the power of two that holds the sizes, nor smaller than matrix units."""
+        return self._replace(
+            rows=min(self.rows, _padded(rows)),
+            columns=min(self.columns, _padded(columns)),
+            depth=min(self.depth, _padded(depth)),
+        )
+
+
+class Sweep(NamedTuple):
+    """Of the statistics: how one read of the saliencies is cut up."""
+
+    deep: int  # rows of a tile that a thread adds up in registers
+    programs: int  # from that many on, longer chunks of rows make fewer partial sums,
+    most_rows: int  # of up to that many rows
+    warps: int
+    registers: int | None = None
+
+
+KERNELS = {"gram": Tile, "gradient": Tile, "pull": Tile, "statistics": Sweep}
+
+
+def _check(name: str, good: bool, expected: str, got: object) -> None:
+    if not good:
+        raise ValueError(f"{name}: expected {expected}; got {got!r}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``tile`` for a kernel on operands of some kinds, sizes and GPUs; bounds are inclusive.
+
+    ``rows`` and ``depth`` are those of the operand, not of the tile.
+    """
+
+    kernel: str
+    kinds: tuple[str, ...]  # of KINDS; statistics of float32 are "ieee"
+    tile: Tile | Sweep
+    odd: bool | None = None  # whether rows of memory start at any address; None: either
+    rows: tuple[int, int] = (1, ANY)  # min(C, N); statistics: of the matrix that is swept
+    depth: tuple[int, int] = (1, ANY)  # max(C, N); statistics: its columns
+    capability: tuple[int, int] = (0, ANY)  # 90 is compute capability 9.0
+
+    def __post_init__(self) -> None:
+        _check("kernel", self.kernel in KERNELS, f"one of {', '.join(KERNELS)}", self.kernel)
+        known = len(self.kinds) > 0 and set(self.kinds) <= set(KINDS)
+        _check("kinds", known, f"some of {', '.join(KINDS)}", self.kinds)
+        _check("odd", self.odd in (None, True, False), "true, false or null", self.odd)
+        for name in ("rows", "depth", "capability"):
+            bounds = getattr(self, name)
+            _check(name, len(bounds) == 2 and bounds[0] <= bounds[1], "[least, most]", bounds)
+        for name, value in self.tile._asdict().items():
+            name = f"tile.{name}"
+            if name == "tile.registers":
+                good = value is None or 16 <= value <= 255
+                _check(name, good, "null or a number from 16 to 255", value)
+            elif name == "tile.tma":
+                _check(name, value in (True, False), "true or false", value)
+            elif name in ("tile.stages", "tile.programs"):
+                _check(name, value >= 1, "a positive number", value)
+            else:
+                least = 16 if name in ("tile.rows", "tile.columns", "tile.depth") else 1
+                good = value >= least and value & (value - 1) == 0
+                _check(name, good, f"a power of two of at least {least}", value)
+        if self.kernel == "gram":
+            good = self.tile.columns % self.tile.rows == 0
+            _check("tile.columns", good, f"a multiple of {self.tile.rows}", self.tile.columns)
+
+    def fits(self, kind: str, odd: bool, rows: int, depth: int, capability: int) -> bool:
+        return (
+            kind in self.kinds
+            and self.odd in (None, odd)
+            and self.rows[0] <= rows <= self.rows[1]
+            and self.depth[0] <= depth <= self.depth[1]
+            and self.capability[0] <= capability <= self.capability[1]
+        )
+
+
+# What fits without register spills (up to 16 bytes of channels_last saliencies) and in the shared
+# memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
+RULES = (
+    # Tiles of 64 read each row twice as often from the L2 cache, more than it can give; up to about
+    # 320 rows those of 128 have more padding than that.
+    Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(321, ANY)),
+    Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), False, (321, ANY), capability=(90, 119)),
+    Rule("gram", ("16-bit",), Tile(64, 64, 64, 4, 3, 168), odd=False),
+    Rule("gram", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3, 255), odd=False),
+    Rule("gram", ("ieee",), Tile(64, 64, 16, 4, 3, 255), odd=False),
+    # Odd rows are loaded element by element, with a pointer each.
+    Rule("gram", ("16-bit",), Tile(32, 32, 32, 4, 3), odd=True, rows=(1, 32)),
+    Rule("gram", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
+    Rule("gram", KINDS, Tile(32, 32, 16, 4, 3, 128), odd=True, rows=(1, 32)),
+    Rule("gram", KINDS, Tile(64, 64, 16, 8, 3, 128), odd=True),
+    Rule("gradient", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(65, ANY)),
+    Rule("gradient", ("tf32",), Tile(128, 128, 32, 8, 3), odd=False, rows=(65, ANY)),
+    Rule("gradient", ("16-bit",), Tile(16, 256, 16, 8, 3), rows=(1, 16)),
+    Rule("gradient", ("16-bit",), Tile(32, 128, 32, 8, 3), rows=(17, 32)),
+    Rule("gradient", ("16-bit",), Tile(64, 64, 64, 8, 3), odd=False),
+    Rule("gradient", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
+    Rule("gradient", ("ieee",), Tile(16, 256, 16, 8, 3, 128), rows=(1, 16)),
+    Rule("gradient", ("ieee",), Tile(32, 128, 16, 8, 3, 128), rows=(17, 32)),
+    Rule("gradient", ("ieee",), Tile(64, 64, 16, 8, 3, 128)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(16, 256, 16, 4, 3), odd=False, rows=(1, 16)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(32, 128, 32, 4, 3), odd=False, rows=(17, 32)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3), odd=False),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(16, 256, 16, 8, 3), odd=True, rows=(1, 16)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(32, 128, 16, 8, 3), odd=True, rows=(17, 32)),
+    Rule("gradient", ("tf32", "tf32x3"), Tile(64, 64, 16, 8, 3), odd=True),
+    Rule("pull", KINDS, Tile(256, 16, 16, 4, 4), rows=(1, 16)),
+    Rule("pull", ("16-bit", "tf32"), Tile(64, 16, 64, 4, 4)),
+    Rule("pull", ("tf32x3",), Tile(64, 16, 32, 4, 4)),
+    Rule("pull", ("ieee",), Tile(64, 16, 16, 4, 4)),
+    # Eight programs for each multiprocessor of a large GPU; chunks of 512 rows cost 0.8 % of the
+    # bytes of 16-bit saliencies. Left to itself, the compiler spills a few registers for more
+    # occupancy on sm_100. Loads of single 16-bit elements need a pointer each: 32 of them fit.
+    Rule("statistics", ("16-bit",), Sweep(4, 1056, 512, 4, 128), odd=True),
+    Rule("statistics", KINDS, Sweep(8, 1056, 512, 4, 128)),
+)
+
+
+class Request(NamedTuple):
+    """What a tile is asked for; sizes as in :class:`Rule`."""
+
+    kernel: str
+    kind: str
+    odd: bool
+    rows: int
+    depth: int
+    capability: int
+
+
+class _Trial(NamedTuple):
+    tiles: Mapping[str, Tile | Sweep]
+    given: dict[Request, Tile | Sweep]
+
+
+_trial: _Trial | None = None
+
+
+def tile_of(kernel: str, kind: str, odd: bool, rows: int, depth: int, device: torch.device):
+    """The :class:`Tile` or :class:`Sweep` of the first rule that fits."""
+    request = Request(kernel, kind, odd, rows, depth, capability_of(device))
+    if _trial is None:
+        return _find(*request)
+    tile = _trial.tiles.get(kernel) or _find(*request)
+    _trial.given[request] = tile
+    return tile
+
+
+@contextlib.contextmanager
+def trying(tiles: Mapping[str, Tile | Sweep]) -> Iterator[dict[Request, Tile | Sweep]]:
+    """Within the block these kernels take these tiles; yields which tile each request was given.
+
+    For measuring, in one thread: it holds for the whole process.
+    """
+    global _trial
+    before, _trial = _trial, _Trial(tiles, {})
+    try:
+        yield _trial.given
+    finally:
+        _trial = before
+
+
+@functools.cache
+def _find(kernel: str, kind: str, odd: bool, rows: int, depth: int, capability: int):
+    for rule in (*own_rules(), *RULES):
+        if rule.kernel == kernel and rule.fits(kind, odd, rows, depth, capability):
+            return rule.tile
+    raise AssertionError(f"no tile for {kernel}, {kind}")
+
+
+@functools.cache
+def own_rules() -> tuple[Rule, ...]:
+    """Of the file that REPMTL_TILES names: a list of rules as :class:`Rule` has them, in JSON."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return ()
+    try:
+        return tuple(_rule(one) for one in json.loads(Path(path).read_text())["rules"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{VARIABLE}: expected a JSON file of tiles, as python -m benchmarks.tune writes it; "
+            f"got {path!r}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _rule(found: dict) -> Rule:
+    unknown = found.keys() - {field.name for field in fields(Rule)}
+    _check("rule", not unknown, "no keys but those of Rule", sorted(unknown))
+    kernel = found["kernel"]
+    _check("kernel", kernel in KERNELS, f"one of {', '.join(KERNELS)}", kernel)
+    bounds = {k: tuple(found[k]) for k in ("rows", "depth", "capability") if k in found}
+    tile = KERNELS[kernel](**found["tile"])
+    return Rule(kernel, tuple(found["kinds"]), tile, found.get("odd"), **bounds)
+
+
+def as_json(rules: Iterable[Rule]) -> str:
+    """What :func:`own_rules` reads, a rule a line."""
+    lines = [json.dumps({**asdict(rule), "tile": rule.tile._asdict()}) for rule in rules]
+    return '{"rules": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def capability_of(device: torch.device) -> int:
+    """90 for compute capability 9.0, 0 under the interpreter."""
+    if device.type == "cuda":
+        return _capability_of_cuda(device)
+    if INTERPRET:
+        return 0
+    # Compiled for a GPU that is not here: a stand-in for the driver knows which.
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache  # host time of every launch
+def _capability_of_cuda(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _padded(size: int) -> int:
+    return max(16, next_power_of_2(size))

@@ -1,0 +1,100 @@
+"""The CUDA kernels of the native backend, executed without a GPU: same sources, emulated CUDA.
+
+The emulation runs the threads of a block one after the other between barriers, in an order of
+choice; what depends on it is a race.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulated_cuda
+import pytest
+import torch
+
+from repmtl_kernels.backends.native import library as native_library
+
+COMPILER = os.environ.get("CXX") or "c++"
+TESTS = Path(__file__).parents[1]
+CUDA = "backends/test_native_cuda"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slow_cpu,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for them"),
+    pytest.mark.skipif(
+        not emulated_cuda.SOURCES.exists() or native_library.status("cpu") != "ok",
+        reason="needs the source tree and what compiles it",
+    ),
+]
+
+if shutil.which(COMPILER) is None:
+    pytest.skip(f"there is no {COMPILER}", allow_module_level=True)
+
+
+def run(library: Path, *arguments: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", *arguments],
+        cwd=TESTS.parent,
+        env={
+            **os.environ,
+            "REPMTL_EMULATED_CUDA": str(library),
+            "PYTHONPATH": str(TESTS.parent),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def sources(*names: str) -> list[str]:
+    return [str(TESTS / f"{name}.py") for name in names]
+
+
+@pytest.mark.timeout(1200)
+def test_the_tests_of_the_native_backend_in_any_order_of_threads(tmp_path: Path):
+    library = emulated_cuda.build(tmp_path)
+    names = "losses", "positions", "gradients", "numerics", "memory"
+    of_losses = sources(*(f"losses/test_{name}" for name in names))
+    run(library, *sources(CUDA, "backends/test_stages"), *of_losses)
+    for order in ("reverse", "7"):
+        run(library, *sources(CUDA), CUDA_EMULATION_ORDER=order)
+
+
+def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tmp_path: Path):
+    """Of kernels, in shared and global memory."""
+    libraries = [
+        subprocess.run(
+            [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(library).is_absolute() for library in libraries):
+        pytest.skip(f"{COMPILER} has no sanitizers here")
+    flags = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+    library = emulated_cuda.build(tmp_path, *flags, "-fno-sanitize-recover=all")
+    preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    some = "every_way and (dtype1 or dtype2) or anywhere or some_tasks"
+    run(library, *sources(CUDA), "-k", some, **preload)
+
+
+def test_the_emulation_itself(tmp_path: Path):
+    program = tmp_path / "self_test"
+    source = emulated_cuda.HEADERS / "self_test.cpp"
+    command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread"]
+    command += ["-I", str(emulated_cuda.HEADERS), str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
+    for order in ("forward", "reverse", "1"):
+        done = subprocess.run(
+            [str(program)],
+            env={**os.environ, "CUDA_EMULATION_ORDER": order},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

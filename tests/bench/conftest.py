@@ -1,0 +1,6 @@
+"""Puts the source tree on the path: benchmarks is not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
