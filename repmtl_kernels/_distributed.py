@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from repmtl_kernels._ground import torch_private
 from repmtl_kernels._ground.saliency import DTYPES, NORMALIZERS, OVER
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _all_gather(found: Tensor, sent: Tensor, group: ProcessGroup, async_op: bool
 
 
 def _found(name: str) -> ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return torch_private.process_group_named(name)
 
 
 class Facts(NamedTuple):
@@ -148,7 +149,7 @@ def _exchange(group: ProcessGroup, told: Sequence[float], near: object) -> list[
     """Of every rank. On the CPU where the group has a backend for it, else the host has to wait
     until the device has come to it."""
     row = [*map(float, told), *[0.0] * (WIDTH - len(told))]
-    with torch._C._DisableFuncTorch():
+    with torch_private.without_transforms():
         sent = torch.tensor([row], dtype=torch.float64, device=_device(group, near))
         found = sent.new_empty(dist.get_world_size(group), WIDTH)
         _all_gather(found, sent, group)

@@ -13,6 +13,7 @@ from repmtl_kernels._distributed import Group, name_of, telling
 from repmtl_kernels._ground.checks import check_number
 from repmtl_kernels._ground.record import Config
 from repmtl_kernels._ground.saliency import accumulation_dtype
+from repmtl_kernels._ground.torch_private import is_functorch_wrapped
 from repmtl_kernels._losses.arguments import check_tsr_options, csa_arguments, tsr_arguments
 from repmtl_kernels._losses.evaluate import evaluate
 from repmtl_kernels.backends import choice
@@ -348,5 +349,7 @@ def _grad_wanted(operands: Sequence[Tensor]) -> bool:
     # A function transform inside a compiler hides requires_grad.
     if torch.compiler.is_compiling():
         return True
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # so does vmap inside func.grad
-    return torch.is_grad_enabled() and any(s.requires_grad or wrapped(s) for s in operands)
+    # So does vmap inside func.grad.
+    return torch.is_grad_enabled() and any(
+        s.requires_grad or is_functorch_wrapped(s) for s in operands
+    )

@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+
+from repmtl_kernels._ground.torch_private import is_fake
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Choices of TSR.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from repmtl_kernels._ground.record import Config
+from repmtl_kernels._ground.torch_private import is_fake
 from repmtl_kernels._losses.function import Losses
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._ground.torch_private import is_legacy_batched
 from repmtl_kernels._losses import backward, forward
 
 NO_SECOND_DERIVATIVE = (
@@ -92,8 +93,7 @@ class Losses(torch.autograd.Function):
         wanted = tuple(ctx.needs_input_grad[4:])
         if grad_tsr is None and grad_csa is None:
             return None, None, None, None, *(None for _ in wanted)
-        batched = torch._C._functorch.is_legacy_batchedtensor
-        if any(g is not None and batched(g) for g in (grad_tsr, grad_csa)):
+        if any(g is not None and is_legacy_batched(g) for g in (grad_tsr, grad_csa)):
             raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
         saved = ctx.saved_tensors
         traced = ctx.traced or torch.compiler.is_compiling()

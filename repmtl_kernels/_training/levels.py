@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 
 from torch import Tensor
-from torch.utils import _pytree
+
+from repmtl_kernels._ground.torch_private import register_tuple
 
 
 class Levels(tuple):
@@ -137,11 +138,11 @@ def _from_leaves(levels: Iterable[Tensor], names: Sequence[str | int]) -> Levels
 
 
 # So that vmap, export and optimisers of a tree's leaves take them as they take a tuple.
-_pytree.register_pytree_node(
+register_tuple(
     Levels,
     lambda levels: (list(levels), levels.names),
     _from_leaves,
-    serialized_type_name="repmtl_kernels.Levels",
+    "repmtl_kernels.Levels",
 )
 
 

@@ -12,6 +12,7 @@ from torch.autograd import grad
 
 from repmtl_kernels import _distributed
 from repmtl_kernels._ground.saliency import accumulation_dtype
+from repmtl_kernels._ground.torch_private import is_functorch_wrapped, is_legacy_batched
 from repmtl_kernels._training.tasks import Task, distinct, without_hooks
 
 # The ratio is measured on the first calls that apply the regulariser, and on every so many of them
@@ -200,9 +201,8 @@ def share_below_float16(tensors: Sequence[Tensor]) -> Tensor:
 
 def is_transformed(x: Tensor) -> bool:
     """Whether ``x`` lives inside ``torch.func``, ``vmap``, batched gradients or a compiler."""
-    functorch = torch._C._functorch
     return (
         torch.compiler.is_compiling()
-        or functorch.is_functorch_wrapped_tensor(x)
-        or functorch.is_legacy_batchedtensor(x)  # of is_grads_batched
+        or is_functorch_wrapped(x)
+        or is_legacy_batched(x)  # of is_grads_batched
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._ground.checks import check_number, check_plain
+from repmtl_kernels._ground.torch_private import backward_hooks
 from repmtl_kernels._training.levels import Levels
 
 TaskLosses = Sequence[Tensor | None] | Mapping[Hashable, Tensor | None]
@@ -326,15 +327,16 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     if torch.compiler.is_compiling():  # no compiler traces this
         yield
         return
-    hooks = [(t._backward_hooks, dict(t._backward_hooks)) for t in tensors if t._backward_hooks]
+    live = [hooks for hooks in map(backward_hooks, tensors) if hooks]
+    kept = [dict(hooks) for hooks in live]
     grads = [(t, t.grad) for t in tensors if t.retains_grad]
-    for given, _ in hooks:
-        given.clear()
+    for hooks in live:
+        hooks.clear()
     try:
         yield
     finally:
-        for given, found in hooks:
-            given.update(found)
+        for hooks, given in zip(live, kept, strict=True):
+            hooks.update(given)
         for tensor, grad in grads:
             tensor.grad = grad
 

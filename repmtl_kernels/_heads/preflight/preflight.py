@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointError
 
+from repmtl_kernels._ground import torch_private
 from repmtl_kernels._ground.checks import is_dtensor
 from repmtl_kernels._ground.saliency import canonical_tasks, has_values
 from repmtl_kernels._heads.buffers import BufferCopies
@@ -47,7 +48,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, node: Node) -> Place:
-        return cls(_operation(node), node._sequence_nr())
+        return cls(_operation(node), torch_private.sequence_number(node))
 
 
 class Fault(NamedTuple):
@@ -151,18 +152,15 @@ def _known_fault(node: Node) -> Fault | None:
     for prefixes, what, remedy in _KNOWN:
         if operation.startswith(prefixes):
             return Fault(f"{what} (operation {operation})", remedy, Place.of(node))
-    if operation.startswith("_DDPSink") and _is_first_pass(node.ddp_weakref()):
+    if operation.startswith("_DDPSink") and torch_private.ddp_waits_for_static_graph(
+        torch_private.wrapped_module(node)
+    ):
         return Fault(_STATIC_FAULT, _NOT_STATIC, Place.of(node))
     if isinstance(node, BackwardCFunction):
-        backward = node._forward_cls.backward
+        backward = torch_private.defined_function(node).backward
         if getattr(backward, "__code__", None) is _ONCE:
             return _custom_fault(node, "is marked with once_differentiable")
     return None
-
-
-def _is_first_pass(wrapper: nn.Module) -> bool:
-    """Whether DDP takes the next backward pass for the one that it learns its static graph from."""
-    return wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
 
 
 def _custom_fault(node: Node, why: str) -> Fault:
@@ -346,7 +344,7 @@ def _made_after(z: Tensor, nodes: Mapping[Node, bool]) -> list[Node]:
     """The nodes below a loss that its head made, and the leaves that these are given: not what an
     encoder made beside ``z``, e.g. for a skip connection."""
     first = _number_of(z)
-    made = [n for n, leads in nodes.items() if leads or n._sequence_nr() > first]
+    made = [n for n, leads in nodes.items() if leads or torch_private.sequence_number(n) > first]
     leaves = (parent for node in made for parent, _ in node.next_functions)
     own = [node for node in made if not hasattr(node, "variable")]
     return own + [leaf for leaf in leaves if hasattr(leaf, "variable")]
@@ -354,44 +352,26 @@ def _made_after(z: Tensor, nodes: Mapping[Node, bool]) -> list[Node]:
 
 def _number_of(z: Tensor) -> int:
     """PyTorch's sequence number of the operation that made ``z``."""
-    return -1 if z.grad_fn is None else z.grad_fn._sequence_nr()
+    return -1 if z.grad_fn is None else torch_private.sequence_number(z.grad_fn)
 
 
 def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
     """Of parameters between a loss and ``z``, and of hooks on ``z``, which every saliency fires."""
     sharded: set[int] = set()
-    for hook in (z._backward_hooks or {}).values():
+    for hook in torch_private.backward_hooks(z).values():
         function = getattr(hook, "func", hook)  # FSDP1's is a partial
         if getattr(function, "__module__", "") == "torch.distributed.fsdp._runtime_utils":
             return Fault(_SHARDED_1, _KEEP_WHOLE)
-        state = getattr(hook, "__self__", None)
-        if hasattr(state, "_state_ctx"):
-            sharded |= {id(p) for p in _unsharded(state)}
+        sharded |= {id(p) for p in torch_private.unsharded_parameters(hook)}
     for node in nodes:
         leaf = getattr(node, "variable", None)
         if leaf is None:
             continue
-        if getattr(leaf, "_is_flat_param", False):
+        if torch_private.is_flat_parameter(leaf):
             return Fault(_SHARDED_1, _KEEP_WHOLE)
         if id(leaf) in sharded:
             return Fault(_SHARDED, _KEEP_WHOLE)
     return None
-
-
-def _unsharded(state: Any) -> Iterator[Tensor]:
-    """The parameters that computations see, of all modules that go with this ``FSDPState``."""
-    for other in state._state_ctx.all_states:
-        for group in _parameter_groups(other):
-            for parameter in group.fsdp_params:
-                if hasattr(parameter, "_unsharded_param"):
-                    yield parameter._unsharded_param
-
-
-def _parameter_groups(state: Any) -> Iterable[Any]:
-    """A list in newer versions of PyTorch, one or none before."""
-    if hasattr(state, "_fsdp_param_groups"):
-        return state._fsdp_param_groups
-    return [g for g in [state._fsdp_param_group] if g is not None]
 
 
 # --- the preflight ---
@@ -460,7 +440,9 @@ def _check_head(name: str, head: Head, z: Shared) -> list[Tensor]:
             fault = Fault(_SHARDED_1, _KEEP_WHOLE)
         elif "FSDPModule" in kinds or any(map(is_dtensor, module._parameters.values())):
             fault = Fault(_SHARDED, _KEEP_WHOLE)
-        elif "DistributedDataParallel" in kinds and _is_first_pass(module):
+        elif "DistributedDataParallel" in kinds and torch_private.ddp_waits_for_static_graph(
+            module
+        ):
             fault = Fault(
                 _STATIC_FAULT, f"{_NOT_STATIC}; to check the heads alone, pass what it wraps"
             )
@@ -669,14 +651,14 @@ class _Calls:
             yield
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
-        number = torch.autograd._get_sequence_nr()
+        number = torch_private.next_sequence_number()
         self.running.append((number, _version(self.given), torch.is_grad_enabled()))
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
         number, version, enabled = self.running.pop()
         label = self.label(module)
         # Children leave before their parents: the first one is the innermost.
-        self.spans.append((number, torch.autograd._get_sequence_nr(), label))
+        self.spans.append((number, torch_private.next_sequence_number(), label))
         if self.writes is None and _version(self.given) != version:
             self.writes = label
         # What runs under no_grad is not at fault, but what switched it on.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from repmtl_kernels._ground import torch_private
 from repmtl_kernels._heads.second_order import stages
 from repmtl_kernels._heads.second_order.engine import transformed, visible, wanted
 
@@ -50,10 +51,9 @@ def batch_norm(
     """``torch.nn.functional.batch_norm`` of checked arguments."""
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        result, mean, invstd, *_ = torch._batch_norm_impl_index(
-            x, weight, bias, running_mean, running_var,
-            training, momentum, eps, torch.backends.cudnn.enabled,
-        )  # fmt: skip
+        result, mean, invstd = torch_private.batch_norm_forward(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
         if not training:
             mean, invstd = running_mean, torch.rsqrt(running_var.to(precise) + eps)
         statistics = mean.to(precise), invstd.to(precise)
@@ -71,7 +71,12 @@ def relu(y: Tensor, inplace: bool) -> Tensor | None:
     as the caller keeps ``y`` the gradient takes the way through it.
     """
     made = _made.get(y)
-    if made is None or y.grad_fn is not made.node or y._backward_hooks or y.retains_grad:
+    if (
+        made is None
+        or y.grad_fn is not made.node
+        or torch_private.backward_hooks(y)
+        or y.retains_grad
+    ):
         return None
     if inplace:
         del _made[y]
@@ -90,7 +95,7 @@ class BatchNorm(Function):
     def backward(ctx, grad):
         needs = tuple(wanted(ctx)[1:4])
         y = ctx.output()
-        if y is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+        if y is not None and not torch_private.keeps_graph():
             _made.pop(y, None)  # its operands go with the graph
         if grad is None:
             return (None,) * 7

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from repmtl_kernels._ground import torch_private
 from repmtl_kernels._heads.second_order.batch_norm import batch_norm, relu
 from repmtl_kernels._heads.second_order.convolution import Geometry, convolution
 from repmtl_kernels._heads.second_order.engine import transformed
@@ -67,7 +68,7 @@ def _saved_tensor_hooks() -> tuple | None:
     """The innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
     if torch.compiler.is_compiling():  # no compiler traces this, and none uses the handlers
         return None
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch_private.saved_tensor_hooks()
 
 
 def second_order() -> SecondOrder:
@@ -110,7 +111,7 @@ def _applicable() -> bool:
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and not transformed()
-        and torch.autograd.forward_ad._current_level < 0
+        and torch_private.forward_mode_level() < 0
         and not torch.jit.is_tracing()
     )
 

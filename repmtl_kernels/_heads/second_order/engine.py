@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from repmtl_kernels._ground import torch_private
+
 
 def wanted(node: torch.autograd.graph.Node) -> list[bool]:
     """In the ``backward`` of an ``autograd.Function``: which arguments' gradients are asked for?
@@ -12,12 +14,11 @@ def wanted(node: torch.autograd.graph.Node) -> list[bool]:
     ``needs_input_grad`` says which arguments have a graph at all; ``autograd.grad(loss, z)`` wants
     only those that lead to ``z``.
     """
-    if torch._C._current_graph_task_id() == -1:  # called by hand, outside of a backward pass
+    if not torch_private.running_backward():  # called by hand, outside of a backward pass
         return list(node.needs_input_grad)
     edges = (edge for edge, _ in node.next_functions if edge is not None)
-    return [
-        need and torch._C._will_engine_execute_node(next(edges)) for need in node.needs_input_grad
-    ]
+    executed = torch_private.will_be_executed
+    return [need and executed(next(edges)) for need in node.needs_input_grad]
 
 
 def transformed() -> bool:
@@ -26,10 +27,7 @@ def transformed() -> bool:
     In a backward it is the ``vmap`` of who wants the rows of a Jacobian at once; that of
     ``is_grads_batched`` is another one.
     """
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
-    )
+    return torch_private.is_transform_active()
 
 
 def visible(tensor: Tensor | None) -> Tensor | None:

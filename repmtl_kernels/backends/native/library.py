@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from repmtl_kernels._ground import torch_private
+from repmtl_kernels.backends.native import fakes
 from repmtl_kernels.backends.native.sources import digest
 
 PACKAGE = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def _elf_damage(file: BinaryIO) -> str | None:
         return "is not a library"
     order = "<" if header[5] == 1 else ">"
     _, machine = struct.unpack_from(order + "HH", header, 16)
-    with open(torch._C.__file__, "rb") as known:  # loaded, so it is for this machine
+    with open(torch_private.binary_of_torch(), "rb") as known:  # loaded, so it is for this machine
         own = known.read(20)
     if header[4:6] != own[4:6] or header[18:20] != own[18:20]:
         return f"is for another machine (number {machine} of ELF)"
@@ -109,7 +110,7 @@ def _elf_damage(file: BinaryIO) -> str | None:
 
 
 def _sources_of(library: str) -> str:
-    with _disable_current_modes():  # torch.export would record the call
+    with torch_private.without_dispatch_modes():  # torch.export would record the call
         return operators(library).sources()
 
 
@@ -122,7 +123,5 @@ def load(library: str) -> ModuleType:
     """The operators."""
     if (reason := status(library)) != "ok":
         raise ImportError(reason)
-    from repmtl_kernels.backends.native import fakes
-
     fakes.register(library)
     return operators(library)
