@@ -2,74 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from repmtl_kernels import _distributed
 from repmtl_kernels._distributed import Group, Options
-from repmtl_kernels._ground.checks import check_int, check_number, checked_step
-from repmtl_kernels._ground.saliency import (
-    NORMALIZERS,
-    OVER,
-    accumulation_dtype,
-    has_values,
-    is_float16,
-)
-from repmtl_kernels._heads import second_order as _second_order
+from repmtl_kernels._ground.checks import checked_step
+from repmtl_kernels._ground.saliency import NORMALIZERS, OVER, has_values, is_transformed
+from repmtl_kernels._heads import first_calls
 from repmtl_kernels._heads.preflight import preflight
-from repmtl_kernels._losses.arguments import (
-    check_csa_batch,
-    check_csa_options,
-    check_positions,
-    check_present,
-    check_saliencies,
-    check_tsr_options,
-)
-from repmtl_kernels._training.clip import clipped
-from repmtl_kernels._training.progress import Progress
-from repmtl_kernels._training.step import RepMTLStep
-from repmtl_kernels._training.strength import (
-    gradient_ratio,
-    is_measured,
-    is_transformed,
-    share_below_float16,
-)
-from repmtl_kernels._training.tasks import (
+from repmtl_kernels._heads.second_order import second_order
+from repmtl_kernels._training.arguments import (
     Positions,
     Representation,
-    Task,
     TaskLosses,
     Weights,
-    at_each_level,
-    check_graph,
     checked_weights,
-    named_losses,
-    per_task,
-    place,
-    take_saliencies,
-    weighted_sum,
 )
-from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
+from repmtl_kernels._training.options import CriterionOptions
+from repmtl_kernels._training.progress import Progress
+from repmtl_kernels._training.regularizer import Regularizer
+from repmtl_kernels._training.saliencies import check_graph, take_saliencies
+from repmtl_kernels._training.step import RepMTLStep
+from repmtl_kernels._training.tasks import Tasks
 from repmtl_kernels.modules import _Loss
 
 # For a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence).
 DEFAULT_STRENGTH = 0.03
 # For a lambda that is left out beside the other.
 DEFAULT_LAMBDA = 0.01
-# The regulariser's gradient is taken to be at least this share of the tasks' at lambdas that sum to
-# 1: where it vanishes at the representation, e.g. behind heads without curvature, no weight makes
-# it the share that was asked for, and a large one would ruin the heads.
-SMALLEST_RATIO = 0.01
-# The weight that makes the regulariser's gradient so much smaller than lambdas that sum to
-# `strength` is reported: at least this many times.
-LARGEST_RATIO = 100.0
-# Elements of a saliency that are looked at for means: little memory, and a large sample.
-ENOUGH = 1 << 20
 
 
 def task_saliencies(
@@ -98,13 +61,12 @@ def task_saliencies(
         ValueError, TypeError: an argument is not as described, a loss has no graph or does not
             depend on the representation, or gradients are disabled.
     """
-    named = named_losses(losses, representation)
-    tasks = [Task(key, row, loss, loss) for row, (key, loss) in enumerate(named.items())]
-    levels = place(tasks, representation, losses)
+    tasks = Tasks(losses, representation)
+    tasks.place(representation)
     check_graph(tasks)
     take_saliencies(tasks)
-    if levels is None:
-        return [task.saliencies[0] for task in tasks]
+    if not tasks.has_levels:
+        return [saliency for task in tasks for saliency in task.own_saliencies]
     return [
         [
             torch.zeros_like(z) if saliency is None else saliency
@@ -112,20 +74,6 @@ def task_saliencies(
         ]
         for task in tasks
     ]
-
-
-@dataclass(eq=False)
-class _Call:
-    """A call with the regulariser, as its parts need to know it."""
-
-    tasks: list[Task]
-    number: int
-    step: RepMTLStep
-    lambdas: tuple[float, float]  # with the weight that the schedule gives them
-    present: Tensor | None  # the rows of all tasks, absent ones too
-    positions: list[Tensor | None]  # at each level
-    scale: Tensor | None  # what the saliencies have been multiplied with
-    group: str
 
 
 class RepMTL(_Loss):
@@ -238,7 +186,7 @@ class RepMTL(_Loss):
     ) -> None:
         if lambda_tsr is None and lambda_csa is None and strength is None:
             strength = DEFAULT_STRENGTH
-        super().__init__(
+        options = CriterionOptions(
             lambda_tsr=DEFAULT_LAMBDA if lambda_tsr is None else lambda_tsr,
             lambda_csa=DEFAULT_LAMBDA if lambda_csa is None else lambda_csa,
             strength=strength,
@@ -261,7 +209,8 @@ class RepMTL(_Loss):
             memory=memory,
             backend=backend,
         )
-        self._check_options()
+        super().__init__(**vars(options))
+        options.check()
         self._progress = Progress()
 
     @property
@@ -322,59 +271,62 @@ class RepMTL(_Loss):
         present: Tensor | None,
         positions: Positions | None,
         step: int | None,
-    ) -> tuple[Tensor, list[Task]]:
-        """The total, and the tasks with the saliencies that were taken."""
+    ) -> tuple[Tensor, Tasks]:
+        """Return the total, and the tasks with the saliencies that were taken."""
+        progress, arguments = self._progress, (losses, representation)
         group = _distributed.name_of(self.group) if self.training else ""
-        arguments = losses, representation
         with _distributed.telling(group, arguments):
-            self._check_options()
+            options = self._checked_options()
             if step is not None:
                 step = checked_step(step)
-        lambdas = self._lambdas()
-        number = self._progress.number(step)
-        on = self.training and any(lambdas)
-        weight = self._weight(number) if on else 0
-        talks = group if self._talks(lambdas, weight) else ""
+        turn = options.turn(progress.number(step))
+        on = self.training and any(turn.lambdas)
+        applied = self.training and turn.weight > 0
+        # The first call with something to agree on compares options even where it is without the
+        # regulariser: ranks that don't count alike, or have other options, would not meet later.
+        is_shared = applied and bool(turn.lambdas[1] or options.strength)
+        talks = group if is_shared or not progress.agreed else ""
         # The same collectives in the same order on every rank, whatever is wrong on one of them.
         with _distributed.telling(talks, arguments):
-            named = named_losses(losses, representation, absent=True)
-            weights = self._weights(losses)
-            tasks = [
-                Task(key, row, loss, self._objective(loss), weights[row])
-                for row, (key, loss) in enumerate(named.items())
-                if loss is not None
-            ]
-            total = weighted_sum(tasks)
-            record = RepMTLStep(
-                losses={t: _detached(loss) for t, loss in named.items()}, total=total
+            tasks = Tasks(
+                losses,
+                representation,
+                objective=options.objective,
+                weights=options.task_weights,
+                absent=True,
             )
+            total = tasks.weighted_sum()
+            record = RepMTLStep(losses=tasks.detached_losses(), total=total)
             real = has_values(total)
+            scale = options.scale(total.device) if applied and real else None
             if on:
-                levels = place(tasks, representation, losses)
-                if weight:
-                    self._check_observable(total)
+                tasks.place(representation)
+                if applied:
+                    _check_observable(options, total)
                 check_graph(tasks)
                 if real:
-                    self._explain(tasks, bool(weight))
-                masks = self._checked_batch(
-                    tasks, present, at_each_level(positions, levels), len(named), group
+                    first_calls.explain(tasks, progress, applied)
+                tasks.check_batch(
+                    present,
+                    positions,
+                    channel_dim=options.channel_dim,
+                    contrasted=bool(options.lambda_csa),
+                    group=group,
                 )
-                if weight:
-                    scale = self._scale(total.device) if real else None
-                    take_saliencies(tasks, scale, some_absent=len(tasks) < len(named))
-                    if real:
-                        self._warn_of_no_means(tasks)
+            if applied:
+                take_saliencies(tasks, scale)
+                if real:
+                    first_calls.warn_of_no_means(tasks, progress, options)
         if talks:
-            self._agree(talks, arguments)
-        if weight:
-            weighted = tuple(weight * value for value in lambdas)
-            call = _Call(tasks, number, record, weighted, present, masks, scale, group)
-            total = total + self._regularizer(call)
+            self._agree(options, talks, arguments)
+        if applied:
+            regularizer = Regularizer(options, turn, tasks, scale, group, progress)
+            total = total + regularizer.value(record)
         if self.training and real:
-            self._progress.count(number, step)
+            progress.count(turn.number, step)
         # A copy: `total /= accumulation_steps` is the caller's right.
         record.total = total.detach().clone()
-        self._progress.last = record
+        progress.last = record
         return total, tasks
 
     def second_order(self, step: int | None = None) -> AbstractContextManager:
@@ -390,10 +342,25 @@ class RepMTL(_Loss):
         Args:
             step: what the next call will be given as ``step``.
         """
-        self._check_options()
-        if self.training and any(self._lambdas()) and self._weight(self._progress.number(step)):
-            return _second_order.second_order()
-        return nullcontext()
+        turn = self._checked_options().turn(self._progress.number(step))
+        return second_order() if self.training and turn.weight else nullcontext()
+
+    def _checked_options(self) -> CriterionOptions:
+        options = CriterionOptions(**self.options())
+        options.check()
+        return options
+
+    def _agree(self, options: CriterionOptions, group: str, arguments: object) -> None:
+        if torch.compiler.is_compiling():  # values are not known there
+            return
+        compared = options.compared() | {
+            "calls": self._progress.calls,
+            "over": OVER.index(self.over),
+            "normalizer": NORMALIZERS.index(self.normalizer),
+        }
+        sent = [-1 if compared[name] is None else compared[name] for name in Options._fields]
+        _distributed.agree(group, Options(*sent), arguments)
+        self._progress.agreed = True
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
         # A checkpoint of the model from before it had this criterion is complete without a count.
@@ -414,308 +381,17 @@ class RepMTL(_Loss):
         replica._progress = self._progress.of_replica(replica)
         return replica
 
-    def _check_options(self) -> None:
-        """At each call too, since a schedule may have set them."""
-        check_number("lambda_tsr", self.lambda_tsr, minimum=0)
-        check_number("lambda_csa", self.lambda_csa, minimum=0)
-        if self.strength is not None:
-            check_number("strength", self.strength, minimum=0)
-        check_tsr_options(
-            over=self.over,
-            normalizer=self.normalizer,
-            temperature=self.tsr_temperature,
-            floor=self.tsr_floor,
-            eps=self.eps,
-            prefix="tsr_",
-            dtype=torch.float32,
+
+def _check_observable(options: CriterionOptions, total: Tensor) -> None:
+    """Raise where gradients that are taken in the call, or running means, would be lost."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "torch.export loses gradients that are taken inside the graph, and saliencies are "
+            "such; expected RepMTL in eval() mode there. In training, export a module with "
+            "RepMTLLoss that is given the saliencies"
         )
-        check_csa_options(
-            temperature=self.csa_temperature,
-            eps=self.eps,
-            group=self.group,
-            memory=self.memory,
-            prefix="csa_",
-            dtype=torch.float32,
+    if options.keeps_means and is_transformed(total):
+        raise ValueError(
+            "strength and clip keep running means, which torch.func and torch.compile would "
+            "lose; expected both to be None there. Compile the encoder alone, or use lambdas"
         )
-        if not isinstance(self.log_losses, bool):
-            raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
-        log_offset = check_number("log_offset", self.log_offset, minimum=0)
-        if log_offset and not self.log_losses:
-            raise ValueError(
-                "log_offset: it is added to the losses before their logarithm; expected 0 without "
-                f"log_losses=True, got {log_offset!r}"
-            )
-        if self.clip is not None:
-            check_number("clip", self.clip, minimum=0, exclusive=True)
-        if not (self.scaler is None or isinstance(self.scaler, torch.amp.GradScaler)):
-            raise TypeError(
-                f"scaler: expected a torch.amp.GradScaler or None, got {type(self.scaler).__name__}"
-            )
-        check_int("start", self.start, minimum=0)
-        check_int("ramp", self.ramp, minimum=0)
-        check_int("every", self.every, minimum=1)
-
-    def _checked_batch(
-        self,
-        tasks: list[Task],
-        present: Tensor | None,
-        masks: list[tuple[str, Tensor | None]],
-        count: int,
-        group: str,
-    ) -> list[Tensor | None]:
-        """The masks of positions, without the names that messages use.
-
-        On every step, so that a batch that the regulariser can't take doesn't pass for a while.
-        """
-        places = tasks[0].places
-        batch = places[0][1].shape[:1]
-        for level, ((_, first), (name, mask)) in enumerate(zip(places, masks, strict=True)):
-            names, zs = zip(*(task.places[level] for task in tasks), strict=True)
-            check_saliencies(zs, self.channel_dim, "representation", names)
-            if first.shape[:1] != batch:
-                raise ValueError(
-                    f"{names[0]}: expected the batch of {places[0][0]}, {batch[0]}; got "
-                    f"{first.shape[0]}"
-                )
-            check_present(present, count, first.shape[0], first.device)
-            check_positions(mask, first, self.channel_dim, name)
-            if self.lambda_csa:
-                check_csa_batch(zs, False, None, group, "representation")
-        return [mask for _, mask in masks]
-
-    def _weights(self, losses: TaskLosses) -> Sequence[float]:
-        if self.task_weights is None:
-            return [1.0] * len(losses)
-        return per_task("task_weights", checked_weights(self.task_weights), losses)
-
-    def _objective(self, loss: Tensor) -> Tensor:
-        if loss.is_floating_point():  # a sum or a logarithm in 16 bits would lose what there is
-            loss = loss.to(accumulation_dtype(loss.dtype))
-        if not self.log_losses:
-            return loss
-        return (loss + float(self.log_offset) if self.log_offset else loss).log()
-
-    def _lambdas(self) -> tuple[float, float]:
-        """The weights of TSR and CSA; with ``strength`` only their mix, which sums to 1."""
-        both = float(self.lambda_tsr), float(self.lambda_csa)
-        if self.strength is None:
-            return both
-        total = sum(both)
-        return tuple(value / total for value in both) if self.strength and total else (0.0, 0.0)
-
-    def _weight(self, number: int) -> float:
-        """What the schedule multiplies the regulariser with on this call; 0: not its turn."""
-        since = number - self.start
-        if since < 0 or since % self.every:
-            return 0
-        return self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
-
-    def _talks(self, lambdas: tuple[float, float], weight: float) -> bool:
-        """Whether this training call has something to tell the ranks of a group.
-
-        The first one has even where it is without the regulariser: ranks that don't count alike, or
-        have other options, would not meet later.
-        """
-        return not self._progress.agreed or bool(weight and (lambdas[1] or self.strength))
-
-    def _agree(self, group: str, near: object) -> None:
-        if torch.compiler.is_compiling():  # values are not known there
-            return
-        options = self.options() | {
-            "calls": self._progress.calls,
-            "over": OVER.index(self.over),
-            "normalizer": NORMALIZERS.index(self.normalizer),
-        }
-        told = [-1 if options[f] is None else options[f] for f in Options._fields]
-        _distributed.agree(group, Options(*told), near)
-        self._progress.agreed = True
-
-    def _check_observable(self, total: Tensor) -> None:
-        if torch.compiler.is_exporting():
-            raise ValueError(
-                "torch.export loses gradients that are taken inside the graph, and saliencies are "
-                "such; expected RepMTL in eval() mode there. In training, export a module with "
-                "RepMTLLoss that is given the saliencies"
-            )
-        if (self.strength is not None or self.clip is not None) and is_transformed(total):
-            raise ValueError(
-                "strength and clip keep running means, which torch.func and torch.compile would "
-                "lose; expected both to be None there. Compile the encoder alone, or use lambdas"
-            )
-
-    def _scale(self, device: torch.device) -> Tensor | None:
-        """What the saliencies are multiplied with; stays on the device."""
-        if self.scaler is None or not self.scaler.is_enabled():
-            return None
-        return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
-
-    def _explain(self, tasks: list[Task], applied: bool) -> None:
-        """Once for each task, since it takes all derivatives."""
-        explained = self._progress.explained
-        if all(task.key in explained for task in tasks):
-            return
-        if any(is_transformed(task.loss) for task in tasks):
-            return
-        if all(task.loss.grad_fn is not None for task in tasks):  # else no saliency either
-            new = [task for task in tasks if task.key not in explained]
-            if preflight.explain(new, tasks, applied):
-                explained.update(task.key for task in new)
-
-    def _warn_of_no_means(self, tasks: list[Task]) -> None:
-        """Once for each task, since it waits for the device."""
-        looked_at = self._progress.looked_at
-        if all(task.key in looked_at for task in tasks) or is_transformed(tasks[0].loss):
-            return
-        if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        new = [task for task in tasks if task.key not in looked_at]
-        looked_at.update(task.key for task in new)
-        for task in new:
-            for saliency in task.saliencies:
-                if saliency is None:
-                    continue
-                saliency = saliency.detach()
-                # One sample's means may be a single number, and that small by chance.
-                some = max(1, ENOUGH // saliency[0].numel())
-                for found in preflight.without_means(saliency[:some], self.channel_dim):
-                    if getattr(self, found.option):
-                        # Past forward and the two frames of nn.Module's call.
-                        warnings.warn(f"losses[{task.key!r}]: {found}", stacklevel=6)
-
-    def _regularizer(self, call: _Call) -> Tensor:
-        """The term that is added to the tasks; the step's record gets its parts."""
-        saliencies = [[s for s in level if s is not None] for level in _by_level(call.tasks)]
-        flat = [s for level in saliencies for s in level]
-        if is_float16(flat[0]):
-            call.step.underflow = {
-                task.key: share_below_float16([s for s in task.saliencies if s is not None])
-                for task in call.tasks
-            }
-        if self.clip is None:
-            value, (tsr, csa) = self._losses(flat, call)
-        else:
-            value, (tsr, csa) = clipped(
-                lambda leaves: self._losses(leaves, call),
-                flat,
-                limit=float(self.clip),
-                mean=self._progress.size,
-                factor=sum(call.lambdas),
-                scale=call.scale,
-            )
-        call.step.tsr, call.step.csa = _detached(tsr), _detached(csa)
-        measured = self._measured(value, call)
-        if self.strength is not None:
-            strength = self._strength(value, call.group, measured is not None)
-            value = strength * value
-            if measured is not None:
-                measured = measured * strength
-        if measured is not None and has_values(measured):
-            self._progress.last_ratio = measured
-        call.step.ratio = self._progress.last_ratio if measured is None else measured
-        call.step.regularizer, call.step.applied = value.detach(), True
-        return value
-
-    def _measured(self, value: Tensor, call: _Call) -> Tensor | None:
-        """The ratio of the gradients without ``strength``, where it is this call's turn."""
-        progress, real = self._progress, has_values(value)
-        if is_transformed(value) or call.number < progress.calls:  # another call of its step
-            return None
-        if not is_measured((call.number - self.start) // self.every):
-            return None
-        capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
-        if capturing and not progress.ratio.is_empty:
-            return None
-        ratio = gradient_ratio(value, call.tasks, call.scale)
-        if real:
-            progress.ratio.observe(ratio / sum(call.lambdas))
-        return ratio
-
-    def _strength(self, value: Tensor, group: str, measured: bool) -> float | Tensor:
-        """The factor on the lambdas; the same on all ranks of a group."""
-        if not has_values(value):
-            return float(self.strength)
-        progress = self._progress
-        ratio = progress.ratio.value(value.device, 1.0, group)
-        if measured and not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
-            progress.warned = True
-            warnings.warn(
-                f"strength: the lambdas have fallen below a hundredth of {self.strength:g}, since "
-                "the tasks' gradient at the representation is less than a hundredth of the "
-                "regulariser's at lambdas that sum to 1. Are the tasks learned? docs/tuning.md has "
-                "more",
-                stacklevel=7,
-            )
-        return float(self.strength) / ratio.clamp_min(SMALLEST_RATIO)
-
-    def _losses(
-        self, saliencies: Sequence[Tensor], call: _Call
-    ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-        """The weighted regulariser, TSR and CSA, as means over the levels; None where one is off.
-
-        ``saliencies``: all that there are, level by level.
-        """
-        if call.scale is not None and (self.normalizer != "abs" or self.eps):
-            saliencies = [s.to(accumulation_dtype(s.dtype)) / call.scale for s in saliencies]
-        remaining = iter(saliencies)
-        found = []
-        for level, mask in zip(_by_level(call.tasks), call.positions, strict=True):
-            tasks = [t for t, s in zip(call.tasks, level, strict=True) if s is not None]
-            if not tasks:  # those that use it are absent
-                continue
-            present = call.present
-            if present is not None and len(tasks) < len(present):
-                present = torch.stack([present[task.row] for task in tasks])
-            some = [next(remaining) for _ in tasks]
-            found.append(self._losses_of_level(some, present, mask, *call.lambdas))
-        if len(found) == 1:
-            value, *parts = found[0]
-            return value, tuple(parts)
-        value, *parts = (
-            None if values[0] is None else torch.stack(values).mean()
-            for values in zip(*found, strict=True)
-        )
-        return value, tuple(parts)
-
-    def _losses_of_level(
-        self,
-        saliencies: Sequence[Tensor],
-        present: Tensor | None,
-        positions: Tensor | None,
-        lambda_tsr: float,
-        lambda_csa: float,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        shared = {
-            "eps": self.eps,
-            "positions": positions,
-            "channel_dim": self.channel_dim,
-            "backend": self.backend,
-        }
-        of_tsr = {"over": self.over, "normalizer": self.normalizer}
-        tsr_options = {"temperature": self.tsr_temperature, "floor": self.tsr_floor}
-        of_csa = {"present": present, "group": self.group, "memory": self.memory}
-        if lambda_csa == 0:
-            tsr = tsr_loss(saliencies, **tsr_options, **of_tsr, **shared)
-            return lambda_tsr * tsr, tsr, None
-        if lambda_tsr == 0:
-            csa = csa_loss(saliencies, temperature=self.csa_temperature, **of_csa, **shared)
-            return lambda_csa * csa, None, csa
-        return rep_mtl_loss(
-            saliencies,
-            lambda_tsr=lambda_tsr,
-            lambda_csa=lambda_csa,
-            tsr_temperature=self.tsr_temperature,
-            tsr_floor=self.tsr_floor,
-            csa_temperature=self.csa_temperature,
-            **of_tsr,
-            **of_csa,
-            **shared,
-        )
-
-
-def _by_level(tasks: Sequence[Task]) -> list[tuple[Tensor | None, ...]]:
-    """The saliencies of all tasks at each level."""
-    return list(zip(*(task.saliencies for task in tasks), strict=True))
-
-
-def _detached(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from repmtl_kernels._ground.torch_private import is_fake
+from repmtl_kernels._ground.torch_private import is_fake, is_functorch_wrapped, is_legacy_batched
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Choices of TSR.
@@ -50,6 +50,15 @@ def has_values(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # no compiler traces the question
         return True
     return not (x.is_meta or is_fake(x))
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` lives inside ``torch.func``, ``vmap``, batched gradients or a compiler."""
+    return (
+        torch.compiler.is_compiling()
+        or is_functorch_wrapped(x)
+        or is_legacy_batched(x)  # of is_grads_batched
+    )
 
 
 def is_float16(value: Tensor) -> bool:

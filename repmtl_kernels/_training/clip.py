@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from repmtl_kernels._ground.saliency import has_values
-from repmtl_kernels._training.strength import RunningMean, norm, unexpanded
+from repmtl_kernels._training.norms import norm, unexpanded
+from repmtl_kernels._training.running_mean import RunningMean
 
 Rest = TypeVar("Rest")
 
@@ -56,7 +57,7 @@ class _WithGradient(torch.autograd.Function):
     """``value``, as a function of the saliencies whose gradient is ``share * grads``."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
         grads = tensors[:count]
         ctx.shapes = [g.shape for g in grads]
         ctx.save_for_backward(share, *map(unexpanded, grads))
@@ -64,8 +65,8 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, incoming: Tensor):
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         share, *grads = ctx.saved_tensors
         factor = incoming * share
-        found = [(g * factor).expand(s) for g, s in zip(grads, ctx.shapes, strict=True)]
-        return None, None, None, *(None for _ in grads), *found
+        of_saliencies = [(g * factor).expand(s) for g, s in zip(grads, ctx.shapes, strict=True)]
+        return None, None, None, *(None for _ in grads), *of_saliencies

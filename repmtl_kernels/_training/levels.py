@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
+from typing import SupportsIndex, overload
 
 from torch import Tensor
 
 from repmtl_kernels._ground.torch_private import register_tuple
 
 
-class Levels(tuple):
+class Levels(tuple[Tensor, ...]):
     """Several representations that all tasks share, such as the levels of a feature pyramid::
 
         p3, p4, p5 = encoder(x)
@@ -41,7 +42,10 @@ class Levels(tuple):
     ) -> Levels:
         if levels and named:
             raise TypeError("levels: expected tensors in order or tensors by name, got both")
-        given = levels[0] if len(levels) == 1 and not isinstance(levels[0], Tensor) else levels
+        given: object = levels
+        if len(levels) == 1 and not isinstance(levels[0], Tensor):
+            given = levels[0]
+        by_name: dict[str | int, Tensor] = {}
         if isinstance(given, Mapping):
             for name in given:
                 if not isinstance(name, str):
@@ -49,16 +53,19 @@ class Levels(tuple):
                         f"levels: expected a dict with names as keys, got the key {name!r}. Pass a "
                         "list of levels that have none"
                     )
-            named = dict(given)
-        elif not named:
+            by_name = dict(given)
+        elif named:
+            by_name.update(named)
+        else:
             if not isinstance(given, Iterable) or isinstance(given, str | bytes):
                 raise TypeError(
                     "levels: expected Tensors, or one list or dict of them; got "
                     f"{type(given).__name__}"
                 )
-            named = dict(zip(getattr(given, "names", count()), given, strict=False))
+            names: Iterable[str | int] = given.names if isinstance(given, Levels) else count()
+            by_name = dict(zip(names, given, strict=False))
         seen: dict[int, str | int] = {}
-        for name, level in named.items():
+        for name, level in by_name.items():
             if not isinstance(level, Tensor):
                 raise TypeError(f"levels[{name!r}]: expected a Tensor, got {type(level).__name__}")
             if id(level) in seen:
@@ -67,14 +74,20 @@ class Levels(tuple):
                     f"levels[{seen[id(level)]!r}] again"
                 )
             seen[id(level)] = name
-        if not named:
+        if not by_name:
             raise ValueError("levels: expected at least one Tensor, got none")
-        self = super().__new__(cls, named.values())
-        self.names = tuple(named)
+        self = super().__new__(cls, by_name.values())
+        self.names = tuple(by_name)
         return self
 
-    def __getitem__(self, key: str | int | slice) -> Tensor | tuple[Tensor, ...]:
-        if isinstance(key, int | slice):
+    @overload
+    def __getitem__(self, key: str | SupportsIndex) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Tensor, ...]: ...
+
+    def __getitem__(self, key: str | SupportsIndex | slice) -> Tensor | tuple[Tensor, ...]:
+        if not isinstance(key, str):
             return super().__getitem__(key)
         if key not in self.names:
             raise KeyError(f"{key!r}: the levels are {list(self.names)}")

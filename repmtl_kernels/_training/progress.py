@@ -7,8 +7,12 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
+from repmtl_kernels._training.running_mean import Alarm, RunningMean
 from repmtl_kernels._training.step import RepMTLStep
-from repmtl_kernels._training.strength import RATIO_DECAY, SIZE_DECAY, Alarm, RunningMean
+
+# The share of a running mean that an observation leaves as it was: the mean of the ratio follows
+# the last three measurements or so, that of sizes, which are seen on every call, the last fifty.
+RATIO_DECAY, SIZE_DECAY = 0.6, 0.98
 
 
 class Progress:

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from repmtl_kernels._training.arguments import Copies
 from repmtl_kernels._training.levels import levels_of
-from repmtl_kernels._training.tasks import Copies
 from repmtl_kernels.criterion import RepMTL
 
 

@@ -9,15 +9,9 @@ from torch import Tensor
 from torchjd.autojac import backward, mtl_backward
 
 from repmtl_kernels._heads.preflight.preflight import made_from_another
+from repmtl_kernels._training.arguments import Positions, Representation, TaskLosses
 from repmtl_kernels._training.levels import Levels
-from repmtl_kernels._training.tasks import (
-    Positions,
-    Representation,
-    Task,
-    TaskLosses,
-    distinct,
-    place,
-)
+from repmtl_kernels._training.tasks import Tasks, distinct
 from repmtl_kernels.criterion import RepMTL
 
 
@@ -130,7 +124,7 @@ def _backward(
         )
     total, tasks = criterion._evaluate(losses, features, present, positions, step)
     if not tasks[0].places:  # in eval() mode the criterion does not look at them
-        place(tasks, features, losses)
+        tasks.place(features)
     zs = distinct(tasks)
     shared = isinstance(features, Levels | Tensor)
     if not shared and len(zs) < sum(len(task.places) for task in tasks):
@@ -176,7 +170,7 @@ def _backward(
     backward(zs, jac_tensors=jacobians, retain_graph=retain_graph, parallel_chunk_size=chunk)
 
 
-def _rows(tasks: Sequence[Task], zs: Sequence[Tensor]) -> list[list[Tensor | None]]:
+def _rows(tasks: Tasks, zs: Sequence[Tensor]) -> list[list[Tensor | None]]:
     """For each representation the gradient of each task's part of the total; None where it has
     none."""
     rows: list[list[Tensor | None]] = [[None] * len(tasks) for _ in zs]

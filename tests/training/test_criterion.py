@@ -428,7 +428,7 @@ def test_second_order_where_the_next_call_applies(
         entered.append(True)
         yield
 
-    monkeypatch.setattr(repmtl_kernels._heads.second_order, "second_order", second_order)
+    monkeypatch.setattr("repmtl_kernels.criterion.second_order", second_order)
 
     def found(criterion, steps):
         shown = []

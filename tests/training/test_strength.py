@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from benchmarks.rotation import Rotating, graphed
 from repmtl_kernels import RepMTL, reference, second_order, task_saliencies, tsr_loss
 from repmtl_kernels._training.clip import clipped
+from repmtl_kernels._training.norms import norm, unexpanded
+from repmtl_kernels._training.progress import RATIO_DECAY, SIZE_DECAY
+from repmtl_kernels._training.running_mean import RunningMean
 from repmtl_kernels._training.strength import (
     BETWEEN,
     FIRST,
-    RATIO_DECAY,
-    SIZE_DECAY,
-    RunningMean,
+    LARGEST_RATIO,
+    SMALLEST_RATIO,
     is_measured,
-    norm,
-    unexpanded,
 )
-from repmtl_kernels.criterion import LARGEST_RATIO, SMALLEST_RATIO
 
 LAMBDAS = {"lambda_tsr": 0.9, "lambda_csa": 0.7}
 

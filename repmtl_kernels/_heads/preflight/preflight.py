@@ -24,8 +24,10 @@ from repmtl_kernels._ground.checks import is_dtensor
 from repmtl_kernels._ground.saliency import canonical_tasks, has_values
 from repmtl_kernels._heads.buffers import BufferCopies
 from repmtl_kernels._losses.arguments import check_saliencies
+from repmtl_kernels._training.arguments import SHARED, Representation, Shared
 from repmtl_kernels._training.levels import Levels, levels_of
-from repmtl_kernels._training.tasks import SHARED, Representation, Shared, Task, without_hooks
+from repmtl_kernels._training.saliencies import without_hooks
+from repmtl_kernels._training.tasks import Task
 
 Head = Callable[[Any], Any]
 Heads = Head | Sequence[Head] | Mapping[Hashable, Head] | nn.ModuleList | nn.ModuleDict

@@ -1,0 +1,46 @@
+"""The first training calls look once at each task: can it be trained, has its saliency means?"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from repmtl_kernels._ground.saliency import is_transformed
+from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._training.options import CriterionOptions
+from repmtl_kernels._training.progress import Progress
+from repmtl_kernels._training.tasks import Tasks
+
+# Elements of a saliency that are looked at for means: little memory, and a large sample.
+ENOUGH = 1 << 20
+
+
+def explain(tasks: Tasks, progress: Progress, applied: bool) -> None:
+    """Raise if a loss can't be trained with. Once for each task, since it takes all derivatives."""
+    new = [task for task in tasks if task.key not in progress.explained]
+    if not new or any(is_transformed(task.loss) for task in tasks):
+        return
+    if any(task.loss.grad_fn is None for task in tasks):  # it has no saliency either
+        return
+    if preflight.explain(new, tasks, applied):
+        progress.explained.update(task.key for task in new)
+
+
+def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions) -> None:
+    """Warn of saliencies without means. Once for each task, since it waits for the device."""
+    new = [task for task in tasks if task.key not in progress.looked_at]
+    if not new or is_transformed(tasks[0].loss):
+        return
+    if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    progress.looked_at.update(task.key for task in new)
+    for task in new:
+        for saliency in task.own_saliencies:
+            # One sample's means may be a single number, and that small by chance.
+            samples = max(1, ENOUGH // saliency[0].numel())
+            part = saliency.detach()[:samples]
+            for missing in preflight.without_means(part, options.channel_dim):
+                if getattr(options, missing.option):
+                    # Past forward and the two frames of nn.Module's call.
+                    warnings.warn(f"losses[{task.key!r}]: {missing}", stacklevel=6)

@@ -1,0 +1,137 @@
+"""The options of the criterion: their checks, the weight of each call, what ranks compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels._distributed import Group
+from repmtl_kernels._ground.checks import check_int, check_number
+from repmtl_kernels._ground.saliency import accumulation_dtype
+from repmtl_kernels._losses.arguments import check_csa_options, check_tsr_options
+from repmtl_kernels._training.arguments import Weights
+
+# They are left to each rank.
+_OWN = {"compared": False}
+
+
+class Turn(NamedTuple):
+    """What the schedule gives one training call."""
+
+    number: int  # of the call; calls of one step have the same
+    lambdas: tuple[float, float]  # of TSR and CSA; with `strength` their mix, which sums to 1
+    weight: float  # what the schedule multiplies them with; 0: the call is without the regulariser
+    applications: int  # how many calls before this one had the regulariser
+
+    @property
+    def weighted(self) -> tuple[float, float]:
+        """The lambdas with their weight."""
+        tsr, csa = self.lambdas
+        return self.weight * tsr, self.weight * csa
+
+
+@dataclass(frozen=True)
+class CriterionOptions:
+    """The options of ``RepMTL``, which documents them, as one call finds them."""
+
+    lambda_tsr: float
+    lambda_csa: float
+    strength: float | None
+    start: int
+    ramp: int
+    over: str
+    normalizer: str
+    tsr_temperature: float
+    tsr_floor: float
+    csa_temperature: float
+    eps: float
+    log_losses: bool
+    log_offset: float
+    clip: float | None
+    task_weights: Weights | None = field(metadata=_OWN)
+    scaler: torch.amp.GradScaler | None = field(metadata=_OWN)
+    every: int
+    channel_dim: int = field(metadata=_OWN)
+    group: Group | None = field(metadata=_OWN)
+    memory: str = field(metadata=_OWN)
+    backend: str = field(metadata=_OWN)
+
+    def check(self) -> None:
+        """Raise if an option is not as described. A schedule may have set it since the last call."""
+        check_number("lambda_tsr", self.lambda_tsr, minimum=0)
+        check_number("lambda_csa", self.lambda_csa, minimum=0)
+        if self.strength is not None:
+            check_number("strength", self.strength, minimum=0)
+        check_tsr_options(
+            over=self.over,
+            normalizer=self.normalizer,
+            temperature=self.tsr_temperature,
+            floor=self.tsr_floor,
+            eps=self.eps,
+            prefix="tsr_",
+            dtype=torch.float32,
+        )
+        check_csa_options(
+            temperature=self.csa_temperature,
+            eps=self.eps,
+            group=self.group,
+            memory=self.memory,
+            prefix="csa_",
+            dtype=torch.float32,
+        )
+        if not isinstance(self.log_losses, bool):
+            raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
+        log_offset = check_number("log_offset", self.log_offset, minimum=0)
+        if log_offset and not self.log_losses:
+            raise ValueError(
+                "log_offset: it is added to the losses before their logarithm; expected 0 without "
+                f"log_losses=True, got {log_offset!r}"
+            )
+        if self.clip is not None:
+            check_number("clip", self.clip, minimum=0, exclusive=True)
+        if not (self.scaler is None or isinstance(self.scaler, torch.amp.GradScaler)):
+            raise TypeError(
+                f"scaler: expected a torch.amp.GradScaler or None, got {type(self.scaler).__name__}"
+            )
+        check_int("start", self.start, minimum=0)
+        check_int("ramp", self.ramp, minimum=0)
+        check_int("every", self.every, minimum=1)
+
+    def turn(self, number: int) -> Turn:
+        """Return what the schedule gives the training call of this number."""
+        lambdas = float(self.lambda_tsr), float(self.lambda_csa)
+        if self.strength is not None:
+            total = sum(lambdas)
+            on = bool(self.strength and total)
+            lambdas = (lambdas[0] / total, lambdas[1] / total) if on else (0.0, 0.0)
+        since = number - self.start
+        weight = 0.0
+        if any(lambdas) and since >= 0 and since % self.every == 0:
+            weight = self.every * (since + 1) / self.ramp if since + 1 < self.ramp else self.every
+        return Turn(number, lambdas, weight, since // self.every)
+
+    def objective(self, loss: Tensor) -> Tensor:
+        """Return the loss, or its logarithm, in the precision of sums."""
+        if loss.is_floating_point():  # a sum or a logarithm in 16 bits would lose what there is
+            loss = loss.to(accumulation_dtype(loss.dtype))
+        if not self.log_losses:
+            return loss
+        return (loss + float(self.log_offset) if self.log_offset else loss).log()
+
+    def scale(self, device: torch.device) -> Tensor | None:
+        """Return what the scaler multiplies the saliencies with, a scalar; None: nothing."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether calls depend on running means of earlier ones."""
+        return self.strength is not None or self.clip is not None
+
+    def compared(self) -> dict[str, object]:
+        """Return the options that all ranks of a group must have alike."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata is not _OWN}

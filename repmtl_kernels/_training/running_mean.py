@@ -1,0 +1,104 @@
+"""Running means of numbers on a device, and a look at such numbers without waiting for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from repmtl_kernels import _distributed
+
+
+class RunningMean:
+    """Bias-corrected exponential mean of scalars that stay on their device.
+
+    An observation that is not finite, or not above 0, leaves it as it was. Its two numbers are
+    written in place, so that a captured CUDA graph carries them on: they are never inference
+    tensors, whatever mode a checkpoint is loaded in.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._state: Tensor | None = None  # weighted sum of the observations, and of ones
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there was neither an observation nor a checkpoint."""
+        return self._state is None
+
+    def value(self, device: torch.device, default: float, group: str = "") -> Tensor:
+        """The mean, ``default`` before the first observation; over the ranks of a group."""
+        state = self._near(device).to(device, non_blocking=True)
+        total, weight = (_distributed.summed(state, group) if group else state).unbind()
+        return (total / weight).where(weight > 0, default)
+
+    @torch.no_grad()
+    def observe(self, observation: Tensor) -> None:
+        state = self._near(observation.device)
+        observation = observation.to(state.device, non_blocking=True)
+        added = torch.stack([observation, torch.ones_like(observation)])
+        valid = observation.isfinite() & (observation > 0)
+        state.copy_(torch.where(valid, self.decay * state + (1 - self.decay) * added, state))
+
+    def numbers(self) -> list[float]:
+        """For a checkpoint. Waits for the device, if there is something to wait for."""
+        return [0.0, 0.0] if self._state is None else self._state.tolist()
+
+    def copy(self) -> RunningMean:
+        """The same mean, which other observations may go on with."""
+        other = RunningMean(self.decay)
+        with torch.inference_mode(False):
+            other._state = None if self._state is None else self._state.clone()
+        return other
+
+    @torch.inference_mode(False)
+    def load(self, numbers: Sequence[float]) -> None:
+        if self._state is None and not any(numbers):  # from before the first observation
+            return
+        new = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        self._state = new if self._state is None else self._state.copy_(new)
+
+    def _near(self, device: torch.device) -> Tensor:
+        """The state, on a device of that type. Replicas have several; it stays on one of them."""
+        if self._state is None or self._state.device.type != device.type:
+            with torch.inference_mode(False):
+                if self._state is None:
+                    self._state = torch.zeros(2, dtype=torch.float32, device=device)
+                else:
+                    self._state = self._state.to(device)
+        return self._state
+
+
+class Alarm:
+    """Tells whether a number on a device was true, without waiting for the device.
+
+    On the CPU that is known at once, on CUDA when the copy has arrived, at a later question.
+    Elsewhere it is never told.
+    """
+
+    def __init__(self) -> None:
+        self._sent: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __deepcopy__(self, memo: dict) -> Alarm:
+        return Alarm()  # an event has no copy
+
+    def __getstate__(self) -> dict:
+        return {"_sent": None}
+
+    def rings(self, flag: Tensor) -> bool:
+        if flag.is_cpu:
+            return bool(flag)
+        if not flag.is_cuda or torch.cuda.is_current_stream_capturing():
+            return False
+        found = False
+        if self._sent is not None:
+            copy, arrived = self._sent
+            if not arrived.query():
+                return False
+            found = bool(copy)
+        with torch.cuda.device(flag.device):
+            arrived = torch.cuda.Event()
+            self._sent = flag.to("cpu", non_blocking=True), arrived
+            arrived.record()
+        return found
