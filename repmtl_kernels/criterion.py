@@ -10,7 +10,7 @@ from torch import Tensor
 from repmtl_kernels import _distributed
 from repmtl_kernels._distributed import Group, Options
 from repmtl_kernels._ground.checks import checked_step
-from repmtl_kernels._ground.saliency import NORMALIZERS, OVER, has_values, is_transformed
+from repmtl_kernels._ground.saliency import NORMALIZERS, OVER, has_values
 from repmtl_kernels._heads import first_calls
 from repmtl_kernels._heads.preflight import preflight
 from repmtl_kernels._heads.second_order import second_order
@@ -38,27 +38,27 @@ DEFAULT_LAMBDA = 0.01
 def task_saliencies(
     losses: TaskLosses, representation: Representation
 ) -> list[Tensor] | list[list[Tensor]]:
-    """Task saliencies ``S_t = dL_t/dZ`` of Rep-MTL, arXiv 2507.21049, eq. 3, with a graph.
+    """Return the task saliencies ``S_t = dL_t/dZ`` of Rep-MTL, arXiv 2507.21049, eq. 3.
 
-    The graph makes a loss on the saliencies train encoder and heads (second order). The losses keep
-    their own graph, so that they can be differentiated again.
+    They have a graph, so that a loss on them trains encoder and heads (second order). The losses
+    keep their own graph and can be differentiated again.
 
     Args:
-        losses: list, tuple or dict of T scalar losses of shape ``()``, each with its graph. Not one
-            stacked tensor, and not the elements of one: each of them backpropagates zeros through
-            the branches of all other tasks.
-        representation: the shared representation ``Z``, the very tensor that the heads were given,
-            or :class:`Levels` of several. In multi-input learning, where each task has its own
-            batch, one (or one :class:`Levels`) per task: a list or tuple, or a dict with the keys
-            of ``losses`` if that is a dict.
+        losses: list, tuple or dict of T scalar losses of shape ``()``, each with its graph. One
+            stacked tensor is refused, and so are its elements: each of them backpropagates zeros
+            through the branches of all other tasks.
+        representation: the shared representation ``Z``, or :class:`Levels` of several. It has to be
+            the very tensor that went into the heads. In multi-input learning, where each task has
+            its own batch, one (or one :class:`Levels`) per task: a list or tuple, or a dict with
+            the keys of ``losses`` if that is a dict.
 
     Returns:
         T tensors in the order of ``losses``, each of its representation's shape, dtype and device.
-        With :class:`Levels`, for each task a list with one tensor a level; zeros where the loss
-        does not depend on that level. Hooks on the representation are passed by.
+        With :class:`Levels`, each task has a list with one tensor for each level; it is zero where
+        the loss does not depend on that level. Hooks on the representation don't run.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, a loss has no graph or does not
+        ValueError, TypeError: an argument is not as described, a loss has no graph, a loss does not
             depend on the representation, or gradients are disabled.
     """
     tasks = Tasks(losses, representation)
@@ -77,81 +77,88 @@ def task_saliencies(
 
 
 class RepMTL(_Loss):
-    """The objective of Rep-MTL, arXiv 2507.21049, eq. 10, in place of the sum of the task losses::
+    """The objective of Rep-MTL, arXiv 2507.21049, eq. 10, in place of the sum of the task losses.
+
+    A training step calls it with the task losses and the representation::
 
         criterion = RepMTL()
         z = encoder(x)
         total = criterion([loss(head(z), y) for head, loss, y in ...], z)
         total.backward()
 
-    ``sum_t w_t L_t + lambda_tsr TSR + lambda_csa CSA``. The regulariser is differentiated through
-    the saliencies, so heads and whatever follows the representation need second derivatives:
-    ``RepMTL.check(heads, z)`` tells whether they have them. ``with criterion.second_order():``
-    around the heads makes that pass faster.
+    The total is ``sum_t w_t L_t + lambda_tsr TSR + lambda_csa CSA``. The regulariser is
+    differentiated through the saliencies, so the heads, and everything else that follows the
+    representation, need second derivatives. ``RepMTL.check(heads, z)`` tells whether they have
+    them. ``with criterion.second_order():`` around the heads makes that pass faster.
 
-    In ``eval()`` mode the result is ``sum_t w_t L_t`` alone (of the logarithms with
-    ``log_losses``); it needs no graph and works under ``torch.no_grad()``.
+    In ``eval()`` mode the result is ``sum_t w_t L_t`` alone (with ``log_losses`` the sum of the
+    logarithms). It needs no graph and works under ``torch.no_grad()``.
 
-    With lambdas given that is equation 10 exactly. With neither lambdas nor ``strength``, the
-    regulariser's gradient is held at 3 % of the tasks' (``strength=0.03``). All options are
-    attributes, and a schedule may set them. What training calls have seen (their number, running
-    means) is part of ``state_dict()``; a checkpoint without it leaves it as it is.
+    If you set the lambdas, the total is equation 10 exactly. If you set neither the lambdas nor
+    ``strength``, the regulariser's gradient is held at 3 % of the tasks' (``strength=0.03``). All
+    options are attributes, and a schedule may set them. The number of training calls and the
+    running means are part of ``state_dict()``; a checkpoint without them leaves them as they are.
 
     Args:
-        lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). Exactly 0: that
-            loss is not computed. None: 0.01.
+        lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). At exactly 0 TSR
+            is not computed. None: 0.01.
         lambda_csa: the same for :func:`csa_loss`. CSA needs a batch of at least 2; TSR does not.
-        strength: None (lambdas alone; 0.03 if these are None too), or ``rho`` of at least 0 (0:
-            off): the norm of the regulariser's gradient at the representation is held at ``rho``
-            times that of the tasks' ``sum_t w_t L_t``, and the lambdas only give the mix of TSR and
-            CSA. Both losses are invariant to the scale of the losses, so with fixed lambdas that
-            ratio grows while the tasks are learned. The regulariser's own gradient is taken by
-            itself, on the first 16 calls that apply it and on every 24th after them, so that
-            nothing else that reaches the representation counts; the mean is over about the last
-            three of them (exponential, decay 0.6). ``rho`` is held on average, single steps vary.
-            The lambdas never sum to more than ``100 rho``; where they come to less than ``rho /
-            100``, a warning says so once (on the CPU and on CUDA). See ``last.ratio``.
-        start, ramp: the first ``start`` calls in training mode are without the regulariser, at the
-            cost of the losses alone; its weight then grows linearly, and is full at the
-            ``ramp``-th call after that. Calls that are given the same ``step`` count as one.
-        over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
-        csa_temperature: of :func:`csa_loss`.
-        group: of :func:`csa_loss`: all ranks give negatives. The weight of the regulariser with
-            ``strength`` is then the same on all of them, from the mean over their observations.
-        memory: of :func:`csa_loss`: ``"auto"``, ``"save"`` or ``"recompute"``.
-        eps, channel_dim, backend: of both losses.
+        strength: ``rho``, at least 0 (0: off), or None: the lambdas count as they are (0.03 if
+            these are None too). The norm of the regulariser's gradient at the representation is
+            held at ``rho`` times the norm of the gradient of ``sum_t w_t L_t`` there, and the
+            lambdas only give the mix of TSR and CSA. TSR and CSA are invariant to the scale of the
+            losses, so with fixed lambdas that ratio grows while the tasks are learned. The ratio is
+            measured on the first 16 calls that apply the regulariser and on every 24th after them.
+            A measurement takes the regulariser's gradient by itself, so nothing else that reaches
+            the representation counts. The mean is over about the last three of them (exponential,
+            decay 0.6). ``rho`` is held on average; single steps vary. The lambdas never sum to more
+            than ``100 rho``. If they come to less than ``rho / 100``, a warning says so once (on
+            the CPU and on CUDA). See ``last.ratio``.
+        start: the first ``start`` calls in training mode have no regulariser, and cost no more than
+            the losses. Calls with the same ``step`` count as one.
+        ramp: after these the weight of the regulariser grows linearly, and is full at the
+            ``ramp``-th call.
+        over, normalizer, tsr_temperature, tsr_floor: options of :func:`tsr_loss`.
+        csa_temperature: option of :func:`csa_loss`.
+        group: option of :func:`csa_loss`; all ranks give negatives. With ``strength`` all ranks
+            have the same weight, from the mean over their measurements.
+        memory: option of :func:`csa_loss`: ``"auto"``, ``"save"`` or ``"recompute"``.
+        eps, channel_dim, backend: options of both losses.
         log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies. A loss of
-            exactly 0 then gives infinite or NaN totals and gradients, a negative one NaN: keep the
-            losses above 0, or give an offset.
-        log_offset: of ``log_losses``, at least 0: ``log(L_t + log_offset)``, e.g. 0.01. It bounds
-            the weight ``1 / (L_t + log_offset)`` of a task that is nearly learned.
-        clip: None, or a number above 0: where ``|dR/dS| |S|``, the scale-free size of the
-            regulariser's gradient over the saliencies of all tasks, is more than ``clip`` times its
-            running mean (decay 0.98, of the unclipped sizes before this one), that gradient is
-            scaled down to it, for heads and encoder alike. TSR's is heavy-tailed from batch to
-            batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are. ``dR/dS`` is
-            then computed in the call, and kept for the backward pass in place of what CSA keeps.
+            exactly 0 then gives infinite or NaN totals and gradients, and a negative loss gives
+            NaN. Keep the losses above 0, or set ``log_offset``.
+        log_offset: at least 0; ``log_losses`` takes ``log(L_t + log_offset)``, e.g. with 0.01. It
+            bounds the weight ``1 / (L_t + log_offset)`` of a task that is nearly learned.
+        clip: a number above 0, or None. ``|dR/dS| |S|`` is the size of the regulariser's gradient
+            at the saliencies of all tasks, free of scale. If it is more than ``clip`` times its
+            running mean (decay 0.98, over the unclipped sizes before this one), the gradient is
+            scaled down to that, for heads and encoder alike. TSR's gradient is heavy-tailed from
+            batch to batch; 2 to 3 cuts the tail. The tasks' own gradients stay as they are.
+            ``dR/dS`` is computed in the call, and kept for the backward pass in place of what CSA
+            keeps.
         task_weights: ``w_t``, finite and at least 0: a sequence, or a dict with the keys of the
-            losses; None: all 1. The saliencies are those of ``L_t`` (or ``log L_t``) unweighted.
-        scaler: None, or the ``torch.amp.GradScaler`` that scales the total, for float16. The
-            saliencies are then those of the losses times its scale, so that they do not underflow.
-            TSR and CSA do not depend on it, and the total is not scaled; with ``"softmax"`` or
-            ``eps`` the scale is divided out in float32. Where scaled saliencies overflow the total
-            is NaN, and the scaler skips that step as any other with infinite gradients. Without it
-            watch ``last.underflow``. ``copy.deepcopy`` keeps it; a pickled criterion has a copy:
-            set ``criterion.scaler`` to the one that you update.
+            losses. None: all 1. The saliencies are the gradients of ``L_t`` (or ``log L_t``)
+            without their weights.
+        scaler: the ``torch.amp.GradScaler`` that scales the total, for float16, or None. The losses
+            are multiplied with its scale before their saliencies are taken, so that these do not
+            underflow. TSR and CSA do not depend on the scale, and the total is not scaled. With
+            ``"softmax"`` or ``eps`` the scale is divided out in float32. If scaled saliencies
+            overflow, the total is NaN, and the scaler skips that step like any other with infinite
+            gradients. Without a scaler, watch ``last.underflow``. ``copy.deepcopy`` keeps the
+            scaler. A pickled criterion has a copy of it: set ``criterion.scaler`` to the one that
+            you update.
         every: apply the regulariser on every ``every``-th call in training mode, the first
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
-            R1): with ``strength`` the mean over all calls is ``rho``.
+            R1). With ``strength`` the mean over all calls is ``rho``.
 
-    A measurement of the ratio is one more backward pass through the heads; with wide ASPP heads it
-    costs 1.3 % of a step on average, without ``second_order()`` 2.3 %. ``clip``, and without
-    ``group`` ``strength``, are each process's own. Both keep running means, which ``torch.func``
-    and compiled regions around the criterion don't allow. A CUDA graph has no measurements in it:
-    run 16 calls before the capture, and where the weight is to follow the training, one without the
-    graph now and then. Replicas that ``nn.DataParallel`` makes count as one; the first of them
-    carries the criterion's state and ``last`` on. Calls on meta or fake tensors (dry runs) leave
-    the state as it was.
+    A measurement of the ratio is one more backward pass through the heads. With wide ASPP heads it
+    costs 1.3 % of a step on average, and 2.3 % without ``second_order()``. Each process has its own
+    ``clip``, and without ``group`` its own ``strength``. Both keep running means, which
+    ``torch.func`` and compiled regions around the criterion don't allow. A CUDA graph has no
+    measurements in it: run 16 calls before the capture, and one without the graph now and then if
+    the weight is to follow the training. Replicas that ``nn.DataParallel`` makes count as one call;
+    the first of them carries on the criterion's state and ``last``. Calls on meta or fake tensors
+    (dry runs) leave the state as it was.
 
     Raises:
         ValueError, TypeError: an argument is not as described.
@@ -215,8 +222,10 @@ class RepMTL(_Loss):
 
     @property
     def last(self) -> RepMTLStep | None:
-        """The last call's values for logging; None before the first. Reading a value of it, e.g.
-        with ``.item()``, waits for the device; nothing in the criterion does."""
+        """The last call's values for logging; None before the first call.
+
+        Reading a value, e.g. with ``.item()``, waits for the device. Nothing in the criterion does.
+        """
         return self._progress.last
 
     def forward(
@@ -227,40 +236,42 @@ class RepMTL(_Loss):
         positions: Positions | None = None,
         step: int | None = None,
     ) -> Tensor:
-        """The total loss, a scalar: float32, also of losses in 16 bits; float64 where a loss is, or
-        where the regulariser is added to it and the representation is.
+        """Return the total loss, a scalar.
+
+        It is float64 if a loss is, or if the regulariser is added and the representation is
+        float64; else float32, for losses in 16 bits too.
 
         Args:
-            losses: list, tuple or dict of T scalar losses, as for :func:`task_saliencies`. None in
-                place of a loss: that task is absent from this batch, and left out of the sum and
-                the regulariser. In distributed training all ranks have to use the same parameters,
-                so the same tasks have to be absent on all of them.
+            losses: list, tuple or dict of T scalar losses, as for :func:`task_saliencies`. A loss
+                that is None says that its task is absent from this batch; it is left out of the sum
+                and of the regulariser. In distributed training all ranks have to use the same
+                parameters, so the same tasks have to be absent on all of them.
             representation: ``(B, C, *spatial)``, or ``channel_dim`` says where the channels are;
                 or :class:`Levels` of several, over which the regulariser is averaged. A task whose
                 loss does not depend on a level is left out there, and so is a level that only
                 absent tasks use.
-                Multi-input: one per task, all of one shape; both losses then pair sample ``b`` of
-                every task, which are different images there. That of an absent task may be None.
-                Not used in ``eval()`` mode.
+                Multi-input: one per task, all of one shape. TSR and CSA then pair sample ``b`` of
+                every task, and these are different images. The representation of an absent task
+                may be None. ``eval()`` mode does not use it.
             present: bool ``(T, B)``, which task has a label for which sample, as for
                 :func:`csa_loss`. Rows of absent tasks are ignored.
-            positions: bool ``(B, *spatial)``, the positions that are there and not padding, as for
-                :func:`tsr_loss`. With :class:`Levels` a list, tuple or dict with one for each, some
-                of which may be None.
-            step: the number of the optimiser's step, at least 0. Calls in a row with the same one
-                count as one for ``every``, ``start``, ``ramp`` and ``strength``: both passes of
-                SAM, the closure of LBFGS, the batches of an accumulated gradient. None: every call
-                is a step.
+            positions: bool ``(B, *spatial)``, False where there is padding, as for
+                :func:`tsr_loss`. With :class:`Levels` a list, tuple or dict with one mask (or None)
+                for each.
+            step: the number of the optimiser's step, at least 0. Calls in a row with the same
+                number count as one for ``every``, ``start``, ``ramp`` and ``strength``: both passes
+                of SAM, the closure of LBFGS, the batches of an accumulated gradient. None: every
+                call is a step.
 
         Raises:
-            ValueError, TypeError: an argument is not as described. In training mode also where
+            ValueError, TypeError: an argument is not as described; or in training mode
                 :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
-            SecondDerivativeError: on the first call in training mode, where an operation between a
-                loss and the representation has no second derivative; see :meth:`check`.
+            SecondDerivativeError: an operation between a loss and the representation has no second
+                derivative; see :meth:`check`. The first call in training mode looks for them.
 
         Warns:
-            UserWarning: on that call too, where a saliency's means over the channels or over the
-                positions are zero but for rounding, as where a head begins with a LayerNorm.
+            UserWarning: a saliency's means over the channels or over the positions are zero but for
+                rounding, as when a head begins with a LayerNorm. That call looks for this too.
         """
         return self._evaluate(losses, representation, present, positions, step)[0]
 
@@ -302,7 +313,7 @@ class RepMTL(_Loss):
             if on:
                 tasks.place(representation)
                 if applied:
-                    _check_observable(options, total)
+                    options.check_observable(total)
                 check_graph(tasks)
                 if real:
                     first_calls.explain(tasks, progress, applied)
@@ -330,8 +341,10 @@ class RepMTL(_Loss):
         return total, tasks
 
     def second_order(self, step: int | None = None) -> AbstractContextManager:
-        """Context for the heads' forward: :func:`repmtl_kernels.second_order` where the next call
-        will apply the regulariser, nothing where it will not::
+        """Return the context for the heads' forward pass.
+
+        It is :func:`repmtl_kernels.second_order` if the next call will apply the regulariser, and
+        does nothing if it will not::
 
             with criterion.second_order():
                 losses = [loss(head(z), y) for head, loss, y in ...]
@@ -340,7 +353,7 @@ class RepMTL(_Loss):
         A checkpointed function that calls ``F.relu`` after a batch norm has to enter it inside.
 
         Args:
-            step: what the next call will be given as ``step``.
+            step: the ``step`` of the next call.
         """
         turn = self._checked_options().turn(self._progress.number(step))
         return second_order() if self.training and turn.weight else nullcontext()
@@ -369,10 +382,12 @@ class RepMTL(_Loss):
             missing_keys.remove(key)
 
     def get_extra_state(self) -> Tensor:
+        """Return the number of calls and the running means, for ``state_dict()``."""
         # A tensor: the only type whose serialisation PyTorch keeps compatible.
         return torch.tensor(self._progress.numbers(), dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Take on the state of a checkpoint."""
         self._progress.load(state.flatten().tolist())
 
     def _replicate_for_data_parallel(self) -> RepMTL:
@@ -380,18 +395,3 @@ class RepMTL(_Loss):
         replica = super()._replicate_for_data_parallel()
         replica._progress = self._progress.of_replica(replica)
         return replica
-
-
-def _check_observable(options: CriterionOptions, total: Tensor) -> None:
-    """Raise where gradients that are taken in the call, or running means, would be lost."""
-    if torch.compiler.is_exporting():
-        raise ValueError(
-            "torch.export loses gradients that are taken inside the graph, and saliencies are "
-            "such; expected RepMTL in eval() mode there. In training, export a module with "
-            "RepMTLLoss that is given the saliencies"
-        )
-    if options.keeps_means and is_transformed(total):
-        raise ValueError(
-            "strength and clip keep running means, which torch.func and torch.compile would "
-            "lose; expected both to be None there. Compile the encoder alone, or use lambdas"
-        )

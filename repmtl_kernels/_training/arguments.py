@@ -96,6 +96,8 @@ def per_task(name: str, values: Any, losses: TaskLosses, hint: str = "") -> list
 
     Args:
         name: what messages call the values.
+        values: a dict with the keys of ``losses``, or a list or tuple if that is none.
+        losses: as the user gave them.
         hint: the end of a message.
     """
     if isinstance(losses, Mapping):
@@ -111,8 +113,8 @@ def per_task(name: str, values: Any, losses: TaskLosses, hint: str = "") -> list
         return [values[task] for task in losses]
     if not isinstance(values, list | tuple):
         raise TypeError(
-            f"{name}: losses is a {kind_of(losses)}, so expected a list or tuple with one value per "
-            f"task; got {kind_of(values)}{hint}"
+            f"{name}: losses is a {kind_of(losses)}, so expected a list or tuple with one value "
+            f"per task; got {kind_of(values)}{hint}"
         )
     if len(values) != len(losses):
         raise ValueError(
@@ -122,7 +124,7 @@ def per_task(name: str, values: Any, losses: TaskLosses, hint: str = "") -> list
 
 
 def named_tensors(name: str, value: object) -> list[tuple[str, Tensor]]:
-    """Return one task's representation at each level, with the names that messages use."""
+    """Return the tensor at each level, with the name that messages use."""
     if isinstance(value, Levels):
         places = [(f"{name}[{level!r}]", z) for level, z in value.items()]
     elif isinstance(value, Tensor):

@@ -25,17 +25,20 @@ def clipped(
     factor: float,
     scale: Tensor | None,
 ) -> tuple[Tensor, Rest]:
-    """``regularizer(saliencies)``, with ``||dR/dS|| ||S||`` at most ``limit`` times its mean.
+    """Return ``regularizer(saliencies)``, with its gradient at the saliencies clipped.
 
-    The gradient ``dR/dS`` is taken here and now, and kept for the backward pass: what else is done
-    there does not matter. The norms are over the saliencies of all tasks; their product does not
-    depend on the scale of the losses. The first observation is never above the limit.
+    The size ``||dR/dS|| ||S||`` is at most ``limit`` times its running mean. The gradient
+    ``dR/dS`` is taken in this call, and kept for the backward pass: nothing else that happens there
+    matters. The norms are over the saliencies of all tasks; their product does not depend on the
+    scale of the losses. The first observation is never above the limit.
 
     Args:
-        regularizer: gives ``R`` and more, from saliencies that it does not keep.
-        saliencies: of all tasks and levels, with their graph.
-        mean: of the sizes so far; takes this one, unclipped.
-        factor: ``R``'s weight on this call, which the size is divided by: schedules don't count.
+        regularizer: returns ``R`` and more, from saliencies that it does not keep.
+        saliencies: all of them, of all tasks and levels, with their graph.
+        limit: above 0.
+        mean: the mean of the sizes so far. It takes this size too, unclipped.
+        factor: the weight of ``R`` on this call. The size is divided by it, so that schedules
+            don't count.
         scale: what the gradient is multiplied with until the backward pass, for float16.
     """
     leaves = [s.detach().requires_grad_() for s in saliencies]
@@ -54,7 +57,7 @@ def clipped(
 
 
 class _WithGradient(torch.autograd.Function):
-    """``value``, as a function of the saliencies whose gradient is ``share * grads``."""
+    """``value`` as a function of the saliencies; its gradient is ``share * grads``."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:

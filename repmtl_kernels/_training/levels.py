@@ -12,7 +12,9 @@ from repmtl_kernels._ground.torch_private import register_tuple
 
 
 class Levels(tuple[Tensor, ...]):
-    """Several representations that all tasks share, such as the levels of a feature pyramid::
+    """Several representations that all tasks share, such as the levels of a feature pyramid.
+
+    ::
 
         p3, p4, p5 = encoder(x)
         total = criterion(losses, Levels(p3, p4, p5))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from repmtl_kernels._distributed import Group
 from repmtl_kernels._ground.checks import check_int, check_number
-from repmtl_kernels._ground.saliency import accumulation_dtype
+from repmtl_kernels._ground.saliency import accumulation_dtype, is_transformed
 from repmtl_kernels._losses.arguments import check_csa_options, check_tsr_options
 from repmtl_kernels._training.arguments import Weights
 
-# They are left to each rank.
+# Each rank has its own.
 _OWN = {"compared": False}
 
 
@@ -60,7 +60,10 @@ class CriterionOptions:
     backend: str = field(metadata=_OWN)
 
     def check(self) -> None:
-        """Raise if an option is not as described. A schedule may have set it since the last call."""
+        """Raise if an option is not as described.
+
+        Each call checks them again, since a schedule may have set them.
+        """
         check_number("lambda_tsr", self.lambda_tsr, minimum=0)
         check_number("lambda_csa", self.lambda_csa, minimum=0)
         if self.strength is not None:
@@ -127,10 +130,19 @@ class CriterionOptions:
             return None
         return self.scaler.scale(torch.ones((), dtype=torch.float32, device=device))
 
-    @property
-    def keeps_means(self) -> bool:
-        """Whether calls depend on running means of earlier ones."""
-        return self.strength is not None or self.clip is not None
+    def check_observable(self, total: Tensor) -> None:
+        """Raise if gradients that are taken in the call, or running means, would be lost."""
+        if torch.compiler.is_exporting():
+            raise ValueError(
+                "torch.export loses gradients that are taken inside the graph, and saliencies are "
+                "such; expected RepMTL in eval() mode there. In training, export a module with "
+                "RepMTLLoss that is given the saliencies"
+            )
+        if (self.strength is not None or self.clip is not None) and is_transformed(total):
+            raise ValueError(
+                "strength and clip keep running means, which torch.func and torch.compile would "
+                "lose; expected both to be None there. Compile the encoder alone, or use lambdas"
+            )
 
     def compared(self) -> dict[str, object]:
         """Return the options that all ranks of a group must have alike."""

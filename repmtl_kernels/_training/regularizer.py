@@ -136,7 +136,7 @@ class Regularizer(NamedTuple):
         )
 
     def _measured_ratio(self, value: Tensor) -> Tensor | None:
-        """Return the ratio of the gradients without ``strength``, if this call has to measure it."""
+        """Return the ratio of the gradients without ``strength``, where it is this call's turn."""
         progress = self.progress
         if is_transformed(value) or self.turn.number < progress.calls:  # another call of its step
             return None
@@ -158,8 +158,12 @@ class Regularizer(NamedTuple):
             return wanted
         progress = self.progress
         ratio = progress.ratio.value(value.device, 1.0, self.group)
-        if measured and not progress.warned and progress.alarm.rings(ratio > LARGEST_RATIO):
-            progress.warned = True
+        if (
+            measured
+            and not progress.warned_of_weak
+            and progress.weak.is_true(ratio > LARGEST_RATIO)
+        ):
+            progress.warned_of_weak = True
             warnings.warn(
                 f"strength: the lambdas have fallen below a hundredth of {wanted:g}, since the "
                 "tasks' gradient at the representation is less than a hundredth of the "

@@ -11,10 +11,10 @@ from repmtl_kernels import _distributed
 
 
 class RunningMean:
-    """Bias-corrected exponential mean of scalars that stay on their device.
+    """A bias-corrected exponential mean of scalars that stay on their device.
 
-    An observation that is not finite, or not above 0, leaves it as it was. Its two numbers are
-    written in place, so that a captured CUDA graph carries them on: they are never inference
+    An observation that is not finite, or not above 0, changes nothing. The two numbers of the state
+    are written in place, so that a captured CUDA graph carries them on. They are never inference
     tensors, whatever mode a checkpoint is loaded in.
     """
 
@@ -28,25 +28,26 @@ class RunningMean:
         return self._state is None
 
     def value(self, device: torch.device, default: float, group: str = "") -> Tensor:
-        """The mean, ``default`` before the first observation; over the ranks of a group."""
-        state = self._near(device).to(device, non_blocking=True)
+        """Return the mean of all ranks of a group; ``default`` before the first observation."""
+        state = self._state_on(device).to(device, non_blocking=True)
         total, weight = (_distributed.summed(state, group) if group else state).unbind()
         return (total / weight).where(weight > 0, default)
 
     @torch.no_grad()
     def observe(self, observation: Tensor) -> None:
-        state = self._near(observation.device)
+        """Take a scalar into the mean."""
+        state = self._state_on(observation.device)
         observation = observation.to(state.device, non_blocking=True)
         added = torch.stack([observation, torch.ones_like(observation)])
         valid = observation.isfinite() & (observation > 0)
         state.copy_(torch.where(valid, self.decay * state + (1 - self.decay) * added, state))
 
     def numbers(self) -> list[float]:
-        """For a checkpoint. Waits for the device, if there is something to wait for."""
+        """Return the state for a checkpoint. Waits for the device, if it has one there."""
         return [0.0, 0.0] if self._state is None else self._state.tolist()
 
     def copy(self) -> RunningMean:
-        """The same mean, which other observations may go on with."""
+        """Return a copy with a state of its own."""
         other = RunningMean(self.decay)
         with torch.inference_mode(False):
             other._state = None if self._state is None else self._state.clone()
@@ -54,13 +55,17 @@ class RunningMean:
 
     @torch.inference_mode(False)
     def load(self, numbers: Sequence[float]) -> None:
+        """Take on the numbers of a checkpoint."""
         if self._state is None and not any(numbers):  # from before the first observation
             return
         new = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         self._state = new if self._state is None else self._state.copy_(new)
 
-    def _near(self, device: torch.device) -> Tensor:
-        """The state, on a device of that type. Replicas have several; it stays on one of them."""
+    def _state_on(self, device: torch.device) -> Tensor:
+        """Return the state, moved if it is on no device of this type.
+
+        Replicas have several devices of one type; the state stays on one of them.
+        """
         if self._state is None or self._state.device.type != device.type:
             with torch.inference_mode(False):
                 if self._state is None:
@@ -70,35 +75,36 @@ class RunningMean:
         return self._state
 
 
-class Alarm:
-    """Tells whether a number on a device was true, without waiting for the device.
+class DeferredFlag:
+    """Reads whether a number on a device is true, without waiting for the device.
 
-    On the CPU that is known at once, on CUDA when the copy has arrived, at a later question.
-    Elsewhere it is never told.
+    On the CPU the answer is about this number. On CUDA it is about an earlier one, whose copy has
+    arrived by now. On other devices the answer is always False.
     """
 
     def __init__(self) -> None:
         self._sent: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def __deepcopy__(self, memo: dict) -> Alarm:
-        return Alarm()  # an event has no copy
+    def __deepcopy__(self, memo: dict) -> DeferredFlag:
+        return DeferredFlag()  # an event has no copy
 
     def __getstate__(self) -> dict:
         return {"_sent": None}
 
-    def rings(self, flag: Tensor) -> bool:
+    def is_true(self, flag: Tensor) -> bool:
+        """Return the answer, and send for the value of ``flag``."""
         if flag.is_cpu:
             return bool(flag)
         if not flag.is_cuda or torch.cuda.is_current_stream_capturing():
             return False
-        found = False
+        answer = False
         if self._sent is not None:
             copy, arrived = self._sent
             if not arrived.query():
                 return False
-            found = bool(copy)
+            answer = bool(copy)
         with torch.cuda.device(flag.device):
             arrived = torch.cuda.Event()
             self._sent = flag.to("cpu", non_blocking=True), arrived
             arrived.record()
-        return found
+        return answer

@@ -119,8 +119,8 @@ def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for hooks, given in zip(live, kept, strict=True):
-            hooks.update(given)
+        for hooks, own in zip(live, kept, strict=True):
+            hooks.update(own)
         for tensor, grad in grads:
             tensor.grad = grad
 

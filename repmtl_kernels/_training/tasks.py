@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,15 +68,16 @@ class Level(NamedTuple):
     positions: Tensor | None  # (B, *spatial)
 
 
-class Tasks(Sequence[Task]):
+class Tasks(list[Task]):
     """The tasks of one call that have a loss, in the order of the losses.
 
-    A call fills it in three steps: the losses here, their representations with :meth:`place`, and
-    the masks with :meth:`check_batch`. ``take_saliencies`` in ``saliencies.py`` is the fourth.
+    A call fills it in four steps: it makes it of the losses, then come :meth:`place` (the
+    representations), :meth:`check_batch` (the masks) and ``take_saliencies`` of ``saliencies.py``.
 
     Args:
-        losses, representation: as the user gave them. The representation is not looked at here.
-        objective: gives what is differentiated, the loss or its logarithm.
+        losses: as the user gave them.
+        representation: as the user gave it; :meth:`place` checks it, this does not.
+        objective: returns what is differentiated, the loss or its logarithm.
         weights: ``w_t``; None: all 1.
         absent: whether a loss may be None.
     """
@@ -102,27 +103,12 @@ class Tasks(Sequence[Task]):
         by_row = [1.0] * len(losses)
         if weights is not None:
             by_row = per_task("task_weights", checked_weights(weights), losses)
-        self._tasks = [
+        super().__init__(
             Task(key, row, loss, objective(loss), by_row[row])
             for row, (key, loss) in enumerate(self.losses.items())
             if loss is not None
-        ]
+        )
         self._level_names: tuple[Hashable, ...] | None = None
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Task]: ...
-
-    def __getitem__(self, index: int | slice) -> Task | Sequence[Task]:
-        return self._tasks[index]
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self._tasks)
-
-    def __len__(self) -> int:
-        return len(self._tasks)
 
     @property
     def has_levels(self) -> bool:
@@ -191,8 +177,9 @@ class Tasks(Sequence[Task]):
         for a while.
 
         Args:
-            present, positions: as the user gave them.
-            channel_dim: of the criterion.
+            present: as the user gave it.
+            positions: as the user gave them.
+            channel_dim: that of the criterion.
             contrasted: whether CSA is on, which needs two samples.
             group: the name of the group whose other ranks may have samples; empty without.
         """

@@ -1,2 +1,4 @@
-"""Rep-MTL in other libraries. One module each, imported by name, as it needs its library:
-``libmtl``, ``torchjd``, ``lightning``."""
+"""Rep-MTL in other libraries: ``libmtl``, ``torchjd``, ``lightning``.
+
+Each is a module of its own, imported by name, since it needs its library.
+"""

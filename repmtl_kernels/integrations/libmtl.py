@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,14 +42,22 @@ class RepMTLWeighting(nn.Module):
     ``convert_second_order(decoders)`` first.
     """
 
+    # LibMTL's Trainer sets them.
+    rep_grad: bool
+    rep: Any
+    rep_tasks: Mapping[str, Any]
+    task_name: Sequence[str]
+    task_num: int
+
     def init_param(self) -> None:
+        """Make the criterion; LibMTL's Trainer calls it before it loads a checkpoint."""
         # LibMTL has no options here yet. The criterion exists all the same, so that its state is
         # part of the model's from the start, and `load_path` restores it.
         self.criterion = RepMTL()
         self._options: dict[str, Any] = {}
 
     def backward(self, losses: Tensor, **weight_args: Any) -> np.ndarray:
-        """Gradients of the total in all parameters' ``.grad``.
+        """Add the gradients of the total to all parameters' ``.grad``.
 
         Args:
             losses: ``(T,)``, as the Trainer stacks them.
@@ -80,14 +89,15 @@ class RepMTLWeighting(nn.Module):
         form = dict if isinstance(self.rep, dict) else Copies
         leaves = form((task, self.rep_tasks[task]) for task in self.task_name)
         criterion(separate, leaves).backward()
-        given, grads = [], []
+        representations: list[Tensor] = []
+        grads: list[Tensor] = []
         for task, leaf in leaves.items():
             own = self.rep[task] if isinstance(self.rep, dict) else self.rep
             for z, copy in zip(levels_of(own), levels_of(leaf), strict=True):
                 if copy.grad is not None:  # a task may leave out a level
-                    given.append(z)
+                    representations.append(z)
                     grads.append(copy.grad)
-        torch.autograd.backward(given, grads)
+        torch.autograd.backward(representations, grads)
         weights = criterion.task_weights
         return np.array([1.0 if weights is None else weights[task] for task in self.task_name])
 
@@ -102,7 +112,7 @@ class RepMTLWeighting(nn.Module):
 
 
 def register(name: str = "RepMTL") -> str:
-    """Makes :class:`RepMTLWeighting` known to LibMTL under ``name``, and returns the name.
+    """Make :class:`RepMTLWeighting` known to LibMTL under ``name``, and return the name.
 
     Raises:
         ValueError: LibMTL has another weighting of that name.

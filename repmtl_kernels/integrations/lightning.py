@@ -28,7 +28,9 @@ Batch = tuple[Any, Targets] | tuple[Any, Targets, Present]
 
 
 class RepMTLModule(LightningModule):
-    """An encoder and the heads of its tasks, trained with :class:`RepMTL`; add the optimiser::
+    """An encoder and the heads of its tasks, trained with :class:`RepMTL`.
+
+    A subclass adds the optimiser::
 
         class Scenes(RepMTLModule):
             def configure_optimizers(self):
@@ -107,17 +109,19 @@ class RepMTLModule(LightningModule):
         )
 
     def forward(self, inputs: Any) -> dict[str, Any]:
-        """The predictions of all tasks."""
+        """Return the predictions of all tasks."""
         z = self.encoder(inputs)
         return {task: head(z) for task, head in self.heads.items()}
 
     def on_train_start(self) -> None:
-        # The numbers of batches begin again.
+        """Forget the number of the last batch: they begin again."""
         self.criterion._progress.step = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the total of the criterion, and log it."""
         total = self._total(batch, "train")
         last = self.criterion.last
+        assert total is not None and last is not None
         if last.tsr is not None:
             self.log("train/tsr", last.tsr)
         if last.csa is not None:
@@ -127,19 +131,23 @@ class RepMTLModule(LightningModule):
         return total
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the losses of a batch."""
         self._total(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the losses of a batch."""
         self._total(batch, "test")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return the predictions of all tasks."""
         return self(batch[0] if _has_targets(batch) else batch)
 
     # wraps: for Lightning it is then no hook of the user's, which it warns of beside a DataModule.
     @functools.wraps(LightningModule.transfer_batch_to_device)
-    def transfer_batch_to_device(
+    def transfer_batch_to_device(  # type: ignore[override]
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
+        """Move a batch to the device, but for its masks."""
         move = super().transfer_batch_to_device
         if not _has_masks(batch):  # perhaps of a form that a subclass has a step for
             return move(batch, device, dataloader_idx)
@@ -148,7 +156,7 @@ class RepMTLModule(LightningModule):
         return *move((inputs, targets), device, dataloader_idx), MappingProxyType(present)
 
     def _total(self, batch: Batch, stage: str) -> Tensor | None:
-        """The total of the criterion, logged; None for a batch to evaluate without any label."""
+        """Return and log the criterion's total; None if a batch to evaluate has no label."""
         if not _has_targets(batch):
             raise TypeError(
                 "batch: expected (inputs, targets) or (inputs, targets, present), with targets a "
@@ -166,14 +174,14 @@ class RepMTLModule(LightningModule):
                 task: self._loss(task, z, targets.get(task), rows.get(task), size)
                 for task in self.heads
             }
-        found = [loss for loss in losses.values() if loss is not None]
+        there = [loss for loss in losses.values() if loss is not None]
         total = None
-        if found or stage == "train":  # of none in training the criterion says what to do
+        if there or stage == "train":  # without any, in training, the criterion says what to do
             mask = None
-            if masks and found:
-                everyone = next(iter(masks.values())).new_ones(size)
-                mask = torch.stack([masks.get(task, everyone) for task in self.heads])
-                mask = mask.to(found[0].device, non_blocking=True)
+            if masks and there:
+                all_samples = next(iter(masks.values())).new_ones(size)
+                mask = torch.stack([masks.get(task, all_samples) for task in self.heads])
+                mask = mask.to(there[0].device, non_blocking=True)
             total = self.criterion(losses, representation, mask, step=step)
         self._log_loss(stage, "loss", total, size, prog_bar=True)
         for task, loss in losses.items():
@@ -181,13 +189,13 @@ class RepMTLModule(LightningModule):
         return total
 
     def _batch_number(self) -> int | None:
-        """The number of this training batch; None where no Trainer trains."""
+        """Return the number of this training batch; None if no Trainer trains."""
         if self._trainer is None or not self.trainer.training:
             return None
         return self.trainer.fit_loop.total_batch_idx
 
     def _masks(self, targets: Targets, present: Any, size: int) -> dict[str, Tensor]:
-        """The checked masks of ``present``, of the tasks that have one."""
+        """Return the checked masks of ``present``, for the tasks that have one."""
         if present is None:
             return {}
         if not isinstance(present, Mapping):
@@ -209,7 +217,7 @@ class RepMTLModule(LightningModule):
     def _loss(
         self, task: str, z: Any, target: Any, rows: Tensor | None, size: int
     ) -> Tensor | None:
-        """The loss of a task over the samples ``rows``, None: all; None where there is no label."""
+        """Return a task's loss over the samples ``rows`` (None: all); None without any label."""
         if target is None or (rows is not None and len(rows) == 0):
             return None
         prediction = self.heads[task](z)
@@ -221,12 +229,12 @@ class RepMTLModule(LightningModule):
     def _log_loss(
         self, stage: str, name: str, value: Tensor | None, size: int, **options: Any
     ) -> None:
-        """A mean over samples; in evaluation over those of all processes."""
+        """Log a mean over samples; in evaluation over the samples of all processes."""
         evaluating = stage != "train"
         if value is None:
             if not (evaluating and dist.is_available() and dist.is_initialized()):
                 return
-            # With weight 0: processes that log different names would wait for each other forever.
+            # It has weight 0: processes that log different names would wait for each other forever.
             value, size = torch.zeros((), device=self.device), 0
         name = f"{stage}/{name}"
         self.log(name, value.detach(), batch_size=size, sync_dist=evaluating, **options)
@@ -251,7 +259,7 @@ def _batch_size(z: Tensor | Levels) -> int:
 
 
 def _select(values: Any, rows: Tensor, size: int, name: str) -> Any:
-    """The samples ``rows`` of all tensors in ``values`` that have a batch."""
+    """Return ``values`` with the samples ``rows`` of all tensors that have a batch."""
 
     def of(value: Tensor) -> Tensor:
         if value.ndim == 0:

@@ -27,36 +27,39 @@ def rep_mtl_backward(
     retain_graph: bool = False,
     parallel_chunk_size: int | None = None,
 ) -> None:
-    """In place of ``torchjd.autojac.mtl_backward``, with the regulariser of ``criterion``::
+    """Backpropagate as ``torchjd.autojac.mtl_backward`` does, with ``criterion``'s regulariser.
+
+    A step calls it in place of ``mtl_backward``::
 
         rep_mtl_backward(losses, features=z, criterion=criterion)
         jac_to_grad(encoder.parameters(), UPGrad())
         optimizer.step()
 
     The aggregator sees the tasks alone: the ``.jac`` of the shared parameters has one row for each
-    task. The gradient of the regulariser is added to ``.grad`` once, of the heads' parameters as
-    of the shared ones, whose aggregated part ``jac_to_grad`` then adds. Everything accumulates as
-    in ``mtl_backward``. The rows are those of the objectives: weighted, and of the logarithm where
-    the criterion takes it, so that ``Sum()`` gives ``criterion(losses, features).backward()``.
+    task. The gradient of the regulariser is added once to the ``.grad`` of the heads' and of the
+    shared parameters; ``jac_to_grad`` then adds the aggregated gradient to the latter. Everything
+    accumulates as in ``mtl_backward``. The rows are the gradients of the objectives (with their
+    weights, and of the logarithm if the criterion takes it), so that ``Sum()`` gives the gradient
+    of ``criterion(losses, features).backward()``.
 
     On steps without the regulariser (``every``, ``eval()``, lambdas of 0) this is ``mtl_backward``.
-    On the others the saliencies serve as the rows, and one backward of the total gives the heads
-    their gradients and the encoder the regulariser's: a head is passed as often as in Rep-MTL, the
-    encoder once more than in ``mtl_backward``.
+    On other steps the saliencies serve as the rows, and one backward pass of the total gives the
+    heads their gradients and the encoder the regulariser's. A head has as many passes as in
+    Rep-MTL, and the encoder one more than in ``mtl_backward``.
 
     For multi-input learning, where each task has features of its own, there is
     :func:`rep_mtl_backward_multi_input`.
 
-    Run the heads alone under ``criterion.second_order()``, and convert them alone: a batch norm at
-    the end of the encoder would be fused with a ReLU that begins a head, and TorchJD then finds
-    parameters of the encoder in the head. Don't scale losses (``GradScaler``, and so no
-    ``criterion.scaler``): the rows would be scaled, and the regulariser, which is invariant to the
+    Run only the heads under ``criterion.second_order()``, and convert only them. Otherwise a batch
+    norm at the end of the encoder is fused with a ReLU that begins a head, and TorchJD then finds
+    parameters of the encoder in the head. Don't scale the losses with a ``GradScaler``, and use no
+    ``criterion.scaler``: the rows would be scaled, and the regulariser, which is invariant to the
     scale of the losses, would not.
 
     Args:
         losses: list or dict of T scalar losses, as for :class:`RepMTL`. A task whose loss is None
             has no row in this step.
-        features: the shared representation that the heads were given; or several that all tasks
+        features: the shared representation that went into the heads; or several that all tasks
             share, as ``mtl_backward`` takes them: a list, tuple or :class:`Levels`. None of them
             may be made from another one. (A dict has one for each task, as for :class:`RepMTL`.)
         criterion: any :class:`RepMTL`; ``criterion.last`` has the values for logging.
@@ -88,7 +91,7 @@ def rep_mtl_backward_multi_input(
     retain_graph: bool = False,
     parallel_chunk_size: int | None = None,
 ) -> None:
-    """:func:`rep_mtl_backward` where each task has its own batch, and so its own features.
+    """Do what :func:`rep_mtl_backward` does, with features of its own for each task.
 
     Args:
         losses, criterion, present, positions, step, retain_graph, parallel_chunk_size: as there.
@@ -138,7 +141,7 @@ def _backward(
             f"{len(zs)} made from another: what reaches both would count twice. Leave out those "
             "that others are made from"
         )
-    if not criterion.last.applied:
+    if not tasks[0].saliencies:  # a step without the regulariser
         separate = [task.loss for task in tasks]
         # What a loss counts for in the total: its weight, or its share of a logarithm.
         grads = torch.autograd.grad(total, separate, retain_graph=True)
@@ -171,8 +174,7 @@ def _backward(
 
 
 def _rows(tasks: Tasks, zs: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """For each representation the gradient of each task's part of the total; None where it has
-    none."""
+    """Return, for each representation, the gradient of each task's part of the total, if any."""
     rows: list[list[Tensor | None]] = [[None] * len(tasks) for _ in zs]
     index = {id(z): i for i, z in enumerate(zs)}
     for t, task in enumerate(tasks):
