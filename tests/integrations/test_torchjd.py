@@ -76,7 +76,7 @@ AGGREGATORS = {
 @pytest.mark.filterwarnings("ignore:You are solving a parameterized problem")
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_equals_the_literal_composition(network, batch, name):
-    """torchjd alone, then the gradient of the regulariser by itself on top."""
+    """The result is that of torchjd alone plus the gradient of the regulariser."""
     twin = copy.deepcopy(network)
     losses, z = twin.losses(*batch)
     regularizer = rep_mtl_loss(
