@@ -76,11 +76,11 @@ def test_what_is_logged(tmp_path):
 def test_a_checkpoint_resumes_the_criterion(tmp_path):
     """Four steps an epoch: with every=3, a count that starts anew regularises other steps."""
     # In float64 already: Lightning loads the checkpoint before it converts the module.
-    whole, first, resumed = (module(every=3).double() for _ in range(3))
-    fit(whole, tmp_path, max_epochs=2)
+    uninterrupted, first, resumed = (module(every=3).double() for _ in range(3))
+    fit(uninterrupted, tmp_path, max_epochs=2)
     fit(first, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
     fit(resumed, tmp_path, max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
-    assert_same_parameters(resumed, whole)
+    assert_same_parameters(resumed, uninterrupted)
 
 
 def test_bfloat16_mixed(tmp_path):

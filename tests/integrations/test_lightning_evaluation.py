@@ -71,9 +71,9 @@ def test_labels_are_chosen_in_structures_too(tmp_path):
     model = Module(nn.Conv2d(3, 6, 1), {"a": TwoParts()}, {"a": loss})
     trainer_of(tmp_path).test(model, DataLoader([batch], None), verbose=False)
     ((prediction, target),) = seen
-    whole = model.double()(data.x[:4])["a"]
-    for part, of_all in zip(prediction["pair"], whole["pair"], strict=True):
-        torch.testing.assert_close(part, of_all[mask])
+    of_all_samples = model.double()(data.x[:4])["a"]
+    for part, expected in zip(prediction["pair"], of_all_samples["pair"], strict=True):
+        torch.testing.assert_close(part, expected[mask])
     assert prediction["scale"].shape == () and target["name"] == "of all"
     torch.testing.assert_close(target["y"][0], data.y["a"][:4][mask])
     flat = batch[0], {"a": {"y": [data.y["a"][0]]}}, {"a": mask}
@@ -158,8 +158,8 @@ def test_predict_takes_batches_and_bare_inputs(tmp_path):
         "a dict of inputs, and targets": (({"left": x, "right": x}, y), 2 * x),
     }
     batches = DataLoader([batch for batch, _ in forms.values()], batch_size=None)
-    found = trainer_of(tmp_path).predict(model, batches)
-    for (form, (_, inputs)), predictions in zip(forms.items(), found, strict=True):
+    by_batch = trainer_of(tmp_path).predict(model, batches)
+    for (form, (_, inputs)), predictions in zip(forms.items(), by_batch, strict=True):
         assert predictions.keys() == set(TASKS), form
         for t in TASKS:
             expected = model.heads[t](model.encoder.layer(inputs))
@@ -226,6 +226,6 @@ def data_parallel(folder):
     for rank in (0, 1):
         for i in (0, 1):
             samples = torch.arange(16)[rank::2][4 * i : 4 * i + 4]
-            found = torch.load(folder / f"{i}-{rank}")
+            saved = torch.load(folder / f"{i}-{rank}")
             for t in TASKS:
-                torch.testing.assert_close(found[t], predictions[t][samples])
+                torch.testing.assert_close(saved[t], predictions[t][samples])

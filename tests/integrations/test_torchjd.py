@@ -300,9 +300,9 @@ def test_features_of_one_task_each_have_a_name_of_their_own(network, batch):
     rep_mtl_backward(losses, z, RepMTL(**STRONG), retain_graph=True)
     jac_to_grad(network.encoder.parameters(), UPGrad())
     expected = {name: grad.clone() for name, grad in gradients(network).items()}
-    for given, features in ((losses, z), (list(losses.values()), list(z.values()))):
+    for task_losses, features in ((losses, z), (list(losses.values()), list(z.values()))):
         network.zero_grad()
-        rep_mtl_backward_multi_input(given, features, RepMTL(**STRONG), retain_graph=True)
+        rep_mtl_backward_multi_input(task_losses, features, RepMTL(**STRONG), retain_graph=True)
         jac_to_grad(network.encoder.parameters(), UPGrad())
         assert_same_gradients(network, expected, **TIGHT)
 

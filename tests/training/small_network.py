@@ -50,6 +50,7 @@ class Network(nn.Module):
 
 
 def batch(network: Network) -> tuple[Tensor, list[Tensor]]:
+    """Return a representation of random images, and the losses of random targets."""
     z = network.encoder(network.images())
     return z, network.losses(z, network.targets())
 
@@ -72,7 +73,7 @@ def literal(
     csa_temperature: float = 0.5,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, TSR and CSA: equations 3 to 10, nothing skipped."""
+    """Return the total, TSR and CSA from equations 3 to 10, as they are written."""
     objectives = [torch.log(loss + offset) for loss in losses] if log_losses else losses
     saliencies = [
         torch.autograd.grad(objective, z, create_graph=True)[0]
@@ -102,7 +103,7 @@ def literal(
 
 
 def assert_same_step(network: Network, ours: Tensor, theirs: Tensor) -> None:
-    """Equal totals, and equal gradients of every parameter of the network."""
+    """Assert equal totals, and equal gradients of every parameter of the network."""
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
     parameters = list(network.parameters())
     network.zero_grad()
@@ -117,23 +118,24 @@ def assert_same_step(network: Network, ours: Tensor, theirs: Tensor) -> None:
 
 
 def applied(criterion: RepMTL, network: Network, steps: int) -> list[bool]:
-    found = []
+    """Train for some steps, and return for each whether the regulariser was applied."""
+    was_applied = []
     for _ in range(steps):
-        z = network.encoder(network.images())
-        criterion(network.losses(z, network.targets()), z)
-        found.append(criterion.last.applied)
-    return found
+        z, losses = batch(network)
+        criterion(losses, z)
+        was_applied.append(criterion.last.applied)
+    return was_applied
 
 
 def parts(losses, representations, weights=None, lambdas=LAMBDAS, **options):
-    """The tasks' objective and the regulariser, as two scalars."""
+    """Return the tasks' objective and the regulariser, as two scalars."""
     total, tsr, csa = literal(losses, representations, **lambdas, weights=weights, **options)
     regularizer = lambdas["lambda_tsr"] * tsr + lambdas["lambda_csa"] * csa
     return total - regularizer, regularizer
 
 
 def ratio_of(tasks: Tensor, regularizer: Tensor, representations: list[Tensor]) -> float:
-    """Of two gradients that are each taken on their own."""
+    """Return the ratio of the two gradients' norms, each gradient taken on its own."""
     sizes = []
     for value in (regularizer, tasks):
         grads = torch.autograd.grad(value, representations, retain_graph=True)
@@ -142,6 +144,7 @@ def ratio_of(tasks: Tensor, regularizer: Tensor, representations: list[Tensor]) 
 
 
 def mean_of(observations: list[float], decay: float = RATIO_DECAY) -> float:
+    """Return the running mean after these observations."""
     weights = [decay ** (len(observations) - 1 - i) for i in range(len(observations))]
     return sum(w * o for w, o in zip(weights, observations, strict=True)) / sum(weights)
 
@@ -150,7 +153,8 @@ def losses_of(z: Tensor) -> list[Tensor]:
     return [(z**3).mean(), z.sin().mean()]
 
 
-def call(criterion: RepMTL, seed: int = 0, **options) -> Tensor:
+def step_on_noise(criterion: RepMTL, seed: int = 0, **options) -> Tensor:
+    """Do one training step on a random representation, without a network; return the total."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(4, 3, 5, generator=generator).to(DEVICE).requires_grad_()
     total = criterion(losses_of(z), z, **options)
@@ -158,6 +162,7 @@ def call(criterion: RepMTL, seed: int = 0, **options) -> Tensor:
     return total.detach()
 
 
-def weight(criterion: RepMTL) -> float:
+def regularizer_weight(criterion: RepMTL) -> float:
+    """Return the weight of the last call, for lambdas of the same size."""
     last = criterion.last
     return (last.regularizer / (0.5 * (last.tsr + last.csa))).item()

@@ -21,7 +21,7 @@ ZEROS = r"backpropagates zeros through the branches of all other tasks"
 
 
 def restack(how):
-    """The losses as elements of one tensor."""
+    """Return a function that makes the losses elements of one tensor."""
     return lambda losses, z: (how(losses), z)
 
 
@@ -217,9 +217,10 @@ def test_message_for_a_compiled_step(network: Network) -> None:
         return z, network.losses(z, network.targets())
 
     z, losses = forward(network.images())
-    for given in (losses, [loss.square() for loss in losses]):  # also: the losses made outside
+    made_outside = [loss.square() for loss in losses]
+    for task_losses in (losses, made_outside):
         with pytest.raises(ValueError, match=r"torch.compile region.* compile the encoder alone"):
-            RepMTL()(given, z)
+            RepMTL()(task_losses, z)
 
 
 def test_message_for_a_number_in_place_of_an_absent_loss(network: Network) -> None:
@@ -252,14 +253,14 @@ def test_message_for_representations_of_different_shapes(network: Network) -> No
     ),
     ids=("leaf", "constant", "penalty", "detached", "not a leaf"),
 )
-def test_a_task_without_labels_is_told_of_none(make) -> None:
+def test_message_for_a_task_without_labels_says_to_pass_none(make) -> None:
     z, head = nn.Conv2d(3, 4, 1)(torch.randn(4, 3, 5, 5)), nn.Conv2d(4, 3, 1)
     with pytest.raises(ValueError, match=r"losses\[1\]: .*labels.* pass None") as raised:
         RepMTL()([head(z).square().mean(), make(head, z)], z)
     assert "representation" in str(raised.value) or "graph" in str(raised.value)
 
 
-def test_copies_of_a_prepared_model_are_told() -> None:
+def test_message_for_copies_of_a_prepared_model() -> None:
     """Accelerate's mixed precision returns float32 copies of a model's results."""
     encoder, head = nn.Conv2d(3, 4, 1).bfloat16(), nn.Conv2d(4, 3, 1).bfloat16()
     z = encoder(torch.randn(4, 3, 5, 5).bfloat16())

@@ -91,9 +91,9 @@ def test_message_for_weights_of_other_tasks(
 ) -> None:
     z = network.encoder(network.images())
     losses = network.losses(z, network.targets())
-    given = dict(zip("abc", losses, strict=True)) if keyed else losses
+    task_losses = dict(zip("abc", losses, strict=True)) if keyed else losses
     with pytest.raises(error, match=message):
-        RepMTL(task_weights=weights).train(training)(given, z)
+        RepMTL(task_weights=weights).train(training)(task_losses, z)
 
 
 @pytest.mark.parametrize("lambda_csa", (0, 0.01))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DEVICE
-from small_network import LAMBDAS, call, losses_of, weight
+from small_network import LAMBDAS, losses_of, regularizer_weight, step_on_noise
 from torch import Tensor, nn
 
 from repmtl_kernels import RepMTL, second_order
@@ -28,7 +28,7 @@ def test_calls_of_one_step_are_one(options: dict, expected: list, passes: int) -
     for step, applied in enumerate(expected):
         for _ in range(passes):
             entered = criterion.second_order(step=step)
-            call(criterion, step=step)
+            step_on_noise(criterion, step=step)
             assert criterion.last.applied is bool(applied)
             assert isinstance(entered, type(second_order())) is bool(applied)
     assert criterion.get_extra_state()[0] == len(expected)
@@ -37,11 +37,11 @@ def test_calls_of_one_step_are_one(options: dict, expected: list, passes: int) -
 def test_ramp_goes_by_steps() -> None:
     criterion = RepMTL(**LAMBDAS, ramp=4)
     for step in range(5):
-        found = []
+        weights = []
         for _ in range(3):
-            call(criterion, step=step)
-            found.append((criterion.last.regularizer / criterion.last.tsr).item())
-        assert found == found[:1] * 3
+            step_on_noise(criterion, step=step)
+            weights.append((criterion.last.regularizer / criterion.last.tsr).item())
+        assert weights == weights[:1] * 3
         share = min(1.0, (step + 1) / 4)
         last = criterion.last
         expected = share * (0.9 * last.tsr + 0.7 * last.csa)
@@ -49,32 +49,32 @@ def test_ramp_goes_by_steps() -> None:
 
 
 def test_one_weight_and_one_measurement_a_step() -> None:
-    criterion, found = RepMTL(strength=0.3), []
+    criterion, weights = RepMTL(strength=0.3), []
     for step in range(3):
         for half in range(4):
-            call(criterion, seed=10 * step + half, step=step)
-            found.append(weight(criterion))
+            step_on_noise(criterion, seed=10 * step + half, step=step)
+            weights.append(regularizer_weight(criterion))
     for step in range(3):
-        assert found[4 * step : 4 * step + 4] == pytest.approx([found[4 * step]] * 4, rel=1e-6)
-    assert max(found[::4]) > 1.01 * min(found[::4])
+        assert weights[4 * step : 4 * step + 4] == pytest.approx([weights[4 * step]] * 4, rel=1e-6)
+    assert max(weights[::4]) > 1.01 * min(weights[::4])
     alone = RepMTL(strength=0.3)
     for step in range(3):
-        call(alone, seed=10 * step)
-        assert weight(alone) == pytest.approx(found[4 * step], rel=1e-6)
+        step_on_noise(alone, seed=10 * step)
+        assert regularizer_weight(alone) == pytest.approx(weights[4 * step], rel=1e-6)
 
 
 def test_step_numbers_are_the_users() -> None:
-    """Only whether one is that of the call before counts; without one every call is a step."""
-    criterion, found = RepMTL(every=2), []
+    """Calls in a row with the same number are one step. A call without a number is a step."""
+    criterion, was_applied = RepMTL(every=2), []
     for step in (7, 7, 3, 3, None, None, 100, 100, 7):
-        call(criterion, step=step)
-        found.append(criterion.last.applied)
-    assert found == [True, True, False, False, True, False, True, True, False]
-    call(criterion, step=np.int64(7))
-    assert criterion.get_extra_state()[0] == 6  # that of the call before
+        step_on_noise(criterion, step=step)
+        was_applied.append(criterion.last.applied)
+    assert was_applied == [True, True, False, False, True, False, True, True, False]
+    step_on_noise(criterion, step=np.int64(7))
+    assert criterion.get_extra_state()[0] == 6  # the same step as the call before
     for bad, error in ((-1, ValueError), (1.0, TypeError), (True, TypeError), ("1", TypeError)):
         with pytest.raises(error, match="step: expected"):
-            call(criterion, step=bad)
+            step_on_noise(criterion, step=bad)
 
 
 def test_lbfgs_closure() -> None:

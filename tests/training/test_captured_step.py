@@ -28,18 +28,18 @@ def test_no_synchronisation_and_capture(network: Network, options: dict) -> None
         return [criterion.last.ratio, total.detach(), *grads]
 
     def run(criterion, call):
-        found = []
+        results = []
         for new in batches:
             images.copy_(new)
-            found.append([value.clone() for value in call(criterion)])
-        return found
+            results.append([value.clone() for value in call(criterion)])
+        return results
 
     eager, captured = RepMTL(**LAMBDAS, **options), RepMTL(**LAMBDAS, **options)
-    # Past the calls that measure the ratio; before a capture comes one more step.
+    # The replay is past the calls that measure the ratio. A capture runs one more step before.
     for criterion, steps in ((eager, FIRST + 4), (captured, FIRST + 3)):
         for _ in range(steps):
             step(criterion)
     replay = graphed(Rotating(step, [captured]), torch.device(DEVICE))
-    found_steps = run(captured, lambda _: replay())
-    for found, expected in zip(found_steps, run(eager, step), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    replayed = run(captured, lambda _: replay())
+    for values, expected in zip(replayed, run(eager, step), strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from small_network import LAMBDAS, Network, applied, batch, call
+from small_network import LAMBDAS, Network, applied, batch, step_on_noise
 from torch import nn
 
 from repmtl_kernels import RepMTL
@@ -26,7 +26,7 @@ def test_state_dict_in_the_middle_of_a_cycle(network: Network, tmp_path) -> None
     assert applied(criterion, network, 4) == [True, False, False, True]
     holder = nn.ModuleDict({"network": network, "criterion": criterion})
     torch.save(holder.state_dict(), tmp_path / "checkpoint.pt")
-    assert applied(criterion, network, 1) == [False]  # what was saved does not move along
+    assert applied(criterion, network, 1) == [False]  # does not change what was saved
     resumed = nn.ModuleDict({"network": Network(), "criterion": RepMTL(every=3)})
     resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     assert applied(resumed["criterion"], network, 4) == [False, False, True, False]
@@ -49,23 +49,23 @@ def test_resumed_run_is_the_uninterrupted_one(network: Network, tmp_path) -> Non
     data = [(images + 0.1 * i, [y * (1 + 0.2 * i) for y in targets]) for i in range(6)]
 
     def run(criterion, steps):
-        found = []
+        results = []
         for images, targets in steps:
             z = network.encoder(images)
             total = criterion(network.losses(z, targets), z)
-            found += [total.detach(), *torch.autograd.grad(total, network.encoder.parameters())]
-        return found
+            results += [total.detach(), *torch.autograd.grad(total, network.encoder.parameters())]
+        return results
 
-    whole = RepMTL(**options)
-    expected = run(whole, data[:3]) and run(whole, data[3:])
+    uninterrupted = RepMTL(**options)
+    expected = run(uninterrupted, data[:3]) and run(uninterrupted, data[3:])
     first = RepMTL(**options)
     run(first, data[:3])
     torch.save(first.state_dict(), tmp_path / "criterion.pt")
-    run(first, data[3:])  # what was saved does not move along
+    run(first, data[3:])  # does not change what was saved
     resumed = RepMTL(**options)
     resumed.load_state_dict(torch.load(tmp_path / "criterion.pt", weights_only=True))
-    found = run(resumed, data[3:])
-    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    results = run(resumed, data[3:])
+    assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
     fresh = RepMTL(**options)
     fresh._progress.calls = 3
     assert not torch.equal(run(fresh, data[3:])[3], expected[3])
@@ -73,18 +73,18 @@ def test_resumed_run_is_the_uninterrupted_one(network: Network, tmp_path) -> Non
 
 def test_resumed_in_the_middle_of_a_step() -> None:
     def run(criterion: RepMTL, first: int, last: int) -> list[tuple]:
-        found = []
+        results = []
         for i in range(first, last):
-            call(criterion, seed=i, step=i // 3)
-            found.append((criterion.last.applied, criterion.last.total.item()))
-        return found
+            step_on_noise(criterion, seed=i, step=i // 3)
+            results.append((criterion.last.applied, criterion.last.total.item()))
+        return results
 
-    whole = run(RepMTL(every=2, strength=0.3, clip=1.0), 0, 12)
+    uninterrupted = run(RepMTL(every=2, strength=0.3, clip=1.0), 0, 12)
     for cut in (1, 2, 3, 4, 8):
         first, resumed = (RepMTL(every=2, strength=0.3, clip=1.0) for _ in range(2))
-        assert run(first, 0, cut) == whole[:cut]
+        assert run(first, 0, cut) == uninterrupted[:cut]
         resumed.load_state_dict(first.state_dict())
-        assert run(resumed, cut, 12) == whole[cut:]
+        assert run(resumed, cut, 12) == uninterrupted[cut:]
 
 
 def test_checkpoint_that_is_loaded_in_inference_mode(network: Network) -> None:
@@ -128,16 +128,16 @@ def test_a_copy_has_the_same_scaler() -> None:
     scaler = torch.amp.GradScaler("cpu")
     holder = nn.ModuleDict({"criterion": RepMTL(scaler=scaler), "head": nn.Linear(2, 2)})
     assert copy.deepcopy(holder)["criterion"].scaler is scaler
-    other, criterion = copy.deepcopy((scaler, holder["criterion"]))  # copied before: that one
-    assert other is not scaler and criterion.scaler is other
+    other, criterion = copy.deepcopy((scaler, holder["criterion"]))
+    assert other is not scaler and criterion.scaler is other  # they are copied together
 
 
 def test_copies_go_their_own_way() -> None:
     criterion = RepMTL(every=2, strength=0.3, clip=2.0)
-    call(criterion)
+    step_on_noise(criterion)
     state = criterion.get_extra_state()
     for copied in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert torch.equal(copied.get_extra_state(), state)
-        call(copied)
+        step_on_noise(copied)
         assert not copied.last.applied and criterion.last.applied
         assert torch.equal(criterion.get_extra_state(), state)

@@ -47,7 +47,7 @@ def test_clip_step_by_step(network: Network, options: dict, theirs: dict, scale:
             scale * (tasks + factor * regularizer), parameters, retain_graph=True,
             materialize_grads=True,
         )  # fmt: skip
-        for _ in range(2):  # the second has the gradient of the first
+        for _ in range(2):  # the gradient is the same each time
             got = torch.autograd.grad(
                 scale * total, parameters, retain_graph=True, materialize_grads=True
             )
@@ -56,7 +56,7 @@ def test_clip_step_by_step(network: Network, options: dict, theirs: dict, scale:
 
 
 def test_clip_does_not_depend_on_schedules(network: Network) -> None:
-    """A weight that grows is no larger gradient; nor is a scaled loss."""
+    """Neither a weight that grows nor a scaled loss counts as a larger gradient."""
     criterion = RepMTL(**LAMBDAS, clip=1.0 + 1e-5, ramp=3)
     images, targets = network.images(), network.targets()
     for call in range(4):
@@ -79,7 +79,7 @@ def test_clip_keeps_expanded_gradients_expanded() -> None:
     limit.observe(torch.tensor(1.0))
     saliencies = [torch.randn(2, 5, 3, 4, requires_grad=True) for _ in range(2)]
     value, rest = clipped(
-        lambda given: (tsr_loss(given), "rest"),
+        lambda leaves: (tsr_loss(leaves), "rest"),
         saliencies,
         limit=0.5,
         mean=limit,
@@ -87,13 +87,13 @@ def test_clip_keeps_expanded_gradients_expanded() -> None:
         scale=None,
     )
     assert rest == "rest"
-    found = torch.autograd.grad(value, saliencies)
-    assert all(g.stride(1) == 0 for g in found)
+    clipped_grads = torch.autograd.grad(value, saliencies)
+    assert all(g.stride(1) == 0 for g in clipped_grads)
     grads = torch.autograd.grad(tsr_loss(saliencies), saliencies)
     size = torch.stack(grads).norm() * torch.stack(list(saliencies)).norm() / 0.01
     assert size > 0.5
-    torch.testing.assert_close(found, tuple(g * 0.5 / size for g in grads))
-    assert unexpanded(found[0]).shape == (2, 1, 3, 4)
+    torch.testing.assert_close(clipped_grads, tuple(g * 0.5 / size for g in grads))
+    assert unexpanded(clipped_grads[0]).shape == (2, 1, 3, 4)
 
 
 def test_clip_of_batched_gradients(network: Network) -> None:
@@ -101,13 +101,13 @@ def test_clip_of_batched_gradients(network: Network) -> None:
     total = RepMTL(**LAMBDAS, clip=2.0)(losses, z)
     weight = network.encoder[0].weight
     seeds = torch.tensor([1.0, 2.0], dtype=total.dtype)
-    found = torch.autograd.grad(total, weight, seeds, retain_graph=True, is_grads_batched=True)[0]
+    batched = torch.autograd.grad(total, weight, seeds, retain_graph=True, is_grads_batched=True)[0]
     (expected,) = torch.autograd.grad(total, weight)
-    torch.testing.assert_close(found, torch.stack([expected, 2 * expected]))
+    torch.testing.assert_close(batched, torch.stack([expected, 2 * expected]))
 
 
 def test_strength_and_clip_together(network: Network) -> None:
-    """The ratio that strength holds is that of the clipped gradient."""
+    """Strength keeps the ratio of the clipped gradient."""
     criterion = RepMTL(**LAMBDAS, strength=0.2, clip=0.5)
     images, targets = network.images(), network.targets()
     ratios = []
@@ -115,7 +115,7 @@ def test_strength_and_clip_together(network: Network) -> None:
         z = network.encoder(images)
         criterion(network.losses(z, targets), z).backward()
         ratios.append(criterion.last.ratio.item())
-    # Half of the first from the second call on: the mean of 1 and 0.5 ...
+    # From the second call on the gradient is half of the first, so the mean is over 1, 0.5, ...
     assert ratios[0] == pytest.approx(0.2, rel=1e-5)
     for n in (2, 3):
         estimate = mean_of([1.0, *[0.5] * (n - 1)])

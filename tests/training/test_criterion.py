@@ -79,7 +79,7 @@ def test_dict_of_losses_in_any_order(network: Network) -> None:
     )
     weights = {"normal": 3.0, "seg": 0.5, "depth": 1.0}
     criterion = RepMTL(**LAMBDAS, task_weights=weights)
-    weights["seg"] = 100.0  # the criterion keeps its own copy
+    weights["seg"] = 100.0  # the criterion has a copy
     total = criterion(losses, z)
     expected, *_ = literal(list(losses.values()), [z] * 3, **LAMBDAS, weights=[0.5, 1.0, 3.0])
     assert_same_step(network, total, expected)
@@ -92,11 +92,11 @@ def test_multi_input(network: Network, keyed: bool) -> None:
     losses = network.losses(z, network.targets())
     expected, *_ = literal(losses, z, **LAMBDAS)
     if keyed:
-        given = dict(zip("abc", losses, strict=True))
+        task_losses = dict(zip("abc", losses, strict=True))
         representation = {"c": z[2], "a": z[0], "b": z[1]}
     else:
-        given, representation = losses, tuple(z)
-    assert_same_step(network, RepMTL(**LAMBDAS)(given, representation), expected)
+        task_losses, representation = losses, tuple(z)
+    assert_same_step(network, RepMTL(**LAMBDAS)(task_losses, representation), expected)
 
 
 def test_tokens_with_channels_last() -> None:
@@ -124,13 +124,13 @@ def test_present(network: Network) -> None:
 
 
 def test_representation_that_is_a_leaf(network: Network) -> None:
-    """The encoder's pass split off: z.grad carries the regulariser's gradient to it."""
+    """The encoder's backward pass may be split off: z.grad has the regulariser's gradient too."""
     images, targets = network.images(), network.targets()
-    whole = network.encoder(images)
-    leaf = whole.detach().requires_grad_()
+    z = network.encoder(images)
+    leaf = z.detach().requires_grad_()
     RepMTL(**LAMBDAS)(network.losses(leaf, targets), leaf).backward()
-    total = RepMTL(**LAMBDAS)(network.losses(whole, targets), whole)
-    (expected,) = torch.autograd.grad(total, whole)
+    total = RepMTL(**LAMBDAS)(network.losses(z, targets), z)
+    (expected,) = torch.autograd.grad(total, z)
     torch.testing.assert_close(leaf.grad, expected)
 
 
@@ -177,12 +177,12 @@ def test_single_task(network: Network) -> None:
     z = network.encoder(network.images())
     loss = network.losses(z, network.targets())[0]
     expected, tsr, _ = literal([loss], [z], **LAMBDAS)
-    assert tsr == 0  # one task holds all of the saliency
+    assert tsr == 0  # one task has all of the saliency
     assert_same_step(network, RepMTL(**LAMBDAS)([loss], z), expected)
 
 
 def absent(values, task):
-    """With None for one task; a list or a dict."""
+    """Return the list or dict with None for one task."""
     if isinstance(values, dict):
         return {t: None if t == task else value for t, value in values.items()}
     return [None if t == task else value for t, value in enumerate(values)]
@@ -192,7 +192,7 @@ def absent(values, task):
 @pytest.mark.parametrize("keyed", (False, True), ids=("list", "dict"))
 @pytest.mark.parametrize("multi", (False, True), ids=("shared", "multi-input"))
 def test_absent_task(network: Network, task: int, keyed: bool, multi: bool) -> None:
-    """The same step as without that task: total, gradients, ratio."""
+    """Total, gradients and ratio are the same as without that task."""
     z = [network.encoder(network.images()) for _ in range(TASKS)]
     losses = network.losses(z, network.targets()) if multi else None
     if not multi:
@@ -207,21 +207,21 @@ def test_absent_task(network: Network, task: int, keyed: bool, multi: bool) -> N
         weights=[weights[t] for t in rest],
         present=PRESENT[rest],
     )
-    given, representation = absent(losses, task), absent(z, task) if multi else z[0]
+    task_losses, representation = absent(losses, task), absent(z, task) if multi else z[0]
     if keyed:
-        names = "abc"
-        given, weights = (dict(zip(names, values, strict=True)) for values in (given, weights))
+        task_losses = dict(zip("abc", task_losses, strict=True))
+        weights = dict(zip("abc", weights, strict=True))
         if multi:
-            representation = dict(zip(names, representation, strict=True))
+            representation = dict(zip("abc", representation, strict=True))
     criterion = RepMTL(**LAMBDAS, task_weights=weights)
     mask = PRESENT.clone()
     mask[task] = ~mask[task]  # ignored
-    assert_same_step(network, criterion(given, representation, mask), expected)
+    assert_same_step(network, criterion(task_losses, representation, mask), expected)
     last = criterion.last
     assert list(last.losses) == (list("abc") if keyed else [0, 1, 2])
     assert [loss is None for loss in last.losses.values()] == [t == task for t in range(TASKS)]
     assert last.ratio.isfinite()
-    plain = criterion.eval()(given, None)
+    plain = criterion.eval()(task_losses, None)
     torch.testing.assert_close(plain, expected.detach() - last.regularizer)
 
 
@@ -242,10 +242,10 @@ def test_default_step_is_the_sum_and_the_losses_bit_by_bit(network: Network) -> 
     total = RepMTL(**LAMBDAS)(losses, z)
     expected = sum(losses) + rep_mtl_loss(task_saliencies(losses, z), **LAMBDAS).total
     parameters = list(network.parameters())
-    found = torch.autograd.grad(total, parameters, retain_graph=True, materialize_grads=True)
+    got = torch.autograd.grad(total, parameters, retain_graph=True, materialize_grads=True)
     want = torch.autograd.grad(expected, parameters, materialize_grads=True)
     assert torch.equal(total, expected)
-    assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_task_saliencies(network: Network) -> None:
@@ -269,8 +269,8 @@ def test_element_of_a_stack_within_one_task_is_accepted(network: Network) -> Non
     first, second, third = network.losses(z, network.targets())
     levels = torch.stack([first, third])
     expected = task_saliencies([first, second], z)
-    for found, want in zip(task_saliencies([levels[0], second], z), expected, strict=True):
-        assert torch.equal(found, want)
+    for got, want in zip(task_saliencies([levels[0], second], z), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

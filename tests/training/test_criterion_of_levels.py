@@ -1,4 +1,4 @@
-"""Several shared representations, against every equation written out at every level."""
+"""A criterion of several shared representations, against the equations at every level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-12}
 
 
 class Pyramid(nn.Module):
-    """An encoder with three levels, and heads that use those that ``uses`` names."""
+    """An encoder with three levels, and heads that use the levels named in ``uses``."""
 
     def __init__(self, uses: dict[str, tuple[str, ...]] | None = None) -> None:
         super().__init__()
@@ -68,10 +68,10 @@ def written_out(
     positions: dict[str, Tensor] | None = None,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Total, TSR and CSA: the saliencies one by one, the reference at each level, their mean."""
+    """Return the total, TSR and CSA: the mean over the levels of the reference at each."""
     rows = {task: row for row, task in enumerate(losses)}
     losses = {task: loss for task, loss in losses.items() if loss is not None}
-    found = {"tsr": [], "csa": []}
+    by_level = {"tsr": [], "csa": []}
     for name, level in z.items():
         saliencies = {
             task: torch.autograd.grad(loss, level, create_graph=True, allow_unused=True)[0]
@@ -79,11 +79,13 @@ def written_out(
         }
         saliencies = {task: s for task, s in saliencies.items() if s is not None}
         mask = None if positions is None else positions[name]
-        some = None if present is None else torch.stack([present[rows[t]] for t in saliencies])
+        rows_of_users = (
+            None if present is None else torch.stack([present[rows[t]] for t in saliencies])
+        )
         values = list(saliencies.values())
-        found["tsr"].append(reference.tsr_loss(values, positions=mask))
-        found["csa"].append(reference.csa_loss(values, present=some, positions=mask))
-    tsr, csa = (torch.stack(values).mean() for values in found.values())
+        by_level["tsr"].append(reference.tsr_loss(values, positions=mask))
+        by_level["csa"].append(reference.csa_loss(values, present=rows_of_users, positions=mask))
+    tsr, csa = (torch.stack(values).mean() for values in by_level.values())
     lambdas = LAMBDAS | options
     return (
         sum(losses.values()) + lambdas["lambda_tsr"] * tsr + lambdas["lambda_csa"] * csa,
@@ -102,7 +104,7 @@ def assert_same_step(pyramid: Pyramid, total: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, want, **TIGHT)
 
 
-def given_as(form: str, z: dict[str, Tensor]) -> Levels:
+def as_levels(form: str, z: dict[str, Tensor]) -> Levels:
     return {
         "tensors": lambda: Levels(*z.values()),
         "list": lambda: Levels(list(z.values())),
@@ -117,7 +119,7 @@ def given_as(form: str, z: dict[str, Tensor]) -> Levels:
 def test_the_regulariser_is_the_mean_over_the_levels(pyramid, form: str, backend: str) -> None:
     z, losses = batch(pyramid)
     criterion = RepMTL(**LAMBDAS, backend=backend)
-    total = criterion(losses, given_as(form, z))
+    total = criterion(losses, as_levels(form, z))
     expected, tsr, csa = written_out(losses, z)
     assert_same_step(pyramid, total, expected)
     torch.testing.assert_close(criterion.last.tsr, tsr.detach(), rtol=1e-10, atol=0)
@@ -133,8 +135,8 @@ def test_one_loss_alone(pyramid: Pyramid, options: dict) -> None:
 
 def test_one_level_is_a_tensor(pyramid: Pyramid) -> None:
     z, losses = batch(pyramid)
-    found = [RepMTL(**LAMBDAS)(losses, form) for form in (Levels(z["p4"]), z["p4"])]
-    assert torch.equal(*found)
+    totals = [RepMTL(**LAMBDAS)(losses, form) for form in (Levels(z["p4"]), z["p4"])]
+    assert torch.equal(*totals)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +198,8 @@ def test_positions_of_each_level(pyramid: Pyramid) -> None:
     expected = written_out(losses, z, positions=masks)[0]
     for form in (masks, list(masks.values()), tuple(masks.values()), Levels(masks)):
         assert_same_step(pyramid, RepMTL(**LAMBDAS)(losses, Levels(z), positions=form), expected)
-    some = masks | {"p4": torch.ones_like(masks["p4"])}
-    expected = written_out(losses, z, positions=some)[0]
+    without_mask = masks | {"p4": torch.ones_like(masks["p4"])}
+    expected = written_out(losses, z, positions=without_mask)[0]
     total = RepMTL(**LAMBDAS)(losses, Levels(z), positions=masks | {"p4": None})
     assert_same_step(pyramid, total, expected)
 
@@ -296,21 +298,21 @@ def test_multi_input_with_levels() -> None:
 
 
 @pytest.mark.parametrize("start", (0, 5))
-def test_a_plain_list_of_what_tasks_share_is_refused(pyramid: Pyramid, start: int) -> None:
+def test_a_plain_list_of_shared_representations_is_refused(pyramid: Pyramid, start: int) -> None:
     z, losses = batch(pyramid)
     same = [nn.functional.interpolate(level, (3, 3)).mean(1, keepdim=True) for level in z.values()]
     losses_of_same = [sum((x * (t + 1)).tanh().square().mean() for x in same) for t in range(3)]
-    for given in (list(losses.values()), losses_of_same):
-        levels = same if given is losses_of_same else list(z.values())
+    for task_losses in (list(losses.values()), losses_of_same):
+        levels = same if task_losses is losses_of_same else list(z.values())
         with pytest.raises(ValueError, match=r"losses\[0\]: .* representation\[1\] too.*Levels"):
-            RepMTL(start=start)(given, levels)
+            RepMTL(start=start)(task_losses, levels)
     with pytest.raises(ValueError, match=r"representation: expected 2, .* got 3.*Levels\(...\)"):
         RepMTL()(list(losses.values())[:2], list(z.values()))
     with pytest.raises(ValueError, match=r"representation: expected the keys of losses.*Levels"):
         RepMTL()(losses, z)
 
 
-def test_multi_input_may_share_what_comes_before(pyramid: Pyramid) -> None:
+def test_multi_input_representations_may_depend_on_each_other() -> None:
     """Deep supervision: a task's representation is made from another task's."""
     torch.manual_seed(0)
     first = torch.randn(BATCH, 4, 5, requires_grad=True) * 1
@@ -330,9 +332,9 @@ def test_bad_levels_of_a_criterion(pyramid: Pyramid) -> None:
         ("p5", z["p5"][:2], r"representation\['p5'\]: expected the batch of .*, 4; got 2"),
         ("p3", z["p3"][:, :, :0], r"representation\['p3'\]|every dimension must be at least 1"),
     ):
-        some = {t: loss + bad.sum() for t, loss in losses.items()}
+        with_bad = {t: loss + bad.sum() for t, loss in losses.items()}
         with pytest.raises(ValueError, match=message):
-            criterion(some, Levels(z | {name: bad}))
+            criterion(with_bad, Levels(z | {name: bad}))
     for bad, error, message in (
         (torch.ones(BATCH, 6, 5, dtype=torch.bool), TypeError, "positions: expected a list, tuple"),
         ([None, None], ValueError, "positions: expected 3, one for each level; got 2"),
@@ -347,14 +349,14 @@ def test_bad_levels_of_a_criterion(pyramid: Pyramid) -> None:
 
 def test_check_gives_heads_the_levels(pyramid: Pyramid) -> None:
     z = Levels(pyramid.levels(pyramid.images()))
-    given = []
+    seen = []
 
     def head(levels):
-        given.append(levels)
+        seen.append(levels)
         return [layer(levels[name]).tanh() for name, layer in pyramid.heads["a"].items()]
 
     RepMTL.check({"a": head, "b": lambda levels: levels[0].square().mean()}, z)
-    assert all(isinstance(levels, Levels) and levels.names == z.names for levels in given)
+    assert all(isinstance(levels, Levels) and levels.names == z.names for levels in seen)
     with pytest.raises(SecondDerivativeError, match=r"heads\['b'\]: .*[Cc]dist|has no derivative"):
         RepMTL.check({"b": lambda levels: no_second_derivative(levels["p4"])}, z)
     with pytest.raises(SecondDerivativeError, match="written in place"):

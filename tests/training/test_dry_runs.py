@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DEVICE
-from small_network import LAMBDAS, call
+from small_network import LAMBDAS, step_on_noise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +39,7 @@ def test_a_dry_run_leaves_no_trace(options: dict, dry: str, backend: str) -> Non
     torch.manual_seed(0)
     encoder = nn.Conv2d(3, 6, 3).to(DEVICE)
     x = torch.randn(4, 3, 8, 8, device=DEVICE)
-    found = []
+    totals = []
     for dry_runs in (0, 1, 3):
         criterion = RepMTL(**options, backend=backend)
         state = criterion.get_extra_state()
@@ -55,23 +55,23 @@ def test_a_dry_run_leaves_no_trace(options: dict, dry: str, backend: str) -> Non
                     total = training_step(criterion, fake, torch.randn(4, 3, 8, 8, device=DEVICE))
                 assert total.shape == () and total.dtype == torch.float32
             assert torch.equal(criterion.get_extra_state(), state)
-        found.append([training_step(criterion, encoder, x).item() for _ in range(3)])
+        totals.append([training_step(criterion, encoder, x).item() for _ in range(3)])
         assert criterion.get_extra_state()[0] == 3
-    assert found[0] == found[1] == found[2]
+    assert totals[0] == totals[1] == totals[2]
 
 
 def test_a_dry_run_in_the_middle() -> None:
     totals = []
     for dry in (False, True):
         criterion = RepMTL(every=2, strength=0.3, clip=2.0)
-        found = []
+        run = []
         for seed in range(4):
-            found.append(call(criterion, seed).item())
+            run.append(step_on_noise(criterion, seed).item())
             if dry:
                 training_step(criterion, nn.Conv2d(3, 6, 3, device="meta"), torch.randn(
                     4, 3, 8, 8, device="meta"
                 ))  # fmt: skip
-        totals.append(found)
+        totals.append(run)
     assert totals[0] == totals[1]
 
 
@@ -89,9 +89,9 @@ def test_counting_flops_is_an_ordinary_step() -> None:
 def test_losses_of_fake_tensors(backend: str) -> None:
     with FakeTensorMode():
         s = [torch.randn(4, 3, 5, 6, device=DEVICE, requires_grad=True) for _ in range(2)]
-        found = rep_mtl_loss(s, backend=backend)
-        assert found.total.shape == () and found.total.dtype == torch.float32
-        grads = torch.autograd.grad(found.total, s)
+        result = rep_mtl_loss(s, backend=backend)
+        assert result.total.shape == () and result.total.dtype == torch.float32
+        grads = torch.autograd.grad(result.total, s)
         assert [g.shape for g in grads] == [x.shape for x in s]
 
 
@@ -109,7 +109,7 @@ def test_evaluation_compiles(options: dict, export: bool) -> None:
 
     model, x = Model().eval(), torch.randn(5, 3)
     if export:
-        found = torch.export.export(model, (x,), strict=True).module()(x)
+        compiled = torch.export.export(model, (x,), strict=True).module()(x)
     else:
-        found = torch.compile(model, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(found, model(x))
+        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, model(x))

@@ -41,7 +41,7 @@ def test_heads_without_a_second_derivative_are_explained_once(
 
 
 @pytest.mark.parametrize("norm", ("layer", "instance", "none"))
-def test_heads_without_means_are_told_once(norm: str) -> None:
+def test_heads_without_means_are_reported_once(norm: str) -> None:
     torch.manual_seed(0)
     z = torch.randn(4, 6, 5, requires_grad=True)  # (B, N, D) or (B, C, N)
     channel_dim = 1 if norm == "instance" else -1
@@ -50,22 +50,22 @@ def test_heads_without_means_are_told_once(norm: str) -> None:
     losses = {"plain": (z**3).mean(), "normed": head(z).square().mean()}
     option = {"layer": "lambda_tsr", "instance": "lambda_csa", "none": ""}[norm]
 
-    def told(criterion: RepMTL) -> list[str]:
-        with warnings.catch_warnings(record=True) as found:
+    def warnings_of(criterion: RepMTL) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             criterion(losses, z)
-        assert all(one.filename == __file__ for one in found)
-        return [str(one.message) for one in found]
+        assert all(warning.filename == __file__ for warning in caught)
+        return [str(warning.message) for warning in caught]
 
     criterion = RepMTL(start=1, channel_dim=channel_dim)
-    assert told(criterion) == []  # without the regulariser
-    messages = told(criterion)
+    assert warnings_of(criterion) == []  # the regulariser is off
+    messages = warnings_of(criterion)
     assert len(messages) == bool(option)
     if option:
         assert messages[0].startswith("losses['normed']: the saliency's means"), messages
         assert messages[0].endswith(f"or set {option}=0")
-        assert told(RepMTL(channel_dim=channel_dim, **{option: 0})) == []
-    assert told(criterion) == []
+        assert warnings_of(RepMTL(channel_dim=channel_dim, **{option: 0})) == []
+    assert warnings_of(criterion) == []
 
 
 def tokens(y: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class RaisesAnything(torch.autograd.Function):
 
 
 class RefusesTwice(torch.autograd.Function):
-    """As roi_align's backward: its second derivative is for the head's parameters alone."""
+    """Like roi_align, it has a constant derivative whose own backward raises."""
 
     @staticmethod
     def forward(ctx, x):
@@ -136,7 +136,7 @@ class RaisesTwice(torch.autograd.Function):
         raise ValueError("not twice")
 
 
-# Operations between z and a loss, on `(B, 4, 6, 6)`.
+# Operations between z and a loss, on tensors of shape `(B, 4, 6, 6)`.
 NOT_TWICE = {
     "hardsigmoid": F.hardsigmoid,
     "cdist": lambda y: torch.cdist(tokens(y), tokens(y) + 1),
@@ -159,7 +159,7 @@ NOT_TWICE = {
 
 
 def is_not_twice(operation) -> bool:
-    """Some gain a second derivative with newer versions of PyTorch."""
+    """Return whether the operation has no second derivative in this version of PyTorch."""
     y = torch.randn(4, 4, 6, 6, requires_grad=True)
     (first,) = torch.autograd.grad(operation(y * 1).square().mean(), y, create_graph=True)
     if not first.requires_grad:
@@ -188,8 +188,8 @@ def test_the_first_call_finds_any_operation(name: str, start: int) -> None:
         assert criterion.get_extra_state()[0] == 0
 
 
-def test_the_first_call_finds_what_only_parameters_would_meet() -> None:
-    """The saliency is piecewise constant in z, but not in the weights behind the operation."""
+def test_the_first_call_finds_operations_before_parameters() -> None:
+    """The saliency does not depend on z, but on the weights of the layer after the operation."""
     torch.manual_seed(0)
     z, layer = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8)), nn.Linear(4 * 36, 3)
     for loss in (lambda y: (1 - y).clamp(min=0).mean(), lambda y: y.mean()):
@@ -220,7 +220,7 @@ def test_the_first_call_of_each_task_counts() -> None:
 
 
 class Both(torch.autograd.Function):
-    """Two results, as DistributedDataParallel passes them on."""
+    """A node with two results, as DistributedDataParallel has one."""
 
     @staticmethod
     def forward(ctx, a, b):
@@ -264,7 +264,7 @@ def test_an_operator_without_a_derivative_of_its_backward_is_found() -> None:
     (F.relu, F.gelu, F.hardswish, F.softplus, torch.abs, torch.sort, F.max_pool2d, torch.round),
     ids=lambda f: f.__name__,
 )
-def test_the_first_call_takes_what_has_one(operation) -> None:
+def test_the_first_call_accepts_operations_with_a_second_derivative(operation) -> None:
     torch.manual_seed(0)
     z = nn.Conv2d(3, 4, 3)(torch.randn(4, 3, 8, 8))
     y = operation(z, 2) if operation is F.max_pool2d else operation(z)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repmtl_kernels import RepMTL, second_order
 
 
-def tensors_of(shape: torch.Size) -> int:
+def count_tensors(shape: torch.Size) -> int:
     tensors = (o for o in gc.get_objects() if type(o) is Tensor and not o.is_nested)
     return sum(tensor.shape == shape for tensor in tensors)
 
@@ -20,29 +20,29 @@ def tensors_of(shape: torch.Size) -> int:
 @pytest.mark.parametrize("backward", [None, "backward", "heads only", "create_graph"])
 @pytest.mark.parametrize("options", [{}, {"clip": 2.0, "strength": 0.1}], ids=("plain", "all"))
 def test_nothing_is_kept_alive(network: Network, backward, options: dict) -> None:
-    """Without the cyclic collector: nothing refers to itself through the graph."""
+    """The cyclic collector is off, so this fails if an object refers to itself."""
     criterion = RepMTL(**LAMBDAS, **options)
     gc.collect()
     gc.disable()
     try:
         z, losses = batch(network)
         shape = z.shape
-        before = tensors_of(shape)
+        before = count_tensors(shape)
         total = criterion(losses, z)
         if backward == "backward":
             total.backward()
-            assert tensors_of(shape) == before  # with z and its hooks alive
+            assert count_tensors(shape) == before  # z and its hooks are alive
         elif backward == "heads only":
             torch.autograd.grad(total, list(network.heads.parameters()))
         elif backward:
             torch.autograd.grad(total.square(), network.encoder[0].weight, create_graph=True)
         del z, losses, total
-        assert tensors_of(shape) == 0
+        assert count_tensors(shape) == 0
     finally:
         gc.enable()
 
 
-def graph_ends_on_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str) -> None:
+def use_of_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str) -> None:
     total = criterion(network.losses(z, network.targets()), z)
     if how == "heads only":
         torch.autograd.grad(total, list(network.heads.parameters()))
@@ -55,23 +55,23 @@ def graph_ends_on_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str)
 
 @pytest.mark.parametrize("how", ["heads only", "never", "backward", "of a part"])
 def test_no_hook_stays_on_a_representation_that_outlives_its_totals(network, how: str) -> None:
-    """Features that are cached; no backward pass may ever reach them."""
+    """E.g. cached features, which a backward pass may never reach."""
     z = network.encoder(network.images()).detach().requires_grad_()
     criterion = RepMTL(**LAMBDAS, clip=2.0, strength=0.1)
     gc.collect()
     gc.disable()
     try:
         for _ in range(3):
-            graph_ends_on_leaf(network, criterion, z, how)
+            use_of_leaf(network, criterion, z, how)
             z.grad = None
             assert not z._backward_hooks
-            assert tensors_of(z.shape) == 1
+            assert count_tensors(z.shape) == 1
     finally:
         gc.enable()
 
 
-def dropped(criterion: RepMTL, encoder: nn.Module, heads: nn.ModuleList, x: Tensor) -> Tensor:
-    """The heads' fused ReLU goes around ``z`` where nobody has it."""
+def total_alone(criterion: RepMTL, encoder: nn.Module, heads: nn.ModuleList, x: Tensor) -> Tensor:
+    """Return the total and keep no reference to ``z``, which a fused ReLU in a head goes around."""
     with second_order():
         z = encoder(x)
         losses = [head(z).square().mean() for head in heads]
@@ -80,7 +80,7 @@ def dropped(criterion: RepMTL, encoder: nn.Module, heads: nn.ModuleList, x: Tens
 
 @pytest.mark.parametrize("all_heads", [True, False])
 def test_ratio_where_only_the_total_is_left(all_heads: bool) -> None:
-    """The representation is a batch norm's output, whose ReLU in the heads is fused with it."""
+    """The representation is the output of a batch norm; heads fuse their ReLU with it."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5)).double()
     heads = nn.ModuleList(
@@ -88,7 +88,7 @@ def test_ratio_where_only_the_total_is_left(all_heads: bool) -> None:
         for _ in range(2)
     ).double()
     if not all_heads:
-        heads[1] = heads[1][1:]  # its gradient comes by in any case
+        heads[1] = heads[1][1:]  # this head's gradient reaches z
     x = torch.randn(4, 2, 5, 5, dtype=torch.float64)
     parameters = [*encoder.parameters(), *heads.parameters()]
     z = encoder(x)
@@ -100,15 +100,15 @@ def test_ratio_where_only_the_total_is_left(all_heads: bool) -> None:
     gc.collect()
     gc.disable()
     try:
-        before = tensors_of(z.shape)
-        total = dropped(criterion, encoder, heads, x)
-        # Where the graph is retained, what a convolution has saved keeps z alive too.
+        before = count_tensors(z.shape)
+        total = total_alone(criterion, encoder, heads, x)
+        # A retained graph keeps z alive too, as a saved tensor of a convolution.
         got = torch.autograd.grad(total, parameters, retain_graph=all_heads)
         assert criterion.last.ratio.item() == pytest.approx(expected, rel=1e-6)
         if all_heads:
-            again = torch.autograd.grad(total, parameters)  # nobody has z any more
+            again = torch.autograd.grad(total, parameters)  # z is gone
             torch.testing.assert_close(again, want, rtol=1e-9, atol=1e-12)
-        assert tensors_of(z.shape) == before  # with the total alive
+        assert count_tensors(z.shape) == before  # the total is alive
     finally:
         gc.enable()
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

@@ -38,16 +38,16 @@ def test_levels_in_a_tree() -> None:
         return Levels(first=layer(x), second=layer(x).sin())
 
     x = torch.randn(5, 3)
-    found = torch.vmap(both)(x)
-    assert isinstance(found, Levels) and found.names == ("first", "second")
-    torch.testing.assert_close(found["second"], layer(x).sin())
-    leaves, form = torch.utils._pytree.tree_flatten(found)
-    assert torch.utils._pytree.tree_unflatten([1, 2], form).names == found.names
+    levels = torch.vmap(both)(x)
+    assert isinstance(levels, Levels) and levels.names == ("first", "second")
+    torch.testing.assert_close(levels["second"], layer(x).sin())
+    leaves, form = torch.utils._pytree.tree_flatten(levels)
+    assert torch.utils._pytree.tree_unflatten([1, 2], form).names == levels.names
     assert [leaf.shape for leaf in leaves] == [(5, 4), (5, 4)]
 
 
 def test_levels_as_leaves() -> None:
-    """LibMTL's architectures do this with a representation."""
+    """LibMTL's architectures make a representation a leaf in this way."""
     z = Levels(a=torch.randn(2, 3, requires_grad=True) * 1, b=torch.randn(2, 4))
     leaves = z.detach().clone()
     assert leaves.names == z.names and not leaves.requires_grad

@@ -1,4 +1,4 @@
-"""Autocast, 16-bit heads and GradScaler: the dtype of every result, and what float16 loses."""
+"""Autocast, 16-bit heads and GradScaler: the dtype of results, and underflow in float16."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def train(network, batch, criterion, dtype=None, *, scaler=None, small=1.0):
-    """Gradients of one step of a copy, those of scaler's in its own units, and the representation.
+    """Return the gradients of one step of a copy, without the scale, and the representation.
 
-    ``small`` scales the losses, for saliencies that float16 has no number for.
+    ``small`` scales the losses, for saliencies that are too small for float16.
     """
     network = copy.deepcopy(network)
     x, targets = batch
@@ -100,7 +100,7 @@ def check_autocast(network, batch, dtype, backend, scaler) -> None:
     else:
         assert last.underflow is None
     assert relative_error(grads, [g.double() for g in exact]) < TOLERANCE[dtype]
-    # The reference computes in the dtype it is given; the others in float32.
+    # The reference computes in the dtype of the saliencies, the others in float32.
     close = 0.02 if backend == "reference" else 5e-3
     assert abs(last.tsr - plain.last.tsr) < close and abs(last.csa - plain.last.csa) < close
 
@@ -180,21 +180,21 @@ def test_float64_stays(double: str):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_scaler_saves_what_float16_loses(network: Network, batch, backend: str):
-    """Without it the saliencies are subnormal, and the gradient overflows at the scale it needs."""
+def test_scaler_prevents_underflow(network: Network, batch, backend: str):
+    """Without the scaler the saliencies are subnormal, and the scaled gradient overflows."""
     exact, _ = train(network, batch, plain := RepMTL(0.5, 0.5, backend="eager"), small=1e-3)
-    found = {}
+    results = {}
     for name in ("scaler", "none"):
         scaler = torch.amp.GradScaler(DEVICE)
         criterion = RepMTL(0.5, 0.5, backend=backend, scaler=scaler if name == "scaler" else None)
         grads, _ = train(network, batch, criterion, torch.float16, scaler=scaler, small=1e-3)
-        found[name] = relative_error(grads, [g.double() for g in exact]), criterion.last
-    error, last = found["scaler"]
+        results[name] = relative_error(grads, [g.double() for g in exact]), criterion.last
+    error, last = results["scaler"]
     assert error < TOLERANCE[torch.float16]
     torch.testing.assert_close(last.total, plain.last.total, rtol=1e-3, atol=0)
     torch.testing.assert_close(last.ratio, plain.last.ratio, rtol=0.02, atol=0)
     assert max(last.underflow.values()) < 0.2
-    error, last = found["none"]
+    error, last = results["none"]
     assert not error < 0.5
     assert min(last.underflow.values()) > 0.9
 
@@ -216,7 +216,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_scaler_changes_nothing_in_float32(network: Network, batch, name: str):
-    """Two steps, so that what was observed in the first counts."""
+    """There are two steps, because the second uses observations of the first."""
     scaler = torch.amp.GradScaler(DEVICE)
     with_scaler = RepMTL(**OPTIONS[name], scaler=scaler, backend="eager")
     without = RepMTL(**OPTIONS[name], backend="eager")
@@ -225,12 +225,12 @@ def test_scaler_changes_nothing_in_float32(network: Network, batch, name: str):
         expected, _ = train(network, batch, without)
         assert relative_error(grads, [g.double() for g in expected]) < 1e-5
         for value in ("total", "tsr", "csa", "regularizer", "ratio"):
-            found, exact = getattr(with_scaler.last, value), getattr(without.last, value)
-            torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+            scaled, exact = getattr(with_scaler.last, value), getattr(without.last, value)
+            torch.testing.assert_close(scaled, exact, rtol=1e-5, atol=0)
 
 
 def test_the_regularizer_counts_in_the_tests_of_options(network: Network, batch):
-    """The comparison above would see a scale that is not divided out."""
+    """The comparison above would fail if the scale were not divided out."""
     plain, _ = train(network, batch, RepMTL(0, 0))
     for options in OPTIONS.values():
         grads, _ = train(network, batch, RepMTL(**options, backend="eager"))
@@ -260,7 +260,7 @@ def test_scaled_saliencies_that_overflow_skip_the_step(network: Network, batch):
     after = network.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     state = criterion.get_extra_state()
-    assert state[0] == 1 and not state[1:].any()  # the call, and no observation
+    assert state[0] == 1 and not state[1:].any()  # the call counts, and there is no observation
 
 
 # --- underflow ---
@@ -268,13 +268,14 @@ def test_scaled_saliencies_that_overflow_skip_the_step(network: Network, batch):
 
 @pytest.mark.parametrize("keyed", [False, True])
 def test_underflow_by_hand(keyed: bool):
-    """Of 8 elements 3 are zero or subnormal; of the other task none is."""
+    """One task has 3 of 8 elements that are zero or subnormal, the other has none."""
     z = torch.randn(2, 4, device=DEVICE, dtype=torch.float16).requires_grad_()
     tiny = torch.finfo(torch.float16).tiny
     factors = torch.tensor([0, tiny / 2, -tiny / 4, tiny, -tiny, 1, 2, -3], device=DEVICE)
     losses = [(z * f.half().view(2, 4)).sum() for f in (factors, factors.sign() + 0.5)]
     criterion = RepMTL(0.5, 0.5)
-    criterion({"a": losses[0], "b": losses[1]} if keyed else [losses[0], None, losses[1]], z)
+    with pytest.warns(UserWarning, match="means over the channels are zero but for rounding"):
+        criterion({"a": losses[0], "b": losses[1]} if keyed else [losses[0], None, losses[1]], z)
     shares = criterion.last.underflow
     assert {t: s.item() for t, s in shares.items()} == (
         {"a": 0.375, "b": 0.0} if keyed else {0: 0.375, 2: 0.0}
@@ -282,7 +283,7 @@ def test_underflow_by_hand(keyed: bool):
 
 
 def test_underflow_behind_a_float32_representation(network: Network, batch):
-    """Heads under float16 autocast lose what is small before it is cast back."""
+    """Under float16 autocast, heads lose small gradients before the cast back to float32."""
     x, targets = batch
     z = network.encoder(x)
     criterion = RepMTL(0.5, 0.5)

@@ -1,4 +1,4 @@
-"""What else a user does with the total, the representation or its hooks changes no weight."""
+"""Other uses of the total, the representation and its hooks do not change the weight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_network import LAMBDAS, Network, batch
+from small_network import LAMBDAS, Network, batch, regularizer_weight
 from torch import Tensor
 
 from repmtl_kernels import RepMTL, task_saliencies
@@ -17,7 +17,7 @@ def auxiliary(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
     return total + 10 * z.square().mean()
 
 
-def left_out(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+def loss_not_given(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
     return total + 30 * (z**3).mean()
 
 
@@ -48,49 +48,48 @@ def scaled(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
     return total * 65536
 
 
-def of_another_total(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
+def square_of_total(total: Tensor, z: Tensor, losses: list[Tensor]) -> Tensor:
     total *= -7
     return total + total.square()
 
 
-OUTSIDE = [
-    auxiliary, left_out, second_criterion, hook_that_clips, hook_of_nan, gradient_for_a_log,
-    part_of_the_tasks, scaled, of_another_total,
+USES = [
+    auxiliary, loss_not_given, second_criterion, hook_that_clips, hook_of_nan, gradient_for_a_log,
+    part_of_the_tasks, scaled, square_of_total,
 ]  # fmt: skip
 
 
-def weights_of(network: Network, outside=None, before: bool = False, **options) -> list[float]:
-    """The weight of the regulariser over some steps with the same data."""
-    criterion, found = RepMTL(**{"strength": 0.3, **options}), []
+def weights_of(network: Network, use=None, before: bool = False, **options) -> list[float]:
+    """Return the weight of the regulariser on each of some steps with the same data."""
+    criterion, weights = RepMTL(**{"strength": 0.3, **options}), []
     torch.manual_seed(3)
     for _ in range(FIRST + 3):
         z = network.encoder(network.images())
         if before:
-            outside(torch.zeros(()), z, [])
+            use(torch.zeros(()), z, [])
         losses = network.losses(z, network.targets())
         total = criterion(losses, z)
-        last = criterion.last
-        found.append((last.regularizer / (0.5 * (last.tsr + last.csa))).item())
-        if outside is not None and not before:
-            total = outside(total, z, losses)
+        weights.append(regularizer_weight(criterion))
+        if use is not None and not before:
+            total = use(total, z, losses)
         total.backward()
-    return found
+    return weights
 
 
 @pytest.mark.parametrize("options", [{}, {"clip": 1.0}], ids=("plain", "clip"))
-@pytest.mark.parametrize("outside", OUTSIDE)
-def test_nothing_outside_changes_the_weight(network: Network, outside, options: dict) -> None:
+@pytest.mark.parametrize("use", USES)
+def test_other_uses_do_not_change_the_weight(network: Network, use, options: dict) -> None:
     alone = weights_of(network, **options)
-    assert len(set(alone)) > FIRST - 1  # it follows
-    assert weights_of(network, outside, **options) == alone
+    assert len(set(alone)) > FIRST - 1  # the weight follows the data
+    assert weights_of(network, use, **options) == alone
 
 
-@pytest.mark.parametrize("outside", [hook_that_clips, hook_of_nan])
-def test_hooks_from_before_the_call_are_passed_by(network: Network, outside) -> None:
-    assert weights_of(network, outside, before=True) == weights_of(network)
+@pytest.mark.parametrize("use", [hook_that_clips, hook_of_nan])
+def test_hooks_from_before_the_call_do_not_change_the_weight(network: Network, use) -> None:
+    assert weights_of(network, use, before=True) == weights_of(network)
 
 
-def test_the_user_s_hooks_and_grad_see_the_backward_pass_alone(network: Network) -> None:
+def test_hooks_and_grad_of_the_user_see_only_the_backward_pass(network: Network) -> None:
     z, losses = batch(network)
     seen = []
     z.register_hook(lambda grad: seen.append(grad) or grad * 2)
@@ -98,8 +97,8 @@ def test_the_user_s_hooks_and_grad_see_the_backward_pass_alone(network: Network)
     plain = [torch.autograd.grad(loss, z, retain_graph=True)[0] / 2 for loss in losses]
     seen.clear()
     z.grad = None
-    for found, expected in zip(task_saliencies(losses, z), plain, strict=True):
-        torch.testing.assert_close(found, expected)
+    for saliency, expected in zip(task_saliencies(losses, z), plain, strict=True):
+        torch.testing.assert_close(saliency, expected)
     total = RepMTL(**LAMBDAS)(losses, z)
     assert seen == [] and z.grad is None
     total.backward()
@@ -107,7 +106,7 @@ def test_the_user_s_hooks_and_grad_see_the_backward_pass_alone(network: Network)
     torch.testing.assert_close(z.grad, 2 * seen[0])
 
 
-def test_weight_where_no_backward_pass_ever_comes(network: Network) -> None:
+def test_ratio_is_observed_without_a_backward_pass(network: Network) -> None:
     criterion = RepMTL(strength=0.3)
     for _ in range(3):
         z, losses = batch(network)

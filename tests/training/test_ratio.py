@@ -38,7 +38,7 @@ def test_ratio(network: Network, options: dict, theirs: dict) -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e20])
 def test_ratio_at_any_scale_of_the_losses(network: Network, scale: float) -> None:
-    """Both losses are scale-free, so the tasks' gradient alone changes."""
+    """TSR and CSA do not depend on the scale, so only the tasks' gradient changes."""
     network.float()
     images, targets = network.images().float(), [y.float() for y in network.targets()]
     z = network.encoder(images)
@@ -52,7 +52,7 @@ def test_ratio_at_any_scale_of_the_losses(network: Network, scale: float) -> Non
 
 
 def test_ratio_of_several_representations(network: Network) -> None:
-    """Norms over all of them; two tasks share one."""
+    """The norms are over all of them; two tasks share one."""
     z = [network.encoder(network.images()) for _ in range(2)]
     z = [z[0], z[1], z[0]]
     losses = network.losses(z, network.targets())
@@ -66,7 +66,7 @@ def test_ratio_of_several_representations(network: Network) -> None:
 def test_ratio_of_a_representation_that_is_a_leaf(network: Network) -> None:
     z = network.encoder(network.images()).detach().requires_grad_()
     losses = network.losses(z, network.targets())
-    z.grad = torch.ones_like(z)  # of an earlier backward
+    z.grad = torch.ones_like(z)  # from an earlier backward pass
     criterion = RepMTL(**LAMBDAS)
     total = criterion(losses, z)
     expected = ratio_of(*parts(losses, [z] * TASKS), [z])
@@ -74,8 +74,8 @@ def test_ratio_of_a_representation_that_is_a_leaf(network: Network) -> None:
     assert criterion.last.ratio.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_measurements_are_some_of_the_calls_that_apply(network: Network) -> None:
-    """The others show the last one."""
+def test_calls_that_measure_the_ratio(network: Network) -> None:
+    """The other calls that apply the regulariser report the last measurement."""
     for options in ({}, {"every": 2}, {"start": 3}, {"strength": 0.1}):
         criterion = RepMTL(**LAMBDAS, **options)
         turns, shown = [], None
@@ -134,22 +134,22 @@ def test_batched_gradients_and_function_transforms(network: Network) -> None:
     torch.testing.assert_close(doubled, 2 * expected)
     targets = network.targets()
 
-    def of(criterion):
+    def gradient_of(criterion):
         return torch.func.grad(lambda z: criterion(network.losses(z, targets), z))
 
     measured = criterion.last.ratio
-    found = of(criterion)(z.detach())
+    gradient = gradient_of(criterion)(z.detach())
     assert criterion.last.ratio is measured and criterion.last.applied
     leaf = z.detach().requires_grad_()
     criterion(network.losses(leaf, targets), leaf).backward()
-    torch.testing.assert_close(found, leaf.grad)
+    torch.testing.assert_close(gradient, leaf.grad)
     for options in ({"strength": 0.1}, {"clip": 2.0}):
         with pytest.raises(ValueError, match="strength and clip .* torch.func"):
-            of(RepMTL(**options))(z.detach())
+            gradient_of(RepMTL(**options))(z.detach())
 
 
 def test_heads_under_autocast(network: Network) -> None:
-    """The ratio of bfloat16 heads is that of float32 ones, within bfloat16's noise."""
+    """The ratio is the same for bfloat16 and float32 heads, up to rounding in bfloat16."""
     network.float()
     images, targets = network.images().float(), [y.float() for y in network.targets()]
     ratios = []

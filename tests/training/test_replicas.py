@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from small_network import call
+from small_network import step_on_noise
 
 from repmtl_kernels import RepMTL
 
@@ -19,7 +19,8 @@ def test_replicas_share_their_state() -> None:
         for step in range(6):
             replicas = [criterion._replicate_for_data_parallel() for _ in range(3)]
             threads = [
-                threading.Thread(target=call, args=(replicas[i], 3 * step + i)) for i in order
+                threading.Thread(target=step_on_noise, args=(replicas[i], 3 * step + i))
+                for i in order
             ]
             for thread in threads:
                 thread.start()
@@ -47,8 +48,8 @@ def test_a_forward_pass_that_fails_is_no_call() -> None:
             replica(3, None)
         del replica
     replicas = [criterion._replicate_for_data_parallel() for _ in range(2)]
-    call(replicas[1])
-    call(replicas[0])
+    step_on_noise(replicas[1])
+    step_on_noise(replicas[0])
     assert criterion.get_extra_state()[0] == 1
 
 
@@ -57,6 +58,6 @@ def test_replicas_that_are_given_the_step() -> None:
     for step in range(4):
         for _ in range(2):
             for replica in [criterion._replicate_for_data_parallel() for _ in range(2)]:
-                call(replica, step=step)
+                step_on_noise(replica, step=step)
         applied.append(criterion.last.applied)
     assert applied == [True, False] * 2

@@ -21,7 +21,7 @@ def test_running_mean() -> None:
     for observation in (*observations[:2], math.nan, math.inf, 0.0, -1.0, *observations[2:]):
         mean.observe(torch.tensor(observation))
     assert mean.value(device, 5.0).item() == pytest.approx(mean_of(observations), rel=1e-6)
-    assert mean.value(torch.device("meta"), 5.0).is_meta  # it moves
+    assert mean.value(torch.device("meta"), 5.0).is_meta  # it moves to the device
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

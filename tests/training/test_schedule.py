@@ -56,7 +56,7 @@ def test_start_and_ramp(network: Network, options: dict, monkeypatch: pytest.Mon
             assert_same_step(network, total, expected)
         else:
             total.backward()
-            if call > 2:  # the estimate of a network that stays as it is
+            if call > 2:  # the estimate is exact for a network that does not change
                 assert criterion.last.ratio.item() == pytest.approx(0.5 * weight, rel=1e-6)
 
 
@@ -96,8 +96,8 @@ def test_second_order_where_the_next_call_applies(
 
     monkeypatch.setattr("repmtl_kernels.criterion.second_order", second_order)
 
-    def found(criterion, steps):
-        shown = []
+    def uses_second_order(criterion, steps):
+        uses = []
         for _ in range(steps):
             entered.clear()
             z = network.encoder(network.images())
@@ -105,14 +105,14 @@ def test_second_order_where_the_next_call_applies(
                 losses = network.losses(z, network.targets())
             criterion(losses, z)
             assert bool(entered) is criterion.last.applied
-            shown.append(bool(entered))
-        return shown
+            uses.append(bool(entered))
+        return uses
 
-    assert found(RepMTL(), 2) == [True, True]
-    assert found(RepMTL(start=1, every=2), 4) == [False, True, False, True]
-    assert found(RepMTL(strength=0.1), 1) == [True]
+    assert uses_second_order(RepMTL(), 2) == [True, True]
+    assert uses_second_order(RepMTL(start=1, every=2), 4) == [False, True, False, True]
+    assert uses_second_order(RepMTL(strength=0.1), 1) == [True]
     for off in (RepMTL(0, 0), RepMTL().eval(), RepMTL(strength=0.0)):
-        assert found(off, 1) == [False]
+        assert uses_second_order(off, 1) == [False]
     criterion = RepMTL()
     criterion.every = 0
     with pytest.raises(ValueError, match="every: expected"):

@@ -1,4 +1,4 @@
-"""What a call returns and reports: in evaluation, at the edges of the numbers, without a graph."""
+"""The total that a call returns and the values that it reports, also for log(0) and NaN."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def test_no_value_is_read_on_the_host(network: Network, options: dict) -> None:
             total = criterion.train(training)(losses, z, PRESENT.to("meta"))
             total.backward()
             last = criterion.last
-            given = [loss for loss in last.losses.values() if loss is not None]
-            assert total.is_meta and all(loss.is_meta for loss in given)
+            reported = [loss for loss in last.losses.values() if loss is not None]
+            assert total.is_meta and all(loss.is_meta for loss in reported)
             assert last.ratio.is_meta if last.applied else last.ratio is None
     with pytest.raises(RuntimeError, match="meta"):
         bool(criterion.last.total > 0)

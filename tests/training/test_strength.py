@@ -7,14 +7,23 @@ import warnings
 
 import pytest
 import torch
-from small_network import LAMBDAS, TASKS, Network, batch, mean_of, parts, ratio_of
+from small_network import (
+    LAMBDAS,
+    TASKS,
+    Network,
+    batch,
+    mean_of,
+    parts,
+    ratio_of,
+    regularizer_weight,
+)
 
 from repmtl_kernels import RepMTL
 from repmtl_kernels._training.strength import LARGEST_RATIO, SMALLEST_RATIO
 
 
 def steps_of(network: Network, criterion: RepMTL, count: int, **theirs):
-    """Checks each step's total, gradient and ratio against a running mean kept here."""
+    """Check each step's total, gradient and ratio against a running mean; return the ratios."""
     mix = {name: value / sum(LAMBDAS.values()) for name, value in LAMBDAS.items()}
     observed: list[float] = []
     for call in range(count):
@@ -61,7 +70,7 @@ def test_strength_is_exact_where_nothing_changes(network: Network) -> None:
 
 def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
     images, targets = network.images(), network.targets()
-    found = []
+    results = []
     for scale in (1.0, 1e-4):
         criterion = RepMTL(0.9 * scale, 0.7 * scale, strength=0.2)
         for _ in range(2):
@@ -70,13 +79,13 @@ def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
             z = network.encoder(images)
             total = criterion(network.losses(z, targets), z)
             total.backward()
-            found.append((total.item(), criterion.last.ratio.item()))
-    assert found[0] == pytest.approx(found[2], rel=1e-6)
-    assert found[1] == pytest.approx(found[3], rel=1e-6)
+            results.append((total.item(), criterion.last.ratio.item()))
+    assert results[0] == pytest.approx(results[2], rel=1e-6)
+    assert results[1] == pytest.approx(results[3], rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("given", "strength", "lambdas"),
+    ("options", "strength", "lambdas"),
     [
         ({}, 0.03, (0.01, 0.01)),
         ({"lambda_tsr": 0.9}, None, (0.9, 0.01)),
@@ -86,8 +95,8 @@ def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
         ({"lambda_tsr": 0.9, "strength": 0.3}, 0.3, (0.9, 0.01)),
     ],
 )
-def test_what_is_left_out(network: Network, given, strength, lambdas) -> None:
-    left_out = RepMTL(**given)
+def test_defaults_of_options_left_out(network: Network, options, strength, lambdas) -> None:
+    left_out = RepMTL(**options)
     assert left_out.strength == strength
     assert (left_out.lambda_tsr, left_out.lambda_csa) == lambdas
     written_out = RepMTL(*lambdas, strength=strength)
@@ -118,33 +127,31 @@ def test_bad_observations_leave_the_estimate(network: Network, poison: float) ->
     after = criterion.get_extra_state()
     assert torch.equal(after[1:], before[1:]) and before[1] > 0
     assert not criterion.last.ratio.isfinite()
-    assert not network.encoder[0].weight.grad.isfinite().any()  # shown, not hidden
+    assert not network.encoder[0].weight.grad.isfinite().any()  # the NaN is not hidden
     network.zero_grad()
     z, losses = batch(network)
     criterion(losses, z).backward()
     assert criterion.last.ratio.isfinite() and network.encoder[0].weight.grad.isfinite().all()
 
 
-def test_a_weight_that_falls_is_told_once(network: Network) -> None:
-    """Tasks that are learned have no gradient, and the regulariser's stays."""
+def test_a_weight_that_falls_is_reported_once(network: Network) -> None:
+    """The gradient of tasks vanishes as they are learned, and the regulariser's does not."""
     criterion = RepMTL(strength=0.1)
-    told = []
+    reports = []
     for size in (1.0, 1e-5, 1e-5):
         for _ in range(2):
             z, losses = batch(network)
             losses = [size * loss + (1 - size) * loss.detach() for loss in losses]
-            if size < 1:  # what is left: the direction in which one of the tasks goes
+            if size < 1:  # the direction of one task is left
                 losses[1:] = [loss - losses[0] * (1 - 1e-6) for loss in losses[1:]]
                 losses = [loss - sum(losses) / TASKS * (1 - 1e-7) for loss in losses]
-            with warnings.catch_warnings(record=True) as found:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 criterion(losses, z).backward()
-            told += [w for w in found if "strength" in str(w.message)]
-            if not told:
-                last = criterion.last
-                weight = (last.regularizer / (0.5 * (last.tsr + last.csa))).item()
-                assert weight > 0.1 / LARGEST_RATIO
-    (warning,) = told
+            reports += [w for w in caught if "strength" in str(w.message)]
+            if not reports:
+                assert regularizer_weight(criterion) > 0.1 / LARGEST_RATIO
+    (warning,) = reports
     assert str(warning.message).startswith("strength: the lambdas have fallen below")
     assert warning.filename == __file__
 
@@ -164,13 +171,13 @@ def test_nan_in_a_loss_is_not_hidden_by_strength(network: Network) -> None:
 
 
 def test_strength_is_bounded_where_the_regulariser_has_no_gradient(network: Network) -> None:
-    """Heads linear in z: saliencies don't depend on it, and no weight gives the ratio."""
+    """Heads are linear in z: saliencies do not depend on it, and no weight gives the ratio."""
     weights = torch.randn(2, 5, 1, 1, dtype=torch.float64, requires_grad=True)
     criterion = RepMTL(0.5, 0.5, strength=0.1)
     z = network.encoder(network.images())
     criterion([(w * z).mean() for w in weights], z).backward()
     last = criterion.last
-    # The ratio is zero: no observation, so that the mean stays at its default.
+    # A ratio of zero is no observation, so the mean has its default.
     expected = 0.1 * (0.5 * last.tsr + 0.5 * last.csa)
     torch.testing.assert_close(last.regularizer, expected, rtol=1e-6, atol=0)
     assert last.ratio == 0

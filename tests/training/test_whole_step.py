@@ -1,4 +1,4 @@
-"""torch.compile of the second-order step: as documented, and of the encoder alone."""
+"""Compile the second-order step as documented, and the encoder alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-# What the documented code finds in its module; each test sets them.
+# The documented code uses these names; each test sets them.
 encoder = heads = loss_functions = None
 
 
@@ -52,7 +52,7 @@ def fresh_compiler():
 
 
 class Tokens(nn.Module):
-    """Channels to the end and back around a transformer layer."""
+    """A transformer layer on images, which moves the channels to the end and back."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def transformer(width: int, outputs: int) -> nn.Module:
 
 
 def few_kernels(width: int, outputs: int) -> nn.Module:
-    """Each kernel takes a C++ compiler seconds."""
+    """Return a small head, because a C++ compiler takes seconds for each kernel."""
     return convolutions(width, outputs) if outputs > 1 else nn.Conv2d(width, outputs, 1)
 
 
@@ -86,7 +86,7 @@ def model_and_data(make, dtype: torch.dtype, width: int = 6):
     model = nn.ModuleDict({"encoder": encoder, **heads}).to(DEVICE, dtype)
     losses = {"segmentation": nn.functional.cross_entropy, "depth": nn.functional.mse_loss}
     x = torch.randn(3, 3, 6, 7, device=DEVICE, dtype=dtype)
-    # As probabilities: the loss of class numbers has no deterministic form on CUDA.
+    # Targets are probabilities: the loss of class numbers is not deterministic on CUDA.
     classes = torch.randint(4, (3, 4, 5), device=DEVICE)
     targets = {
         "segmentation": nn.functional.one_hot(classes, 4).movedim(-1, 1).to(dtype),
@@ -134,7 +134,7 @@ def compare_whole_step(compiler: str, make, dtype: torch.dtype, monkeypatch) -> 
         monkeypatch.setitem(globals(), name, value)
     criterion = RepMTL(lambda_tsr=0.01, lambda_csa=0.01)
     tolerance = TOLERANCE[dtype]
-    judge = copy.deepcopy(model).double()  # judges both: TSR's gradient is of order 1 / |x|
+    judge = copy.deepcopy(model).double()  # judges both, as TSR's gradient is of order 1 / |x|
     in_float64 = {t: y.double() for t, y in targets.items()}
     exactly = RepMTL(lambda_tsr=0.01, lambda_csa=0.01, backend="reference")
 
@@ -143,10 +143,10 @@ def compare_whole_step(compiler: str, make, dtype: torch.dtype, monkeypatch) -> 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):
-        for other in (expected, judge):  # what the first step left is not this one's error
+        for other in (expected, judge):  # so that errors of the first step do not add up
             other.load_state_dict(model.state_dict())
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            grads, (total, (found, regularizer)) = compiled(parameters, buffers, x, targets)
+            grads, (total, (task_losses, regularizer)) = compiled(parameters, buffers, x, targets)
         for name in modules:
             for key, parameter in parameters[name].items():
                 parameter.grad = grads[name][key]
@@ -155,22 +155,22 @@ def compare_whole_step(compiler: str, make, dtype: torch.dtype, monkeypatch) -> 
 
         torch.testing.assert_close(total, exact, rtol=tolerance, atol=0)
         last = criterion.last
-        torch.testing.assert_close(found, last.losses, rtol=tolerance, atol=0)
+        torch.testing.assert_close(task_losses, last.losses, rtol=tolerance, atol=0)
         torch.testing.assert_close(regularizer.tsr, last.tsr, rtol=tolerance, atol=0)
         torch.testing.assert_close(regularizer.csa, last.csa, rtol=tolerance, atol=0)
         with sdpa_kernel(SDPBackend.MATH):
             eager_step(judge, losses, x.double(), in_float64, exactly)
-        found, plain, exact = ([p.grad for p in m.parameters()] for m in (model, expected, judge))
-        assert all(g is not None for g in found)
+        got, plain, exact = ([p.grad for p in m.parameters()] for m in (model, expected, judge))
+        assert all(g is not None for g in got)
         size = max(g.norm() for g in exact)
-        for f, p, e in zip(found, plain, exact, strict=True):
-            # A bias before batch norm has a gradient of rounding errors alone.
+        for g, p, e in zip(got, plain, exact, strict=True):
+            # The gradient of a bias before batch norm consists of rounding errors.
             unit = max(e.norm(), 1e-3 * size)
             plain_error = ((p - e).norm() / unit).item()
-            assert (f - e).norm() <= unit * allowed(tolerance, plain_error)
-        assert relative_error(found, exact) < tolerance
+            assert (g - e).norm() <= unit * allowed(tolerance, plain_error)
+        assert relative_error(got, exact) < tolerance
         optimizer.step()
-    # Running statistics are updated where they are, once a step.
+    # Running statistics are updated in place, once a step.
     state, exact_state = dict(model.named_buffers()), dict(expected.named_buffers())
     for name in exact_state:
         torch.testing.assert_close(
@@ -181,7 +181,7 @@ def compare_whole_step(compiler: str, make, dtype: torch.dtype, monkeypatch) -> 
 
 
 def test_the_regularizer_counts(monkeypatch):
-    """The comparison above would see a step that leaves the second order out."""
+    """The comparison above would fail if a step left the second order out."""
     model, losses, x, targets = model_and_data(convolutions, torch.float64)
     grads = []
     for strength in (0.0, 0.01):
@@ -209,11 +209,11 @@ def test_compiled_encoder_with_eager_heads(compiler: str, make):
     model, losses, x, targets = model_and_data(make, torch.float64)
     expected = copy.deepcopy(model)
     criterion = RepMTL(0.01, 0.01)
-    whole = dict(model.items())
-    whole["encoder"] = torch.compile(model["encoder"], fullgraph=True, backend=compiler)
+    modules = dict(model.items())
+    modules["encoder"] = torch.compile(model["encoder"], fullgraph=True, backend=compiler)
     with sdpa_kernel(SDPBackend.MATH):
         for _ in range(2):
-            total = eager_step(nn.ModuleDict(whole), losses, x, targets, criterion)
+            total = eager_step(nn.ModuleDict(modules), losses, x, targets, criterion)
             exact = eager_step(expected, losses, x, targets, criterion)
             torch.testing.assert_close(total, exact, rtol=1e-9, atol=0)
             grads = [p.grad for p in model.parameters()]
