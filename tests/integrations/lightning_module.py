@@ -46,7 +46,7 @@ class Scenes(Dataset):
 
 
 class PartlyLabelled(Scenes):
-    """Every third sample has no label of a, only the samples ``of_b`` have one of b."""
+    """Every third sample has no label of a. Only the samples in ``of_b`` have a label of b."""
 
     def __init__(self, of_b=(0, 1, 8, 9, 10, 12), dtype=torch.float64):
         super().__init__(dtype)

@@ -1,4 +1,4 @@
-"""The weighting for LibMTL against its interface; examples/libmtl_checkout.py has the real one."""
+"""The weighting for LibMTL, on a stand-in for LibMTL; examples/libmtl_checkout.py has LibMTL."""
 
 import copy
 import sys
@@ -20,7 +20,7 @@ STRONG = {"lambda_tsr": 0.9, "lambda_csa": 0.7}
 
 
 class Encoder(nn.Module):
-    """Returns one representation, or as attention architectures do a list of one per task."""
+    """An encoder with one representation or, as in attention architectures, one for each task."""
 
     def __init__(self, per_task):
         super().__init__()
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
 
 class Architecture(nn.Module):
-    """What a weighting sees of LibMTL's architectures: heads on detached representations."""
+    """A stand-in for LibMTL's architectures: their heads get detached representations."""
 
     def __init__(self, *, rep_grad, multi_input, per_task):
         super().__init__()
@@ -71,7 +71,7 @@ class Model(Architecture, RepMTLWeighting):
 
 
 def stacked_losses(model, x, y, *, samples=True):
-    """Written one by one into a tensor, which is stacked with the (single) sample of the step."""
+    """Return the losses as LibMTL does: in one tensor, which may be stacked over samples."""
     losses = torch.zeros(len(TASKS), dtype=torch.float64)
     preds = {} if model.multi_input else model(x)
     for i, t in enumerate(TASKS):
@@ -82,14 +82,13 @@ def stacked_losses(model, x, y, *, samples=True):
 
 
 def attached_losses(model, x, y):
-    """The same without detaching, and the representations."""
-    inputs = [x + i if model.multi_input else x for i in range(len(TASKS))]
+    """Return the losses without detaching, and the representations."""
     z = model.encoder(x)
     shared = not (model.multi_input or isinstance(z, list))
     if model.multi_input:
-        z = [model.encoder(each) for each in inputs]
-    of = [z] * len(TASKS) if shared else z
-    losses = {t: (model.decoders[t](of[i]) - y[t]).square().mean() for i, t in enumerate(TASKS)}
+        z = [model.encoder(x + i) for i in range(len(TASKS))]
+    inputs = [z] * len(TASKS) if shared else z
+    losses = {t: (model.decoders[t](inputs[i]) - y[t]).square().mean() for i, t in enumerate(TASKS)}
     return losses, z if shared else dict(zip(TASKS, z, strict=True))
 
 
@@ -133,7 +132,7 @@ def test_gradients_are_those_of_the_criterion(batch, kind, options):
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_a_stack_costs_no_passes(batch, kind):
-    """Each head is passed by its own saliency and by the total, the encoder once per input."""
+    """A head has two backward passes, for saliency and total; the encoder one for each input."""
     model = Model(**kind)
     passes = dict.fromkeys(TASKS, 0)
     encoder_passes = []
@@ -159,7 +158,7 @@ def test_a_stack_costs_no_passes(batch, kind):
 
 
 class Pyramid(Encoder):
-    """Returns two levels, of which decoder c uses the first alone."""
+    """An encoder with two levels; decoder c uses only the first."""
 
     def __init__(self, per_task):
         super().__init__(per_task=False)
@@ -195,7 +194,7 @@ def test_an_encoder_that_returns_levels(batch, options):
 
 
 def test_options_that_change_leave_the_state(batch, monkeypatch):
-    """Its count, its means, and what it has looked at already."""
+    """The count, the running means and the list of checked tasks stay."""
     walks, explain = [], preflight.explain
     monkeypatch.setattr(
         preflight, "explain", lambda *a: walks.append([t.key for t in a[0]]) or explain(*a)
@@ -209,7 +208,7 @@ def test_options_that_change_leave_the_state(batch, monkeypatch):
 
 
 def test_losses_that_are_not_stacked_by_sample(batch):
-    """Version 1.1.5 passes the tensor that they were written into."""
+    """LibMTL 1.1.5 does not stack the tensor with the losses."""
     model = Model()
     plain = copy.deepcopy(model)
     RepMTL(**STRONG)(*attached_losses(plain, *batch)).backward()
@@ -218,7 +217,7 @@ def test_losses_that_are_not_stacked_by_sample(batch):
 
 
 def test_options_change_and_the_count_goes_on(batch):
-    """Options come with every step only, and the state is part of the model's."""
+    """Each step passes its options, and the state is part of the model's."""
     model = Model()
     assert "criterion._extra_state" in model.state_dict()
     applied = []
@@ -234,11 +233,11 @@ def test_options_change_and_the_count_goes_on(batch):
     resumed = Model()
     resumed.load_state_dict(model.state_dict())
     resumed.backward(stacked_losses(resumed, *batch), every=2)
-    assert not resumed.criterion.last.applied  # the fourth call; the first would be its turn
+    assert not resumed.criterion.last.applied  # the fourth call; a new count would apply it
 
 
 def test_frozen_heads_and_repeated_steps(batch):
-    """Gradients accumulate until the optimiser's zero_grad, as everywhere."""
+    """Gradients accumulate until zero_grad, as with any backward pass."""
     model = Model()
     model.decoders.requires_grad_(False)
     model.backward(stacked_losses(model, *batch), **STRONG)
@@ -270,7 +269,7 @@ def test_register(monkeypatch):
     monkeypatch.setitem(sys.modules, "LibMTL", library)
     monkeypatch.setitem(sys.modules, "LibMTL.weighting", weightings)
     assert register() == register() == "RepMTL"
-    # As the Trainer looks it up.
+    # The Trainer looks it up in this way.
     assert weightings.__dict__["RepMTL"] is RepMTLWeighting
     with pytest.raises(ValueError, match="name: LibMTL has a weighting 'EW' already"):
         register("EW")

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from repmtl_kernels import RepMTL, convert_second_order
 from repmtl_kernels.integrations.lightning import RepMTLModule
 
-# Lightning's advice on loaders and loggers, which is not about this package.
+# Lightning gives advice on loaders and loggers, which does not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 
@@ -61,7 +61,7 @@ def test_what_is_logged(tmp_path):
             torch.testing.assert_close(metrics["train/csa"], last.csa)
             torch.testing.assert_close(metrics["train/ratio"], last.ratio)
             assert metrics["train/ratio"] > 0
-    # Validation: the plain losses, averaged over the loader.
+    # Validation logs the plain losses, averaged over the loader.
     model.double()
     with torch.no_grad():
         predictions = model(Scenes().x)
@@ -74,8 +74,8 @@ def test_what_is_logged(tmp_path):
 
 
 def test_a_checkpoint_resumes_the_criterion(tmp_path):
-    """Four steps an epoch: with every=3, a count that starts anew regularises other steps."""
-    # In float64 already: Lightning loads the checkpoint before it converts the module.
+    """An epoch has four steps: with every=3, a new count would regularise other steps."""
+    # They are float64 from the start: Lightning loads the checkpoint before it converts them.
     uninterrupted, first, resumed = (module(every=3).double() for _ in range(3))
     fit(uninterrupted, tmp_path, max_epochs=2)
     fit(first, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
@@ -108,7 +108,7 @@ def test_absent_tasks(tmp_path):
 
 
 def test_samples_without_a_label(tmp_path):
-    """With NaN for targets; the second batch has no label of b, the third all of a."""
+    """Their targets are NaN. The second batch has no label of b, the third has all of a."""
     batches = list(DataLoader(PartlyLabelled(), batch_size=4))
     batches[2][2].pop("a")
     batches[2][1]["a"] = batches[2][1]["a"].nan_to_num()
@@ -153,7 +153,7 @@ def test_heads_that_use_checkpointing(tmp_path):
         nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh()),
         {t: convert_second_order(Checkpointed()) for t in TASKS},
         {"a": nn.MSELoss(), "b": nn.functional.l1_loss},
-        # Without a floor, positions of almost no saliency multiply every rounding.
+        # Without a floor, positions with almost no saliency amplify rounding errors.
         RepMTL(0.9, 0.7, tsr_floor=0.1),
         second_order=False,
     )

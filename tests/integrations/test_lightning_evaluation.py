@@ -15,13 +15,13 @@ from lightning import Callback, LightningDataModule
 from lightning_module import TASKS, Module, PartlyLabelled, Scenes, fit, loader, module, trainer_of
 from torch.utils.data import DataLoader
 
-# Lightning's advice on loaders and loggers, which is not about this package.
+# Lightning gives advice on loaders and loggers, which does not matter here.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluation_is_over_the_labelled_samples(tmp_path, stage):
-    """Batches of unequal size and with unequally many labels: the mean over samples weighs them."""
+    """Batches differ in size and number of labels; the mean is over samples, not over batches."""
     model, data = module().double(), PartlyLabelled()
     trainer = trainer_of(tmp_path)
     getattr(trainer, stage)(model, DataLoader(data, batch_size=5), verbose=False)
@@ -46,7 +46,7 @@ def test_a_batch_without_any_label(tmp_path):
 
 
 class TwoParts(nn.Module):
-    """A head whose prediction is no Tensor."""
+    """A head with a dict as its prediction."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ def test_masks_stay_on_the_host():
         assert moved[0].is_meta and all(target.is_meta for target in moved[1].values())
         assert all(mask is present[t] for t, mask in moved[2].items())
         assert not isinstance(moved[2], dict), "DistributedDataParallel moves what is in a dict"
-    # Forms without masks, some of them those of a subclass with steps of its own.
+    # These forms have no masks; a subclass with its own steps may have any form.
     for batch in ([x, y], (x, y, None), {"x": x}, [x, x, x], (x, y, x), (x, y, {"weight": x})):
         moved = model.transfer_batch_to_device(batch, torch.device("meta"), 0)
         assert type(moved) is type(batch)
@@ -131,7 +131,7 @@ def test_no_warning_beside_a_data_module(tmp_path):
 
 
 class AnyInput(nn.Module):
-    """An encoder of a Tensor, or of two in a list, tuple or dict."""
+    """An encoder that takes a Tensor, or several in a list, tuple or dict."""
 
     def __init__(self):
         super().__init__()
@@ -196,11 +196,11 @@ class KeepPredictions(Callback):
 @pytest.mark.slow
 @pytest.mark.slow_cpu
 def test_data_parallel(tmp_path):
-    # A process of its own: to fork one that has threads is not safe.
+    # It runs in its own process, because to fork a process with threads is not safe.
     code = f"""
 import pathlib
-import test_lightning
-test_lightning.data_parallel(pathlib.Path({str(tmp_path)!r}))
+import test_lightning_evaluation
+test_lightning_evaluation.data_parallel(pathlib.Path({str(tmp_path)!r}))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     if sys.platform == "linux":
@@ -212,7 +212,7 @@ test_lightning.data_parallel(pathlib.Path({str(tmp_path)!r}))
 
 
 def data_parallel(folder):
-    """Odd samples, which are those of rank 1, have no label of b: its metrics are of rank 0."""
+    """Rank 1 gets the odd samples. They have no label of b, so only rank 0 has losses of b."""
     model, data = module().double(), PartlyLabelled(of_b=(0, 2, 8, 14))
     with torch.no_grad():
         predictions = model(data.x)

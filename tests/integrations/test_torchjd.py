@@ -1,4 +1,4 @@
-"""Rep-MTL beside the aggregators of TorchJD."""
+"""Rep-MTL together with the aggregators of TorchJD."""
 
 import copy
 
@@ -94,9 +94,9 @@ def test_equals_the_literal_composition(network, batch, name):
     got = jac_to_grad(network.encoder.parameters(), AGGREGATORS[name]())
     torch.testing.assert_close(got, weights, **TIGHT)
     if name != "mean":
-        assert got.max() > 1.05 * got.min()  # else it would be Mean
+        assert got.max() > 1.05 * got.min()  # otherwise the aggregator would be Mean
     assert_same_gradients(network, expected, rtol=1e-9, atol=1e-12)
-    # The regulariser is no rounding error here.
+    # The regulariser is not negligible here.
     assert all((r.norm() > 1e-3 * g.norm()) for g, r in zip(alone.values(), added, strict=True))
     torch.testing.assert_close(criterion.last.regularizer, regularizer.detach(), **TIGHT)
 
@@ -117,7 +117,7 @@ def test_with_sum_it_is_the_backward_of_the_total(network, batch, options, multi
     twin = copy.deepcopy(network)
     forward = Network.multi_input_losses if multi_input else Network.losses
     plain, criterion = (RepMTL(**{**STRONG, **options}) for _ in range(2))
-    for _ in range(2):  # the second strength is an answer to the first ratio
+    for _ in range(2):  # the second weight depends on the first ratio
         plain(*forward(twin, *batch)).backward()
         losses, z = forward(network, *batch)
         rep_mtl_backward(losses, features=z, criterion=criterion)
@@ -131,7 +131,7 @@ def test_with_sum_it_is_the_backward_of_the_total(network, batch, options, multi
 @pytest.mark.parametrize("multi_input", [False, True])
 @pytest.mark.parametrize("lambdas", [STRONG, {"lambda_tsr": 0.0, "lambda_csa": 0.0}])
 def test_rows_are_the_weighted_objectives(network, batch, lambdas, multi_input):
-    """What the aggregator sees, which no Sum could tell apart."""
+    """The aggregator gets these rows; a test with Sum would not notice wrong ones."""
     twin = copy.deepcopy(network)
     forward = Network.multi_input_losses if multi_input else Network.losses
     losses, z = forward(twin, *batch)
@@ -149,7 +149,7 @@ def test_rows_are_the_weighted_objectives(network, batch, lambdas, multi_input):
 def test_without_the_regularizer_it_is_torchjd_alone(network, batch, why):
     twin = copy.deepcopy(network)
     criterion = RepMTL(0.0, 0.0) if why == "off" else RepMTL(every=2).train(why != "eval")
-    criterion(*twin.losses(*batch))  # the second call is not the regulariser's turn
+    criterion(*twin.losses(*batch))  # the second call does not apply the regulariser
     losses, z = twin.losses(*batch)
     mtl_backward(list(losses.values()), features=z)
     jac_to_grad(twin.encoder.parameters(), UPGrad())
@@ -161,7 +161,7 @@ def test_without_the_regularizer_it_is_torchjd_alone(network, batch, why):
 
 
 def test_accumulates_like_torchjd(network, batch):
-    """Jacobians until they are aggregated, gradients until they are set to zero."""
+    """Jacobians accumulate until they are aggregated, gradients until they are set to zero."""
     x, y = batch
     parts = [(x[i : i + 2], {t: v[i : i + 2] for t, v in y.items()}) for i in (0, 2)]
     twin = copy.deepcopy(network)
@@ -222,7 +222,7 @@ def test_an_absent_task_has_no_row(network, batch, lambdas):
 
 
 class Shared(nn.Module):
-    """Two features that all tasks share, of different shapes; task c leaves out the second."""
+    """Two shared features of different shapes; task c uses only the first."""
 
     def __init__(self):
         super().__init__()
@@ -237,8 +237,8 @@ class Shared(nn.Module):
 
     def losses(self, x, y):
         z = [torch.tanh(encoder(x)) for encoder in self.encoders]
-        given = {t: z[0] if t == "c" else torch.cat(z, 1) for t in TASKS}
-        return {t: (self.heads[t](given[t]) - y[t]).square().mean() for t in TASKS}, z
+        inputs = {t: z[0] if t == "c" else torch.cat(z, 1) for t in TASKS}
+        return {t: (self.heads[t](inputs[t]) - y[t]).square().mean() for t in TASKS}, z
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def shared():
 
 @pytest.mark.parametrize("form", (list, tuple, Levels))
 def test_features_that_all_tasks_share(shared, form):
-    """The tasks' own gradient is that of ``mtl_backward``; the regulariser's is added."""
+    """The result is the gradient of ``mtl_backward`` plus the regulariser's."""
     network, batch = shared
     twin = copy.deepcopy(network)
     losses, z = twin.losses(*batch)
@@ -317,7 +317,7 @@ def test_the_step_is_passed_on(network, batch):
 
 
 def test_backward_passes(network, batch):
-    """Heads: the saliencies and one merged pass. Encoder: T rows and the regulariser."""
+    """A head has two passes: its saliency and a merged one. The encoder has one more than T."""
     passes = {"heads": 0, "encoder": 0}
 
     def counted(module, name):

@@ -118,7 +118,7 @@ def assert_same_step(network: Network, ours: Tensor, theirs: Tensor) -> None:
 
 
 def applied(criterion: RepMTL, network: Network, steps: int) -> list[bool]:
-    """Train for some steps, and return for each whether the regulariser was applied."""
+    """Train, and return for each step whether the regulariser was applied."""
     was_applied = []
     for _ in range(steps):
         z, losses = batch(network)
@@ -163,6 +163,6 @@ def step_on_noise(criterion: RepMTL, seed: int = 0, **options) -> Tensor:
 
 
 def regularizer_weight(criterion: RepMTL) -> float:
-    """Return the weight of the last call, for lambdas of the same size."""
+    """Return the factor of the regulariser on the last call, for lambdas that are equal."""
     last = criterion.last
     return (last.regularizer / (0.5 * (last.tsr + last.csa))).item()

@@ -68,7 +68,7 @@ def written_out(
     positions: dict[str, Tensor] | None = None,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the total, TSR and CSA: the mean over the levels of the reference at each."""
+    """Return the total, TSR and CSA, where TSR and CSA are means over the levels."""
     rows = {task: row for row, task in enumerate(losses)}
     losses = {task: loss for task, loss in losses.items() if loss is not None}
     by_level = {"tsr": [], "csa": []}
@@ -79,12 +79,12 @@ def written_out(
         }
         saliencies = {task: s for task, s in saliencies.items() if s is not None}
         mask = None if positions is None else positions[name]
-        rows_of_users = (
-            None if present is None else torch.stack([present[rows[t]] for t in saliencies])
-        )
+        labelled = None
+        if present is not None:
+            labelled = torch.stack([present[rows[task]] for task in saliencies])
         values = list(saliencies.values())
         by_level["tsr"].append(reference.tsr_loss(values, positions=mask))
-        by_level["csa"].append(reference.csa_loss(values, present=rows_of_users, positions=mask))
+        by_level["csa"].append(reference.csa_loss(values, present=labelled, positions=mask))
     tsr, csa = (torch.stack(values).mean() for values in by_level.values())
     lambdas = LAMBDAS | options
     return (
@@ -146,7 +146,7 @@ def test_one_level_is_a_tensor(pyramid: Pyramid) -> None:
         {"a": ("p3", "p4"), "b": ("p4", "p5"), "c": ("p5", "p3")},
         {"a": ("p3",), "b": ("p4",), "c": ("p5",)},
     ),
-    ids=("some", "pairs", "one each"),
+    ids=("first uses all", "pairs", "one each"),
 )
 def test_a_task_is_left_out_where_it_does_not_use_a_level(uses: dict) -> None:
     torch.manual_seed(0)
@@ -313,7 +313,7 @@ def test_a_plain_list_of_shared_representations_is_refused(pyramid: Pyramid, sta
 
 
 def test_multi_input_representations_may_depend_on_each_other() -> None:
-    """Deep supervision: a task's representation is made from another task's."""
+    """In deep supervision, a task's representation is made from another task's."""
     torch.manual_seed(0)
     first = torch.randn(BATCH, 4, 5, requires_grad=True) * 1
     second = first.sin()

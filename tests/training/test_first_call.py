@@ -220,7 +220,7 @@ def test_the_first_call_of_each_task_counts() -> None:
 
 
 class Both(torch.autograd.Function):
-    """A node with two results, as DistributedDataParallel has one."""
+    """A node with two results; DistributedDataParallel puts such a node into the graph."""
 
     @staticmethod
     def forward(ctx, a, b):

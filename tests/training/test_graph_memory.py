@@ -55,7 +55,7 @@ def use_of_leaf(network: Network, criterion: RepMTL, z: Tensor, how: str) -> Non
 
 @pytest.mark.parametrize("how", ["heads only", "never", "backward", "of a part"])
 def test_no_hook_stays_on_a_representation_that_outlives_its_totals(network, how: str) -> None:
-    """E.g. cached features, which a backward pass may never reach."""
+    """Features may be cached, and a backward pass may never reach them."""
     z = network.encoder(network.images()).detach().requires_grad_()
     criterion = RepMTL(**LAMBDAS, clip=2.0, strength=0.1)
     gc.collect()

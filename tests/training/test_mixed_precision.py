@@ -27,7 +27,7 @@ class Network(nn.Module):
         )
 
     def losses(self, z: Tensor, targets: Tensor, scale: float = 1.0) -> list[Tensor]:
-        """Mean losses: float32 under autocast, as PyTorch's own are."""
+        """Return mean losses, which are float32 under autocast as PyTorch's are."""
         return [
             scale * (head(z) - y).square().float().mean()
             for head, y in zip(self.heads, targets, strict=True)
@@ -120,7 +120,7 @@ def test_saliencies_have_the_dtype_of_the_representation(network: Network, batch
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_losses_are_those_of_the_saliencies_in_float64(network, batch, backend, dtype):
-    """Under autocast too, means and similarities are float32: only the saliencies are rounded."""
+    """Under autocast, only the saliencies are rounded; means and similarities are float32."""
     x, targets = batch
     with torch.autocast(DEVICE, dtype=dtype):
         z = network.encoder(x)
@@ -153,7 +153,7 @@ def test_bfloat16_heads(network: Network, batch, backend: str):
 
 @pytest.mark.parametrize("log_losses", [False, True])
 def test_losses_of_16_bits_are_summed_in_float32(log_losses: bool):
-    """In bfloat16 the second loss would be lost; on steps without the regulariser too."""
+    """In bfloat16 the second loss would be lost, with or without the regulariser."""
     z = torch.ones(2, 3, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     losses = [n * z.square().mean() for n in (256, 0.5)]
     criterion = RepMTL(0.5, 0.5, start=1, log_losses=log_losses)

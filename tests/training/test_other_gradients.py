@@ -60,7 +60,7 @@ USES = [
 
 
 def weights_of(network: Network, use=None, before: bool = False, **options) -> list[float]:
-    """Return the weight of the regulariser on each of some steps with the same data."""
+    """Train on the same data each time, and return the regulariser's weight on each step."""
     criterion, weights = RepMTL(**{"strength": 0.3, **options}), []
     torch.manual_seed(3)
     for _ in range(FIRST + 3):
