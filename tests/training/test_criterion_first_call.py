@@ -1,4 +1,4 @@
-"""The checks of the first call: second derivatives, and saliencies without means."""
+"""The checks on the first call of a criterion: second derivatives, and means that are zero."""
 
 from __future__ import annotations
 
