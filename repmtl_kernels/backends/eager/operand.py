@@ -1,4 +1,4 @@
-"""What the stages multiply: one task's saliencies, masked a few samples at a time, and scaled."""
+"""The factors of matrix products: one task's saliencies, masked and scaled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def operand(
 ) -> tuple[Tensor, Tensor]:
     """Return ``x`` (B, C, N) and ``rest`` (B,) with ``x * rest = S^``, in the dtype of ``scale``.
 
-    That dtype, because PyTorch's 16-bit matrix products round their results.
+    The dtype is not that of 16-bit saliencies, whose matrix products PyTorch rounds.
     """
     x = saliency.flatten(2)
     if mask is not None:
