@@ -170,7 +170,7 @@ def _gram_kernel(
     if not N_SIDE:
         _store_affinity_products(
             positives, projection, acc, weight, anchors, anchor_stride,
-            sample, sample * pairs + pair, task, i, j, r_i, r_j, inside_i, inside_j,
+            sample, pairs, pair, task, i, j, r_i, r_j, inside_i, inside_j,
             rows, tiles, tasks, SPLIT, COLUMNS, PRECISION,
         )  # fmt: skip
     elif has_diagonal:
@@ -273,7 +273,8 @@ def _store_affinity_products(
     anchors,  # of the sample
     anchor_stride,
     sample,
-    part,  # where this tile's part of the sum is
+    pairs,
+    pair,
     task,
     i,
     j,
@@ -293,7 +294,7 @@ def _store_affinity_products(
         acc, anchors, anchor_stride, r_j, rows, tasks, SPLIT, COLUMNS, PRECISION, False
     )
     u = task_vectors(anchors, anchor_stride, r_i, rows, tasks, task.shape[1], 1)
-    tl.store(positives + part, weight * tl.sum(u * y))
+    tl.store(positives + sample * pairs + pair, weight * tl.sum(u * y))
     if projection is not None:
         parts = projection + (sample * tiles * tasks + task) * rows
         part_j = parts + (j * tasks * rows + r_i)[:, None]
