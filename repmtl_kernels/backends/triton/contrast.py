@@ -15,8 +15,8 @@ from repmtl_kernels.backends.triton.common import alignment, cdiv, launch, next_
 
 # Tiles of products that fill a large GPU: two for each multiprocessor.
 TILES = 264
-# Sides of a tile: anchors of a few samples, of all tasks. Large tiles reuse more; small ones are for
-# batches that would not fill the GPU otherwise.
+# Sides of a tile: anchors of a few samples, of all tasks. Large tiles reuse more; small ones are
+# for batches that would not fill the GPU otherwise.
 SIDES = (64, 32, 16)
 # Anchors of one step of the gradient kernel (more if one sample has more), and their elements.
 GRADIENT_SIDE, GRADIENT_ELEMENTS = 32, 2048
