@@ -98,26 +98,26 @@ def worse_than(report: list[dict], rows: list[dict]) -> list[tuple]:
     worse = []
     for kernel, now in by_kernel(rows).items():
         for resource, spare in (("registers", SPARE_REGISTERS), ("shared_bytes", 0)):
-            most, found = (max(row[resource] for row in r) for r in (before[kernel], now))
-            if found > most + spare:
-                worse.append((kernel, resource, most, found))
+            most_before, most_now = (max(row[resource] for row in r) for r in (before[kernel], now))
+            if most_now > most_before + spare:
+                worse.append((kernel, resource, most_before, most_now))
         if now[0]["global_loads"] is not None:
             for what in ("global_loads", "matrix_instructions"):
-                then, found = (
+                kinds_before, kinds_now = (
                     {kind for row in r for kind in row[what]} for r in (before[kernel], now)
                 )
-                if then != found:
-                    worse.append((kernel, what, then, found))
+                if kinds_before != kinds_now:
+                    worse.append((kernel, what, kinds_before, kinds_now))
     return worse
 
 
 def by_kernel(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     """Variants of a kernel, by name and what it was compiled for."""
-    found: dict[tuple, list[dict]] = {}
+    variants: dict[tuple, list[dict]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("kernel", "capability", "mode", "shape"))
-        found.setdefault(key, []).append(row)
-    return found
+        variants.setdefault(key, []).append(row)
+    return variants
 
 
 @pytest.mark.parametrize("capability", [80, 90])

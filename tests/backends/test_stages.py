@@ -1,6 +1,5 @@
 """The stage contract: every backend's six functions against the eager ones in float64."""
 
-import importlib
 import math
 
 import pytest
@@ -27,10 +26,10 @@ def _exact(views):
     return [v.double() for v in views]
 
 
-def _close(found, exact, dtype, factor: float = 1.0):
+def _close(result, exact, dtype, factor: float = 1.0):
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 1e-2)
-    assert torch.isfinite(found).all()
-    error = (found.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    assert torch.isfinite(result).all()
+    error = (result.double() - exact).norm() / exact.norm().clamp_min(1e-30)
     assert error <= factor * tolerance, error
 
 
@@ -42,23 +41,23 @@ def test_statistics(backend: str, dtype: torch.dtype, scale: float, case: Case):
         pytest.skip("not in the range of float16")
     stages = choice.load(backend)
     views = _views(case, dtype, scale)
-    found = stages.statistics(views, positions=True, channels=True)
+    result = stages.statistics(views, positions=True, channels=True)
     exact = choice.load("eager").statistics(_exact(views), positions=True, channels=True)
     # Sums are kept in float32 at least, whatever the dtype.
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    _close(found.positions, exact.positions, precise)
-    _close(found.channels, exact.channels, precise)
+    _close(result.positions, exact.positions, precise)
+    _close(result.channels, exact.channels, precise)
     largest = torch.stack([v.double().abs().amax((1, 2)) for v in (x.flatten(2) for x in views)])
-    scaled = found.scale.double() * largest
+    scaled = result.scale.double() * largest
     assert ((scaled >= 0.5) & (scaled < 2)).all()
-    assert (torch.frexp(found.scale).mantissa == 0.5).all()  # powers of two
+    assert (torch.frexp(result.scale).mantissa == 0.5).all()  # powers of two
     alone = stages.statistics(views, positions=True, channels=False)
     assert alone.channels is None and alone.scale is None
-    torch.testing.assert_close(alone.positions, found.positions)
+    torch.testing.assert_close(alone.positions, result.positions)
     alone = stages.statistics(views, positions=False, channels=True)
     assert alone.positions is None
-    torch.testing.assert_close(alone.channels, found.channels)
-    assert torch.equal(alone.scale, found.scale)
+    torch.testing.assert_close(alone.channels, result.channels)
+    assert torch.equal(alone.scale, result.scale)
 
 
 @pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
@@ -71,11 +70,11 @@ def test_entropy(backend: str, shape: tuple, form: dict):
     x[..., 0] = 0
     for eps in (0.0, 0.3):
         stage = choice.load(backend).entropy
-        found = stage(x, eps=eps, with_grad=True, **form)
+        result = stage(x, eps=eps, with_grad=True, **form)
         exact = choice.load("eager").entropy(x.double(), eps=eps, with_grad=True, **form)
-        torch.testing.assert_close(found.value.double(), exact.value, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(result.value.double(), exact.value, rtol=2e-6, atol=1e-7)
         torch.testing.assert_close(
-            found.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max().item()
+            result.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * exact.grad.abs().max().item()
         )
         assert stage(x, eps=eps, with_grad=False, **form).grad is None
 
@@ -90,15 +89,15 @@ def test_contrast(backend: str, shape: tuple, eps: float):
     a[:, 0] = 0
     stages, eager = choice.load(backend), choice.load("eager")
     anchors = stages.anchors(a, eps=eps, with_grad=True)
-    found = stages.contrast(anchors, temperature=0.3, with_grad=True)
+    result = stages.contrast(anchors, temperature=0.3, with_grad=True)
     exact_anchors = eager.anchors(a.double(), eps=eps, with_grad=True)
     exact = eager.contrast(exact_anchors, temperature=0.3, with_grad=True)
-    torch.testing.assert_close(found.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=3e-6)
+    torch.testing.assert_close(result.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=3e-6)
     factor = exact_anchors.factor
     pairs = {
         "unit": (anchors.unit, exact_anchors.unit),
         "radial": (anchors.radial, exact_anchors.radial),
-        "grad": (found.grad, exact.grad),
+        "grad": (result.grad, exact.grad),
     }
     for name, (of_all, exact_of_all) in pairs.items():
         for b in range(shape[1]):  # samples have scales of their own
@@ -109,7 +108,7 @@ def test_contrast(backend: str, shape: tuple, eps: float):
     assert without.radial is None and torch.equal(without.unit, anchors.unit)
     without = stages.contrast(without, temperature=0.3, with_grad=False)
     assert without.grad is None
-    assert torch.equal(without.logsumexp, found.logsumexp)
+    assert torch.equal(without.logsumexp, result.logsumexp)
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["task by task", "sample by sample"])
@@ -119,33 +118,31 @@ def test_contrast_of_some_samples_with_all(
     backend: str, shape: tuple, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Each part of the batch has the rows of the result for the whole batch."""
-    monkeypatch.setattr(
-        importlib.import_module("repmtl_kernels.backends.eager"), "CONTRAST_BLOCK", 60
-    )
+    monkeypatch.setattr("repmtl_kernels.backends.eager.contrast.CONTRAST_BLOCK", 60)
     stages = choice.load(backend)
     a = torch.randn(shape, device=DEVICE)
-    whole = stages.anchors(a, eps=0.0, with_grad=True)
-    exact = stages.contrast(whole, temperature=0.3, with_grad=True)
-    unit = whole.unit.transpose(0, 1).contiguous().transpose(0, 1) if gathered else whole.unit
+    complete = stages.anchors(a, eps=0.0, with_grad=True)
+    exact = stages.contrast(complete, temperature=0.3, with_grad=True)
+    unit = complete.unit.transpose(0, 1).contiguous().transpose(0, 1) if gathered else complete.unit
     r = torch.einsum("tbc,vkc->btkv", unit, unit).square().sum((1, 3)).fill_diagonal_(-math.inf)
     all_columns = peaks.peaks(r, 0, 0.3)
     for first, last in ((0, 1), (1, 5), (5, shape[1])):
         part = stages.anchors(a[:, first:last], eps=0.0, with_grad=True)
-        told = []
+        joined = []
 
-        def join(columns: torch.Tensor, told=told) -> torch.Tensor:
-            told.append(columns.clone())
+        def join(columns: torch.Tensor, joined=joined) -> torch.Tensor:
+            joined.append(columns.clone())
             return all_columns
 
-        everyone = contract.Everyone(unit, first, join)
-        found = stages.contrast(part, temperature=0.3, with_grad=True, everyone=everyone)
-        assert len(told) == 1
+        all_samples = contract.AllSamples(unit, first, join)
+        result = stages.contrast(part, temperature=0.3, with_grad=True, all_samples=all_samples)
+        assert len(joined) == 1
         own = peaks.peaks(r[first:last], 0, 0.3)
-        torch.testing.assert_close(told[0], own, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found.logsumexp, exact.logsumexp[first:last])
-        torch.testing.assert_close(found.grad, exact.grad[:, first:last], rtol=1e-4, atol=1e-5)
-        stages.contrast(part, temperature=0.3, with_grad=False, everyone=everyone)
-        assert len(told) == 1
+        torch.testing.assert_close(joined[0], own, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result.logsumexp, exact.logsumexp[first:last])
+        torch.testing.assert_close(result.grad, exact.grad[:, first:last], rtol=1e-4, atol=1e-5)
+        stages.contrast(part, temperature=0.3, with_grad=False, all_samples=all_samples)
+        assert len(joined) == 1
 
 
 @pytest.mark.slow
@@ -153,20 +150,18 @@ def test_contrast_of_some_samples_with_all(
 def test_contrast_of_many_samples_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch):
     stages = choice.load(backend)
     if backend == "triton":
-        # By import_module: as an attribute of its package, `contrast` is the stage, not the module.
-        module = importlib.import_module("repmtl_kernels.backends.triton.contrast")
-        monkeypatch.setattr(module, "BUFFER", 1)
+        monkeypatch.setattr("repmtl_kernels.backends.triton.contrast.BUFFER", 1)
     # Similarities from 0 to 1 at a low temperature; the largest come last.
     batch = 1030
     angle = torch.linspace(0, 1.5, batch, device=DEVICE)
     a = torch.stack((angle.cos(), angle.sin(), 0.1 * angle), -1)[None]
     anchors = stages.anchors(a, eps=0.0, with_grad=True)
-    found = stages.contrast(anchors, temperature=0.02, with_grad=True)
+    result = stages.contrast(anchors, temperature=0.02, with_grad=True)
     eager = choice.load("eager")
     exact = eager.anchors(a.double(), eps=0.0, with_grad=True)
     exact = eager.contrast(exact, temperature=0.02, with_grad=True)
-    torch.testing.assert_close(found.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=0)
-    assert (found.grad.double() - exact.grad).norm() <= 3e-5 * exact.grad.norm()
+    torch.testing.assert_close(result.logsumexp.double(), exact.logsumexp, rtol=3e-6, atol=0)
+    assert (result.grad.double() - exact.grad).norm() <= 3e-5 * exact.grad.norm()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1.0, 1e4])
@@ -180,23 +175,23 @@ def test_gram(backend: str, dtype: torch.dtype, case: Case, eps: float):
     stage = choice.load(backend).gram
     precise = anchors.dtype if dtype == torch.float64 else torch.float32
     scale, unit = statistics.scale.to(precise), anchors.to(precise)
-    found = stage(views, scale, unit, eps=eps, with_grad=True)
+    result = stage(views, scale, unit, eps=eps, with_grad=True)
     exact = eager.gram(_exact(views), statistics.scale, anchors, eps=eps, with_grad=True)
     for name in ("similarity", "inverse", "slope", "projection"):
-        f, e = getattr(found, name), getattr(exact, name)
+        f, e = getattr(result, name), getattr(exact, name)
         assert f.shape == e.shape and f.dtype == precise
         if e.norm() > 0:
             # Anchors multiply 16-bit saliencies in two 16-bit parts.
             _close(f, e, torch.float32 if dtype.itemsize == 2 else dtype, factor=15)
         else:
             assert (f == 0).all()
-    assert found.matrix.shape == exact.matrix.shape and found.matrix.dtype == dtype
+    assert result.matrix.shape == exact.matrix.shape and result.matrix.dtype == dtype
     # The matrix is the backend's own multiple of the exact one: compare directions.
-    f, e = found.matrix.double(), exact.matrix
+    f, e = result.matrix.double(), exact.matrix
     _close(f / f.norm(), e / e.norm(), dtype)
     without = stage(views, scale, unit, eps=eps, with_grad=False)
     assert without.matrix is None and without.projection is None
-    torch.testing.assert_close(without.similarity, found.similarity, rtol=1e-6, atol=0)
+    torch.testing.assert_close(without.similarity, result.similarity, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("form", [f for f in TSR_FORMS if f["normalizer"] == "softmax"], ids=str)
@@ -209,22 +204,22 @@ def test_entropy_where_a_probability_is_zero(backend: str, form: dict):
     absent[0], absent[:, :, -1] = False, False  # and none is -inf everywhere
     x[absent] = -math.inf
     stage = choice.load(backend).entropy
-    found = stage(x, eps=0.0, with_grad=True, **form)
+    result = stage(x, eps=0.0, with_grad=True, **form)
     exact = x.double().requires_grad_()
     probability = torch.softmax(exact / form["temperature"], 0 if form["over"] == "tasks" else 2)
     logarithm = probability.where(probability != 0, 1).log()
     value = -(probability * logarithm).sum(0 if form["over"] == "tasks" else 2).mean()
     (grad,) = torch.autograd.grad(value, exact)
-    torch.testing.assert_close(found.value.double(), value.detach(), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(result.value.double(), value.detach(), rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(
-        found.grad.double(), grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item()
+        result.grad.double(), grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item()
     )
-    assert (found.grad[absent] == 0).all()
+    assert (result.grad[absent] == 0).all()
     for other in (math.nan, math.inf):
         spoiled = x.clone()
         spoiled[1, 0, 3] = other
-        found = stage(spoiled, eps=0.0, with_grad=True, **form)
-        assert found.value.isnan() and found.grad[1, 0, 3].isnan()
+        result = stage(spoiled, eps=0.0, with_grad=True, **form)
+        assert result.value.isnan() and result.grad[1, 0, 3].isnan()
 
 
 # The first sample has all its positions, the last none, the others some.
@@ -273,19 +268,19 @@ def test_statistics_of_some_positions(backend: str, dtype: torch.dtype, case: Ca
     mask = _mask_of(case)
     views, zeroed = _masked_views(case, dtype, mask, 1.0 if dtype == torch.float16 else 1e-12)
     stages = choice.load(backend)
-    found = stages.statistics(views, positions=True, channels=True, mask=mask)
+    result = stages.statistics(views, positions=True, channels=True, mask=mask)
     exact = choice.load("eager").statistics(zeroed, positions=True, channels=True)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
-    _close(found.positions, exact.positions, precise)
-    _close(found.channels, exact.channels * _share(mask)[:, None], precise)
-    assert (found.positions[:, ~mask] == 0).all() and (found.channels[:, -1] == 0).all()
+    _close(result.positions, exact.positions, precise)
+    _close(result.channels, exact.channels * _share(mask)[:, None], precise)
+    assert (result.positions[:, ~mask] == 0).all() and (result.channels[:, -1] == 0).all()
     largest = torch.stack([z.abs().flatten(1).amax(1) for z in zeroed])
-    scaled = found.scale.double() * largest
+    scaled = result.scale.double() * largest
     assert ((scaled >= 0.5) & (scaled < 2))[:, :-1].all()
-    assert (found.scale[:, -1] == 1).all()
+    assert (result.scale[:, -1] == 1).all()
     for options in ({"positions": True, "channels": False}, {"positions": False, "channels": True}):
         alone = stages.statistics(views, mask=mask, **options)
-        for one, other in zip(alone, found, strict=True):
+        for one, other in zip(alone, result, strict=True):
             assert one is None or torch.equal(one, other)
 
 
@@ -304,21 +299,21 @@ def test_gram_and_gradient_of_some_positions(
     anchors = eager.anchors(statistics.channels * _share(mask)[:, None], eps=0.0, with_grad=True)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     stages = choice.load(backend)
-    given = statistics.scale.to(precise), anchors.unit.to(precise)
-    found = stages.gram(views, *given, eps=0.0, with_grad=True, mask=mask)
+    arguments = statistics.scale.to(precise), anchors.unit.to(precise)
+    result = stages.gram(views, *arguments, eps=0.0, with_grad=True, mask=mask)
     exact = eager.gram(zeroed, statistics.scale, anchors.unit, eps=0.0, with_grad=True)
     for name in ("similarity", "inverse", "slope", "projection"):
-        f, e = getattr(found, name), getattr(exact, name)
+        f, e = getattr(result, name), getattr(exact, name)
         _close(f, e, torch.float32 if dtype.itemsize == 2 else dtype, factor=15)
-    f, e = found.matrix.double(), exact.matrix
+    f, e = result.matrix.double(), exact.matrix
     _close(f / f.norm(), e / e.norm(), dtype)
     if mask.shape[1] <= case.channels:
         b, n = (~mask).nonzero(as_tuple=True)
-        assert (found.matrix[:, b, n] == 0).all() and (found.matrix[:, b, :, n] == 0).all()
-        assert (found.projection[:, b, :, n] == 0).all()
-    without = stages.gram(views, *given, eps=0.0, with_grad=False, mask=mask)
+        assert (result.matrix[:, b, n] == 0).all() and (result.matrix[:, b, :, n] == 0).all()
+        assert (result.projection[:, b, :, n] == 0).all()
+    without = stages.gram(views, *arguments, eps=0.0, with_grad=False, mask=mask)
     assert without.matrix is None and without.projection is None
-    torch.testing.assert_close(without.similarity, found.similarity, rtol=1e-6, atol=0)
+    torch.testing.assert_close(without.similarity, result.similarity, rtol=1e-6, atol=0)
 
     contrast_grad = torch.randn(anchors.unit.shape, device=DEVICE) * anchors.factor[:, None]
     weight = torch.rand(statistics.scale.shape, device=DEVICE) + 0.1
@@ -344,8 +339,8 @@ def test_gram_and_gradient_of_some_positions(
         return torch.stack(outputs).flatten(3)
 
     one = torch.ones_like(anchors.factor)
-    found = gradient(stages, views, found, one, precise, mask=mask)
+    result = gradient(stages, views, result, one, precise, mask=mask)
     exact = gradient(eager, zeroed, exact, _share(mask), torch.float64) * mask[:, None]
-    assert (found.movedim(2, 3)[:, ~mask] == 0).all()
+    assert (result.movedim(2, 3)[:, ~mask] == 0).all()
     for b in range(case.batch - 1):
-        _close(found[:, b], exact[:, b], dtype, factor=5)
+        _close(result[:, b], exact[:, b], dtype, factor=5)

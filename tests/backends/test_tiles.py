@@ -47,8 +47,8 @@ def test_there_is_a_tile_for_everything():
         tiles.KERNELS, KINDS, (False, True), (0, 80, 90, 100, 120)
     ):
         for rows, depth in itertools.product(sizes, sizes):
-            found = tiles._find(kernel, kind, odd, rows, depth, capability)
-            assert isinstance(found, tiles.KERNELS[kernel])
+            tile = tiles._find(kernel, kind, odd, rows, depth, capability)
+            assert isinstance(tile, tiles.KERNELS[kernel])
 
 
 def test_no_rule_of_the_package_is_hidden_by_those_before_it():
@@ -78,12 +78,12 @@ WIDE = [Tile(16, 32, 16, 4, 2), Tile(16, 64, 32, 4, 2), Tile(32, 64, 16, 8, 1)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_tiles_give_the_same_losses(own_table, tile: Tile, case: Case, dtype):
-    given = case.make(torch.bfloat16)
-    exact = [s.detach().double().requires_grad_() for s in given]
+    saliencies = case.make(torch.bfloat16)
+    exact = [s.detach().double().requires_grad_() for s in saliencies]
     expected = reference.csa_loss(exact) * 0.3 + reference.tsr_loss(exact) * 0.7
     expected_grads = torch.autograd.grad(expected, exact)
 
-    values = [s.detach().to(dtype).requires_grad_() for s in given]
+    values = [s.detach().to(dtype).requires_grad_() for s in saliencies]
     usual = rep_mtl_loss(values, lambda_tsr=0.7, lambda_csa=0.3, backend="triton").total
     usual_grads = torch.autograd.grad(usual, values)
 
@@ -100,8 +100,8 @@ def test_own_tiles_give_the_same_losses(own_table, tile: Tile, case: Case, dtype
         assert any(not torch.equal(a, b) for a, b in zip(own_grads, usual_grads, strict=True))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert abs(own.double() - expected) <= tolerance * abs(expected)
-    for found, grad in zip(own_grads, expected_grads, strict=True):
-        assert (found.double() - grad).norm() <= tolerance * grad.norm()
+    for own_grad, grad in zip(own_grads, expected_grads, strict=True):
+        assert (own_grad.double() - grad).norm() <= tolerance * grad.norm()
 
 
 def test_a_table_survives_writing_and_reading(own_table):
@@ -118,8 +118,8 @@ def test_a_table_survives_writing_and_reading(own_table):
         ("16-bit", False, 600, 90),
         ("16-bit", False, 1728, 100),
     ):
-        found = tiles._find("gram", kind, odd, rows, 2048, capability)
-        assert found in [rule.tile for rule in tiles.RULES]
+        tile = tiles._find("gram", kind, odd, rows, 2048, capability)
+        assert tile in [rule.tile for rule in tiles.RULES]
 
 
 GOOD = {"kernel": "gram", "kinds": ["ieee"], "tile": Tile(64, 64, 16, 4, 3)._asdict()}

@@ -52,30 +52,30 @@ def tf32(monkeypatch):
 @pytest.fixture
 def used(monkeypatch) -> list[bool]:
     """Whether each launch that could have TMA had it."""
-    found: list[bool] = []
+    uses: list[bool] = []
     real = tma.matrices
 
     def watched(*args):
         x = real(*args)
-        found.append(x is not None)
+        uses.append(x is not None)
         return x
 
     monkeypatch.setattr(tma, "matrices", watched)
-    return found
+    return uses
 
 
 def losses_and_gradients(
-    case: Case, values: list[Tensor], tiles: dict[str, Tile], tma: bool, **given
+    case: Case, values: list[Tensor], tiles: dict[str, Tile], tma: bool, **options
 ) -> list[Tensor]:
     tiles = {kernel: tile._replace(tma=tma) for kernel, tile in tiles.items()}
     with trying(tiles):
-        options = {"lambda_tsr": 0.7, "lambda_csa": 0.3, "backend": "triton", **given}
+        options = {"lambda_tsr": 0.7, "lambda_csa": 0.3, "backend": "triton", **options}
         losses = case.run(rep_mtl_loss, values, **options)
         return [*losses, *torch.autograd.grad(losses.total, values)]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    for f, e in zip(found, expected, strict=True):
+def assert_same(result: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for f, e in zip(result, expected, strict=True):
         assert (f.double() - e.double()).norm() <= tolerance * e.double().norm()
 
 
@@ -87,9 +87,9 @@ def test_same_as_without(used, tiles: dict[str, Tile], case: Case, dtype: torch.
     expected = losses_and_gradients(case, values, tiles, tma=False)
     assert used and not any(used)
     used.clear()
-    found = losses_and_gradients(case, values, tiles, tma=True)
+    result = losses_and_gradients(case, values, tiles, tma=True)
     assert used and all(used)
-    assert_same(found, expected, TOLERANCE[dtype])
+    assert_same(result, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", [CASES[1], CASES[2], CASES[4]], ids=str)
@@ -103,9 +103,9 @@ def test_what_a_mask_leaves_out_is_not_used(used, case: Case, dtype: torch.dtype
     used.clear()
     spoiled = [v.detach().clone() for v in values]
     spoiled = [v.masked_fill_(~mask[:, None], math.nan).requires_grad_() for v in spoiled]
-    found = losses_and_gradients(case, spoiled, TILES[1], tma=True, positions=mask)
+    result = losses_and_gradients(case, spoiled, TILES[1], tma=True, positions=mask)
     assert used and all(used)
-    assert_same(found, expected, TOLERANCE[dtype])
+    assert_same(result, expected, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
@@ -114,9 +114,9 @@ def test_saliencies_that_are_scaled_first(used, scale: float):
     values = case.make(torch.bfloat16, scale)
     expected = losses_and_gradients(case, values, TILES[1], tma=False)
     used.clear()
-    found = losses_and_gradients(case, values, TILES[1], tma=True)
+    result = losses_and_gradients(case, values, TILES[1], tma=True)
     assert used and all(used)
-    assert_same(found, expected, TOLERANCE[torch.bfloat16])
+    assert_same(result, expected, TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize(
@@ -134,21 +134,21 @@ def test_views_that_tma_cannot_read_are_read_without(used, case: Case):
     values = case.make(torch.bfloat16)
     expected = losses_and_gradients(case, values, TILES[0], tma=False)
     used.clear()
-    found = losses_and_gradients(case, values, TILES[0], tma=True)
+    result = losses_and_gradients(case, values, TILES[0], tma=True)
     assert not all(used)
-    assert_same(found, expected, TOLERANCE[torch.bfloat16])
+    assert_same(result, expected, TOLERANCE[torch.bfloat16])
 
 
 def test_a_gram_matrix_that_tma_cannot_read_is_read_without(monkeypatch):
-    found: list[bool] = []
+    answers: list[bool] = []
     real = tma.readable
-    monkeypatch.setattr(tma, "readable", lambda x: found.append(real(x)) or found[-1])
+    monkeypatch.setattr(tma, "readable", lambda x: answers.append(real(x)) or answers[-1])
     case = Case(2, 2, 40, (5, 7), "channels_last")
     values = case.make(torch.bfloat16)
     expected = losses_and_gradients(case, values, TILES[0], tma=False)
-    found.clear()
+    answers.clear()
     assert_same(losses_and_gradients(case, values, TILES[0], tma=True), expected, 1e-4)
-    assert sorted(set(found)) == [False, True]  # the matrix, and the saliencies
+    assert sorted(set(answers)) == [False, True]  # the matrix, and the saliencies
 
 
 def test_what_tma_reads():

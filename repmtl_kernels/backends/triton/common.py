@@ -1,4 +1,4 @@
-"""What the kernels share: operands of several tasks, strides and alignment, dot precision."""
+"""Parts that the kernels share: launches, tasks of one launch, strides, masks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from repmtl_kernels.backends.availability import interpreting
 
 INTERPRET = interpreting()
-# That of PyTorch 2.11, which does some things less well.
+# The version that comes with PyTorch 2.11. It does a few things less well.
 TRITON_3_6 = triton.__version__.startswith("3.6.")
 
-# Positions of a mask that are read at a time to be counted.
+# Positions of a mask that are read at a time when they are counted.
 COUNT_BLOCK = tl.constexpr(1024)
 
 # Tasks of one launch: bounds how many variants of a kernel are compiled.
@@ -28,7 +28,7 @@ FP32_PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **kwargs) -> None:
-    """Runs ``kernel`` on the current stream of ``device``, whatever the current device is."""
+    """Run ``kernel`` on the current stream of ``device``, whatever the current device is."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             kernel[grid](*args, enable_fp_fusion=True, **kwargs)
@@ -37,10 +37,11 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **kwargs)
 
 
 def fp32_precision() -> str:
-    """``input_precision`` of float32 matrix products.
+    """Return ``input_precision`` of float32 matrix products.
 
-    REPMTL_FP32_PRECISION if set, else that of PyTorch's own CUDA products: tf32 if the user allows
-    it (``torch.backends.cuda.matmul``, ``torch.set_float32_matmul_precision``), else ieee.
+    It is REPMTL_FP32_PRECISION if that is set, else what PyTorch's own CUDA products have: tf32 if
+    the user allows it (``torch.backends.cuda.matmul``, ``torch.set_float32_matmul_precision``),
+    else ieee.
     """
     precision = os.environ.get("REPMTL_FP32_PRECISION")
     if not precision:
@@ -53,12 +54,14 @@ def fp32_precision() -> str:
     return precision
 
 
-# Triton's own of these two cost the host as much as a small launch.
+# Triton has these two functions too, but there they cost the host as much as a small launch.
 def cdiv(a: int, b: int) -> int:
+    """Return ``a / b``, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is not below ``n``."""
     return 1 << (n - 1).bit_length()
 
 
@@ -68,7 +71,7 @@ class Geometry(NamedTuple):
     ``layout = (stride_b, stride_c, stride_0, stride_1, stride_2, size_1, size_2)``: the positions
     as a row-major grid of ``dims`` dimensions. Strides other than 1 are in units of ``align``
     elements, so that the compiler knows how rows are aligned without one variant per size.
-    ``form = (dims, align, unit)`` is for compile time; bit i of ``unit``: stride i is 1.
+    ``form = (dims, align, unit)`` is for compile time; bit i of ``unit`` says that stride i is 1.
     """
 
     layout: tuple[int, ...]
@@ -76,14 +79,16 @@ class Geometry(NamedTuple):
 
 
 def geometry(view: Tensor) -> Geometry:
+    """Return the strides of a ``(B, C, *spatial)`` view."""
     return _geometry(view.shape, view.stride())
 
 
 @functools.lru_cache(maxsize=1024)  # host time of every launch
-def _geometry(shape: tuple[int, ...], every: tuple[int, ...]) -> Geometry:
-    batch, channel, *of_positions = every
-    sizes, strides = [], []
-    for size, stride in zip(shape[2:], of_positions, strict=True):
+def _geometry(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> Geometry:
+    batch, channel, *spatial = all_strides
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(shape[2:], spatial, strict=True):
         if size == 1:
             continue
         if sizes and strides[-1] == size * stride:  # row-major neighbours are one dimension
@@ -102,7 +107,7 @@ def _geometry(shape: tuple[int, ...], every: tuple[int, ...]) -> Geometry:
 
 
 def alignment(*values: int) -> int:
-    """The largest power of two up to 16 that divides every value."""
+    """Return the largest power of two up to 16 that divides every value."""
     return min(16, *(value & -value for value in values if value), 16)
 
 
@@ -115,20 +120,21 @@ class TaskGroup(NamedTuple):
 
 
 def task_groups(views: Sequence[Tensor | None], most: int = MAX_TASKS) -> Iterator[TaskGroup]:
-    """The tasks (None is left out) in groups of equal strides and at most ``most``."""
-    by_stride: dict[tuple, list[int]] = {}
+    """Yield the tasks, without those of None, in groups of equal strides and at most ``most``."""
+    by_stride: dict[tuple[Geometry, bool], list[tuple[int, Tensor]]] = {}
     for t, view in enumerate(views):
         if view is not None:
-            by_stride.setdefault((geometry(view), view.data_ptr() % 16 == 0), []).append(t)
-    for (layout, _), tasks in by_stride.items():
-        for i in range(0, len(tasks), most):
-            part = tuple(tasks[i : i + most])
-            yield TaskGroup(part, tuple(views[t] for t in part), layout)
+            key = geometry(view), view.data_ptr() % 16 == 0
+            by_stride.setdefault(key, []).append((t, view))
+    for (strides, _), members in by_stride.items():
+        for i in range(0, len(members), most):
+            tasks, tensors = zip(*members[i : i + most], strict=True)
+            yield TaskGroup(tasks, tensors, strides)
 
 
 @triton.jit
 def pick(values, index):
-    """``values[index]`` of a tuple of pointers or integers, by a runtime index."""
+    """Return ``values[index]`` of a tuple of pointers or integers, by a runtime index."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
         if index == i:
@@ -138,13 +144,13 @@ def pick(values, index):
 
 @triton.jit
 def zero_unless(there, x):
-    """``x``, and 0 where it is not there, whatever ``x`` is."""
+    """Return ``x`` where it is there and 0 elsewhere, whatever ``x`` is."""
     return tl.where(there, x, tl.zeros_like(x))
 
 
 @triton.jit
 def count_valid(valid, positions):
-    """The number of a sample's positions that are there; 1 for none, since it divides a sum."""
+    """Return how many of a sample's positions are there; 1 for none, since it divides a sum."""
     total = tl.zeros((COUNT_BLOCK,), tl.int32)
     for start in range(0, positions, COUNT_BLOCK):
         n = start + tl.arange(0, COUNT_BLOCK)
@@ -154,7 +160,7 @@ def count_valid(valid, positions):
 
 @triton.jit
 def stride_of(layout, FORM: tl.constexpr, i: tl.constexpr):
-    """Stride ``i`` of a :class:`Geometry` in elements: int64, or the constant 1."""
+    """Return stride ``i`` of a :class:`Geometry` in elements: int64, or the constant 1."""
     if (FORM[2] >> i) & 1:
         return 1
     else:
@@ -163,7 +169,7 @@ def stride_of(layout, FORM: tl.constexpr, i: tl.constexpr):
 
 @triton.jit
 def position_offsets(n, layout, FORM: tl.constexpr):
-    """Offsets in elements (int64) of positions ``n``, row-major over the spatial dimensions."""
+    """Return the offsets in elements (int64) of positions ``n``, which count row by row."""
     n = n.to(tl.int64)
     if FORM[0] == 1:
         return n * stride_of(layout, FORM, 2)

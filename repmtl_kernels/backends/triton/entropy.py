@@ -14,13 +14,12 @@ WARPS = 4
 # Elements of a block: 8 for each thread.
 BLOCK = 1024
 
-
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
 def _log_share(u, p, total):
-    """``log(u / total)``; 0 where u is 0, since 0 log 0 = 0.
+    """Return ``log(u / total)``; 0 where u is 0, since 0 log 0 = 0.
 
     From ``p = u / total`` unless that underflows: the logarithms of tiny saliencies nearly cancel.
     """
@@ -30,7 +29,7 @@ def _log_share(u, p, total):
 
 @triton.jit
 def _abs_gradient(x, share, h, log_p, total):
-    """``d h / d x`` with ``share = sum p``: below 1 with eps, 0 for the zero distribution."""
+    """Return ``d h / d x``. ``share = sum p`` is below 1 with eps, 0 for the zero distribution."""
     sign = (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
     return (share - 1 - h - log_p) * sign / total
 
@@ -152,10 +151,12 @@ def _entropy_over_space_kernel(
 def entropy(
     x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
 ) -> Entropy:
+    """Return the mean entropy of the position means ``x`` and its gradient."""
     tasks, batch, positions = x.shape
     x = x.contiguous()
     grad = torch.empty_like(x) if with_grad else None
     numbers = float(temperature), float(eps)
+    sizes: tuple[int, ...]
     constants = {"SOFTMAX": normalizer == "softmax", "WITH_GRAD": with_grad, "num_warps": WARPS}
     if over == "tasks":
         length = batch * positions

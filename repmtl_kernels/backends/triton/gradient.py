@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from repmtl_kernels.backends.contract import CSAGradient
 from repmtl_kernels.backends.triton import tma
+from repmtl_kernels.backends.triton.anchor_gradient import anchor_gradient
 from repmtl_kernels.backends.triton.common import (
     TRITON_3_6,
+    Geometry,
+    TaskGroup,
     cdiv,
-    count_valid,
     launch,
-    next_power_of_2,
     pick,
     stride_of,
     task_groups,
@@ -42,10 +45,12 @@ def saliency_grad(
     position_grad: Tensor | None,
     mask: Tensor | None = None,
 ) -> None:
-    anchors = csa.anchors.unit
+    """Write the gradient of each task into its output."""
+    anchors, stored = csa.anchors.unit, csa.gram.matrix
+    assert stored is not None
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
-    anchor_grad = _anchor_grad(saliencies, csa, operand, mask)
+    anchor_grad = anchor_gradient(saliencies, csa, operand, mask)
     tile = operand.tile("gradient", anchors.device)
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = cdiv(operand.rows, tile.rows) * cdiv(operand.depth, tile.columns)
@@ -54,17 +59,18 @@ def saliency_grad(
     untouched = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
     for group, target in _paired_groups(saliencies, outputs, tma.most_tasks(tile)):
         views = tuple(saliencies[t] for t in target.tasks)
-        x = tma.matrices(views, operand, tile)
-        matrix = csa.gram.matrix.flatten(0, 1) if x else None
-        if x and not tma.readable(matrix):
-            x = None
+        x, matrix = tma.matrices(views, operand, tile), None
+        if x is not None:
+            matrix = [stored.flatten(0, 1)]
+            if not tma.readable(matrix[0]):
+                x = matrix = None
         launch(
             _gradient_kernel,
             (tiles * batch, len(target.tasks)),
             anchors.device,
             views,
             *tma.descriptors(x, tile.depth, tile.columns),
-            tma.descriptors(x and [matrix], tile.rows, tile.depth)[0],
+            tma.descriptors(matrix, tile.rows, tile.depth)[0],
             group.layout,
             mask,
             target.tensors,
@@ -73,7 +79,7 @@ def saliency_grad(
             csa.scale,
             csa.anchor_weight,
             csa.affinity_weight,
-            csa.gram.matrix,
+            stored,
             csa.gram.projection if operand.n_side else None,
             anchors,
             anchor_grad,
@@ -99,8 +105,10 @@ def saliency_grad(
         )
 
 
-def _paired_groups(saliencies, outputs, most: int):
-    """Geometry of the saliencies and the group of outputs, over tasks of which both are equal."""
+def _paired_groups(
+    saliencies: list[Tensor], outputs: list[Tensor | None], most: int
+) -> Iterator[tuple[Geometry, TaskGroup]]:
+    """Yield groups of tasks with equal strides: the saliencies' strides, and their outputs."""
     wanted = [s if o is not None else None for s, o in zip(saliencies, outputs, strict=True)]
     for group in task_groups(wanted):
         inner = [o if t in group.tasks else None for t, o in enumerate(outputs)]
@@ -108,181 +116,13 @@ def _paired_groups(saliencies, outputs, most: int):
             yield group.geometry, target
 
 
-def _anchor_grad(
-    saliencies: list[Tensor], csa: CSAGradient, operand: Operand, mask: Tensor | None
-) -> Tensor:
-    """``da / N`` (T, B, C); with a mask over the number of the sample's positions."""
-    tasks, batch, channels = csa.anchors.unit.shape
-    pulled = csa.gram.projection
-    if operand.n_side:
-        pulled = _pulled_anchors(saliencies, csa, operand, mask)
-    anchor_grad = csa.anchors.unit.new_empty(tasks, batch, channels)
-    block = min(1024, next_power_of_2(channels))
-    launch(
-        _gradient_anchor_kernel,
-        (cdiv(channels, block) * batch, tasks),
-        anchor_grad.device,
-        pulled,
-        mask,
-        csa.anchor_weight,
-        csa.contrast_grad,
-        csa.anchors.radial,
-        csa.anchors.factor,
-        csa.radial_weight,
-        csa.negatives,
-        anchor_grad,
-        tasks,
-        batch,
-        channels,
-        operand.rows if operand.n_side else operand.depth,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return anchor_grad
-
-
-def _pulled_anchors(
-    saliencies: list[Tensor], csa: CSAGradient, operand: Operand, mask: Tensor | None
-) -> Tensor:
-    """``S^ S^^T u`` (T, B, T, C) from ``V = S^^T u``: what the C side has as its projection."""
-    anchors = csa.anchors.unit
-    tasks, batch, channels = anchors.shape
-    pulled = anchors.new_empty(tasks, batch, tasks, channels)
-    parts = 2 if operand.is_split else 1
-    tile = operand.tile("pull", anchors.device)
-    tile = tile.within(channels, tile.columns, depth=operand.rows)
-    for group in task_groups(saliencies):
-        form = group.geometry.form
-        launch(
-            _gradient_pull_kernel,
-            (cdiv(channels, tile.rows) * batch, len(group.tasks)),
-            anchors.device,
-            group.tensors,
-            group.tasks,
-            group.geometry.layout,
-            mask,
-            csa.scale,
-            csa.gram.projection,
-            pulled,
-            tasks,
-            batch,
-            *operand.sizes,
-            FORM=form,
-            PARTS=parts,
-            COLUMNS=task_columns(tasks, parts),
-            PRECISION=operand.precision,
-            TOUCH=operand.passes_registers(form, along_rows=True),
-            BLOCK=tile.rows,
-            DEPTH=tile.depth,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
-            maxnreg=tile.registers,
-        )
-    return pulled
-
-
-@triton.jit
-def _gradient_pull_kernel(
-    saliencies,  # of a group of tasks: (B, C, N) each
-    group,  # numbers of the tasks
-    layout,
-    valid,  # (B, N) bool: which positions are there; or None, all are
-    scale,  # (T, B)
-    projection,  # (T, B, T, N)
-    pulled,  # (T, B, T, C)
-    tasks,
-    batch,
-    N_DIV,
-    C_DIV,
-    N_ALIGN: tl.constexpr,
-    C_ALIGN: tl.constexpr,
-    FORM: tl.constexpr,
-    PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TOUCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Grid: (sample and in it the tile of channels, task of the group)."""
-    positions, channels = N_DIV * N_ALIGN, C_DIV * C_ALIGN
-    tl.assume(positions > 0)  # as in the Gram kernel
-    tiles = tl.cdiv(channels, BLOCK)
-    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    sample = pick(group, tl.program_id(1)) * batch + b
-    c = tile * BLOCK + tl.arange(0, BLOCK)
-    x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
-    rows = (x + row_offsets(c, layout, FORM, False))[:, None]
-    projection += sample * tasks * positions
-    if valid is not None:
-        valid += b * positions
-    acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for start in tl.range(0, positions, DEPTH, num_stages=STAGES):
-        n = start + tl.arange(0, DEPTH)
-        s = tl.load(
-            rows + row_offsets(n, layout, FORM, True)[None, :],
-            mask=(c < channels)[:, None] & (n < positions)[None, :],
-            other=0.0,
-        )
-        if TOUCH:
-            s = touched(s)
-        if valid is not None:
-            there = tl.load(valid + n, mask=n < positions, other=0)
-            s = zero_unless(there[None, :], s)
-        v = task_vectors(projection, positions, n, positions, tasks, COLUMNS, PARTS)
-        acc = matmul(s, split_columns(v, s.dtype) if PARTS == 2 else v, acc, PRECISION)
-    # Products with V, which is of order 1, leave room to scale them afterwards.
-    y = (join_columns(acc) if PARTS == 2 else acc) * tl.load(scale + sample)
-    task = tl.arange(0, COLUMNS // PARTS)[None, :]
-    to = pulled + (sample * tasks + task) * channels + c[:, None]
-    tl.store(to, y, mask=(c < channels)[:, None] & (task < tasks))
-
-
-@triton.jit
-def _gradient_anchor_kernel(
-    pulled,  # (T, B, T, C): S^ S^^T u
-    valid,  # (B, N) bool; or None
-    anchor_weight,  # (T, B)
-    contrast_grad,  # (T, B, C)
-    radial,  # (T, B, C)
-    factor,  # (B,)
-    radial_weight,  # (B,)
-    negatives,  # ()
-    anchor_grad,  # (T, B, C)
-    tasks,
-    batch,
-    channels,
-    positions,
-    BLOCK: tl.constexpr,
-):
-    """Grid: (sample and in it the tile of channels, task)."""
-    tiles = tl.cdiv(channels, BLOCK)
-    b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    u = tl.program_id(1)
-    c = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = c < channels
-    positive = tl.zeros((BLOCK,), tl.float32)
-    for t in range(tasks):
-        sample = t * batch + b
-        y = tl.load(pulled + (sample * tasks + u) * channels + c, mask=inside, other=0.0)
-        positive += tl.load(anchor_weight + sample) * y
-    at = (u * batch + b) * channels + c
-    negative = tl.load(negatives) * tl.load(contrast_grad + at, mask=inside, other=0.0)
-    removed = tl.load(radial_weight + b) * tl.load(radial + at, mask=inside, other=0.0)
-    da = negative + tl.load(factor + b) * (positive - removed)
-    count = positions
-    if valid is not None:
-        count = count_valid(valid + b * positions, positions)
-    tl.store(anchor_grad + at, da / count, mask=inside)
-
-
 @triton.jit
 def _add_outer(left, right, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + left @ right^T`` of float32; PARTS 2: of pairs of equal columns, as bfloat16 parts.
+    """Return ``acc + left @ right^T`` of float32.
 
-    Full float32 products would need a second accumulator. The sum with the much larger ``acc`` is
-    a small difference: no factor may be rounded to 16 bits, or to TF32.
+    With PARTS 2, columns are pairs of equal ones, and the factors are multiplied as bfloat16 parts:
+    full float32 products would need a second accumulator. The sum with the much larger ``acc`` is
+    a small difference, so no factor may be rounded to 16 bits, or to TF32.
     """
     if PARTS == 2:
         right = tl.trans(split_columns(right, tl.bfloat16))

@@ -23,14 +23,14 @@ from repmtl_kernels.backends.triton.common import (
     position_offsets,
     stride_of,
 )
-from repmtl_kernels.backends.triton.tiles import Tile, tile_of
+from repmtl_kernels.backends.triton.tiles import ProductKernel, Tile, tile_of
 
 # The interpreter multiplies bfloat16 wrongly and has no inline assembly.
 INTERPRET = tl.constexpr(common.INTERPRET)
 
 
 class Operand(NamedTuple):
-    """What is known of ``X`` before the launch, and how its products are computed."""
+    """The sides of ``X``, and how its products are computed."""
 
     n_side: bool
     rows: int  # R = min(C, N)
@@ -40,6 +40,7 @@ class Operand(NamedTuple):
 
     @classmethod
     def of(cls, saliency: Tensor) -> Operand:
+        """Return the operand that the samples of ``(B, C, *spatial)`` are."""
         channels, positions = saliency.shape[1], saliency.shape[2:].numel()
         n_side = positions <= channels
         rows, depth = (positions, channels) if n_side else (channels, positions)
@@ -57,7 +58,8 @@ class Operand(NamedTuple):
         """Whether rows of the Gram matrix, and of a dense ``X``, start at any address."""
         return alignment(self.rows, self.depth) == 1
 
-    def tile(self, kernel: str, device: torch.device) -> Tile:
+    def tile(self, kernel: ProductKernel, device: torch.device) -> Tile:
+        """Return the tile that a kernel takes for this operand."""
         return tile_of(kernel, self.precision, self.is_odd, self.rows, self.depth, device)
 
     @property
@@ -67,10 +69,11 @@ class Operand(NamedTuple):
 
     @property
     def storage_factor(self) -> float:
-        """The power of two on the stored Gram matrix, whose elements are at most ``4 K`` without.
+        """The power of two that the stored Gram matrix is multiplied by.
 
-        float32, bfloat16: at most 8 with it, so that products with unscaled saliencies stay in
-        range. float16: at most 2^15, as far from the smallest numbers as possible.
+        Without it, elements are at most ``4 K``. With it they are at most 8 in float32 and
+        bfloat16, so that products with unscaled saliencies stay in range, and at most 2^15 in
+        float16, as far from the smallest numbers as possible.
         """
         if self.dtype == torch.float16:
             return float16_gram_factor(self.depth)
@@ -84,13 +87,13 @@ class Operand(NamedTuple):
 
 
 def task_columns(tasks: int, parts: int) -> int:
-    """Columns for ``parts`` values of each task: at least the 16 that matrix units want."""
+    """Return the columns for ``parts`` values of each task: at least the 16 of matrix units."""
     return max(16, parts * next_power_of_2(tasks))
 
 
 @triton.jit
 def row_offsets(index, layout, FORM: tl.constexpr, N_SIDE: tl.constexpr):
-    """Offsets of rows of ``X``; with ``not N_SIDE`` of its columns."""
+    """Return the offsets of rows of ``X``; called with ``not N_SIDE``, of its columns."""
     if N_SIDE:
         return position_offsets(index, layout, FORM)
     else:
@@ -99,11 +102,11 @@ def row_offsets(index, layout, FORM: tl.constexpr, N_SIDE: tl.constexpr):
 
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32.
+    """Return ``acc + a @ b`` in float32.
 
-    In tf32 ``X`` goes into every product as it is and is cut off there, by the matrix units: alike
-    in all of them, it is as if the saliencies were other ones. All else has to be more exact than
-    TF32, for the gradient is a small difference of large terms.
+    In tf32, the matrix units cut off ``X`` in every product. They do so alike in all of them, as if
+    the saliencies were other ones. All other factors have to be more exact than TF32, for the
+    gradient is a small difference of large terms.
     """
     if INTERPRET:
         a = a.to(tl.float32)
@@ -116,7 +119,7 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def matmul_in_parts(a, b, acc, TRANSPOSED: tl.constexpr):
-    """``acc + a @ b`` (TRANSPOSED: ``a^T @ b``) of float32 ``a`` as two bfloat16 parts."""
+    """Return ``acc + a @ b`` (TRANSPOSED: ``a^T @ b``) of float32 ``a`` as two bfloat16 parts."""
     high = a.to(tl.bfloat16)
     acc = matmul(tl.trans(high) if TRANSPOSED else high, b, acc, "16-bit")
     low = (a - high.to(tl.float32)).to(tl.bfloat16)  # here: before, it takes more registers
@@ -125,13 +128,13 @@ def matmul_in_parts(a, b, acc, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _cut_off(x):
-    """float32 without its lower 13 bits: what the matrix units make of it in TF32."""
+    """Return float32 without its lower 13 bits: what the matrix units make of it in TF32."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def round_tf32(x):
-    """float32 to the nearest number in TF32."""
+    """Round float32 to the nearest number in TF32."""
     if INTERPRET:
         bits = x.to(tl.int32, bitcast=True) + 4096
         return tl.where(x - x == 0, _cut_off(bits.to(tl.float32, bitcast=True)), x)
@@ -143,10 +146,10 @@ def round_tf32(x):
 
 @triton.jit
 def touched(x):
-    """``x``, for float32 operands that are not contiguous along the sum.
+    """Return ``x``; for float32 operands that are not contiguous along the sum.
 
-    They have to be transposed for the matrix units. Left alone, the compiler does it by copying 4
-    bytes at a time; touched on their way, they are copied 16 bytes at a time.
+    They have to be transposed for the matrix units. By itself, the compiler copies 4 bytes at a
+    time to do so; if an instruction touches them on the way, it copies 16 bytes at a time.
     """
     if INTERPRET:
         return x
@@ -166,7 +169,10 @@ def task_vectors(
     COLUMNS: tl.constexpr,
     REPEAT: tl.constexpr,
 ):
-    """``(len(index), COLUMNS)`` float32: elements `index` of each task, REPEAT columns a task."""
+    """Return elements ``index`` of each task's vector, ``(len(index), COLUMNS)`` in float32.
+
+    A task has REPEAT equal columns.
+    """
     task = tl.arange(0, COLUMNS) // REPEAT
     return tl.load(
         values + task.to(tl.int64)[None, :] * stride + index[:, None],
@@ -177,7 +183,7 @@ def task_vectors(
 
 @triton.jit
 def split_columns(v, DTYPE: tl.constexpr):
-    """Pairs of equal columns to a value in DTYPE (float32: in TF32) and what that lost.
+    """Turn pairs of equal columns into a value in DTYPE (float32: in TF32) and what that lost.
 
     Rounding anchors to 16 bits alone changes the similarity by up to 1.8e-2.
     """
@@ -188,12 +194,12 @@ def split_columns(v, DTYPE: tl.constexpr):
 
 @triton.jit
 def join_columns(v):
-    """Sums pairs of columns: undoes :func:`split_columns` in a product with its result."""
+    """Sum pairs of columns: undoes :func:`split_columns` in a product with its result."""
     return tl.sum(tl.reshape(v, (v.shape[0], v.shape[1] // 2, 2)), 2)
 
 
 @triton.jit
 def repeat_columns(v):
-    """Each column twice."""
+    """Return each column twice."""
     twice = tl.broadcast_to(v[:, :, None], (v.shape[0], v.shape[1], 2))
     return tl.reshape(twice, (v.shape[0], 2 * v.shape[1]))

@@ -32,7 +32,7 @@ FINISH_PARTS, FINISH_COLUMNS, FINISH_WARPS = 16, 128, 4
 
 @triton.jit
 def power_of_two(largest):
-    """The power of two that brings ``largest`` (float32) into [0.5, 1), exactly; 1 for 0."""
+    """Return the power of two that brings ``largest`` (float32) into [0.5, 1), exactly; 1 for 0."""
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
     bits = tl.minimum(tl.maximum(253 - exponent, 1), 253) << 23
     return tl.where(largest == 0, 1.0, bits.to(tl.float32, bitcast=True))
@@ -89,7 +89,7 @@ def _statistics_kernel(
         else:
             offset = row.to(tl.int64) * stride_of(layout, FORM, 1)
         mask = (row < rows)[:, None] & (column < columns)[None, :]
-        if valid is not None and CHANNEL_COLUMNS:  # whole rows, which stay wide loads
+        if valid is not None and CHANNEL_COLUMNS:  # rows are left out, so loads stay wide
             mask &= tl.load(valid + row, mask=row < rows, other=0)[:, None]
         s = tl.load(saliency + offset[:, None], mask=mask, other=0.0).to(tl.float32)
         if valid is not None and not CHANNEL_COLUMNS:
@@ -175,6 +175,7 @@ def _mean(
     PARTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    """Store the sums of a block of columns of ``parts``, divided."""
     i = block * WIDE + tl.arange(0, WIDE)
     total = tl.zeros((WIDE,), tl.float32)
     for start in range(0, count, PARTS):
@@ -188,6 +189,7 @@ def _mean(
 def statistics(
     saliencies: Sequence[Tensor], *, positions: bool, channels: bool, mask: Tensor | None = None
 ) -> Statistics:
+    """Return the means and scales that are asked for."""
     first = saliencies[0]
     tasks, batch = len(saliencies), first.shape[0]
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
@@ -195,10 +197,8 @@ def statistics(
     a = empty(tasks, batch, first.shape[1]) if channels else None
     scale = empty(tasks, batch) if channels else None
     for group in task_groups(saliencies):
-        x_, a_, scale_ = (
-            None if v is None else tuple(v[t] for t in group.tasks) for v in (x, a, scale)
-        )
-        _write_group(group, mask, x_, a_, scale_)
+        of_group = (None if v is None else tuple(v[t] for t in group.tasks) for v in (x, a, scale))
+        _write_group(group, mask, *of_group)
     return Statistics(x, a, scale)
 
 
@@ -209,6 +209,7 @@ def _write_group(
     a: tuple[Tensor, ...] | None,
     scale: tuple[Tensor, ...] | None,
 ) -> None:
+    """Write the statistics of a group of tasks into ``x``, ``a`` and ``scale``, a tensor a task."""
     first = group.tensors[0]
     positions, channels = first.shape[2:].numel(), first.shape[1]
     channel_columns = _channels_are_contiguous(group.geometry, positions)
@@ -294,7 +295,7 @@ def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
 def _tile(
     sweep: Sweep, samples: int, rows: int, columns: int, element_size: int
 ) -> tuple[int, int, int, int]:
-    """``(DEEP, HIGH, WIDE)`` of a tile, and the rows of one program."""
+    """Return ``(DEEP, HIGH, WIDE)`` of a tile, and the rows of one program."""
     # One warp of 16-byte loads; less where that would leave more than a quarter of the lanes idle.
     widest = 512 // element_size
     widths = [w for w in (widest, widest // 2, widest // 4) if w < 2 * columns]

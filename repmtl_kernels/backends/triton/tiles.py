@@ -1,7 +1,11 @@
-"""Which tile each kernel takes, as data: by kind of product, size and GPU.
+"""Which tile each kernel takes, as a table of rules: by kind of product, size and GPU.
 
-Two kinds of table: that of the package (:data:`RULES`), and one of the user's own, a JSON file that
-REPMTL_TILES names and that comes first. In both the first rule that fits holds.
+There are two tables: the package's (:data:`RULES`), and one of the user's own, a JSON file that
+REPMTL_TILES names. The user's comes first. The first rule that fits holds.
+
+Tables name four kernels: ``statistics``, ``gram``, ``gradient`` and ``pull``. The last one is
+``_gradient_pull_kernel`` in ``anchor_gradient.py``: how the tasks' affinities pull at the anchors
+``u``, which is ``S (S^T u)``. It runs on the N side only; the C side has this from ``gram``.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import triton
@@ -27,11 +31,11 @@ ANY = 1 << 62
 
 
 class Tile(NamedTuple):
-    """Of a matrix product: what one program writes, and how.
+    """The part of a matrix product that one program writes, and how.
 
-    gram: ``rows`` x ``columns`` of the Gram matrix; ``columns`` is a multiple of ``rows``, and not
-    used on the C side, where tiles are square. gradient: of ``X``, ``R x K``. pull: channels x
-    tasks, as many as there are.
+    ``rows`` x ``columns`` are a tile of the Gram matrix (gram), of ``X``, ``R x K`` (gradient), or
+    of channels x tasks, with all tasks (pull). For gram, ``columns`` is a multiple of ``rows``; it
+    is not used on the C side, where tiles are square.
     """
 
     rows: int
@@ -43,7 +47,7 @@ class Tile(NamedTuple):
     tma: bool = False  # whether TMA copies what gram and gradient multiply, where it can
 
     def within(self, rows: int, columns: int, depth: int = ANY) -> Tile:
-        """No larger than the power of two that holds the sizes, nor smaller than matrix units."""
+        """Return the tile cut to powers of two that hold these sizes, but not below 16."""
         return self._replace(
             rows=min(self.rows, _padded(rows)),
             columns=min(self.columns, _padded(columns)),
@@ -52,7 +56,7 @@ class Tile(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Of the statistics: how one read of the saliencies is cut up."""
+    """How the statistics cut up their one read of the saliencies."""
 
     deep: int  # rows of a tile that a thread adds up in registers
     programs: int  # from that many on, longer chunks of rows make fewer partial sums,
@@ -61,7 +65,13 @@ class Sweep(NamedTuple):
     registers: int | None = None
 
 
-KERNELS = {"gram": Tile, "gradient": Tile, "pull": Tile, "statistics": Sweep}
+ProductKernel = Literal["gram", "gradient", "pull"]
+KERNELS: dict[str, type[Tile | Sweep]] = {
+    "gram": Tile,
+    "gradient": Tile,
+    "pull": Tile,
+    "statistics": Sweep,
+}
 
 
 def _check(name: str, good: bool, expected: str, got: object) -> None:
@@ -71,7 +81,7 @@ def _check(name: str, good: bool, expected: str, got: object) -> None:
 
 @dataclass(frozen=True)
 class Rule:
-    """``tile`` for a kernel on operands of some kinds, sizes and GPUs; bounds are inclusive.
+    """The tile of a kernel for operands of these kinds, sizes and GPUs; bounds are inclusive.
 
     ``rows`` and ``depth`` are those of the operand, not of the tile.
     """
@@ -105,11 +115,12 @@ class Rule:
                 least = 16 if name in ("tile.rows", "tile.columns", "tile.depth") else 1
                 good = value >= least and value & (value - 1) == 0
                 _check(name, good, f"a power of two of at least {least}", value)
-        if self.kernel == "gram":
+        if self.kernel == "gram" and isinstance(self.tile, Tile):
             good = self.tile.columns % self.tile.rows == 0
             _check("tile.columns", good, f"a multiple of {self.tile.rows}", self.tile.columns)
 
     def fits(self, kind: str, odd: bool, rows: int, depth: int, capability: int) -> bool:
+        """Whether the rule holds for such operands of its kernel."""
         return (
             kind in self.kinds
             and self.odd in (None, odd)
@@ -119,7 +130,7 @@ class Rule:
         )
 
 
-# What fits without register spills (up to 16 bytes of channels_last saliencies) and in the shared
+# These fit into registers (but for up to 16 bytes of channels_last saliencies) and into the shared
 # memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
 RULES = (
     # Tiles of 64 read each row twice as often from the L2 cache, more than it can give; up to about
@@ -162,7 +173,7 @@ RULES = (
 
 
 class Request(NamedTuple):
-    """What a tile is asked for; sizes as in :class:`Rule`."""
+    """A question for a tile; sizes as in :class:`Rule`."""
 
     kernel: str
     kind: str
@@ -174,38 +185,50 @@ class Request(NamedTuple):
 
 class _Trial(NamedTuple):
     tiles: Mapping[str, Tile | Sweep]
-    given: dict[Request, Tile | Sweep]
+    answers: dict[Request, Tile | Sweep]
 
 
 _trial: _Trial | None = None
 
 
-def tile_of(kernel: str, kind: str, odd: bool, rows: int, depth: int, device: torch.device):
-    """The :class:`Tile` or :class:`Sweep` of the first rule that fits."""
+@overload
+def tile_of(
+    kernel: ProductKernel, kind: str, odd: bool, rows: int, depth: int, device: torch.device
+) -> Tile: ...
+@overload
+def tile_of(
+    kernel: Literal["statistics"], kind: str, odd: bool, rows: int, depth: int, device: torch.device
+) -> Sweep: ...
+def tile_of(
+    kernel: str, kind: str, odd: bool, rows: int, depth: int, device: torch.device
+) -> Tile | Sweep:
+    """Return the tile of the first rule that fits."""
     request = Request(kernel, kind, odd, rows, depth, capability_of(device))
     if _trial is None:
         return _find(*request)
     tile = _trial.tiles.get(kernel) or _find(*request)
-    _trial.given[request] = tile
+    _trial.answers[request] = tile
     return tile
 
 
 @contextlib.contextmanager
 def trying(tiles: Mapping[str, Tile | Sweep]) -> Iterator[dict[Request, Tile | Sweep]]:
-    """Within the block these kernels take these tiles; yields which tile each request was given.
+    """Have these kernels take these tiles; yields which tile each request got so far.
 
-    For measuring, in one thread: it holds for the whole process.
+    For measuring, in one thread: it holds for all of the process.
     """
     global _trial
     before, _trial = _trial, _Trial(tiles, {})
     try:
-        yield _trial.given
+        yield _trial.answers
     finally:
         _trial = before
 
 
 @functools.cache
-def _find(kernel: str, kind: str, odd: bool, rows: int, depth: int, capability: int):
+def _find(
+    kernel: str, kind: str, odd: bool, rows: int, depth: int, capability: int
+) -> Tile | Sweep:
     for rule in (*own_rules(), *RULES):
         if rule.kernel == kernel and rule.fits(kind, odd, rows, depth, capability):
             return rule.tile
@@ -214,7 +237,7 @@ def _find(kernel: str, kind: str, odd: bool, rows: int, depth: int, capability: 
 
 @functools.cache
 def own_rules() -> tuple[Rule, ...]:
-    """Of the file that REPMTL_TILES names: a list of rules as :class:`Rule` has them, in JSON."""
+    """Return the rules of the JSON file that REPMTL_TILES names, as :func:`as_json` writes it."""
     path = os.environ.get(VARIABLE)
     if not path:
         return ()
@@ -227,24 +250,25 @@ def own_rules() -> tuple[Rule, ...]:
         ) from error
 
 
-def _rule(found: dict) -> Rule:
-    unknown = found.keys() - {field.name for field in fields(Rule)}
+def _rule(entry: dict[str, Any]) -> Rule:
+    """Return the rule that an entry of the file describes."""
+    unknown = entry.keys() - {field.name for field in fields(Rule)}
     _check("rule", not unknown, "no keys but those of Rule", sorted(unknown))
-    kernel = found["kernel"]
+    kernel = entry["kernel"]
     _check("kernel", kernel in KERNELS, f"one of {', '.join(KERNELS)}", kernel)
-    bounds = {k: tuple(found[k]) for k in ("rows", "depth", "capability") if k in found}
-    tile = KERNELS[kernel](**found["tile"])
-    return Rule(kernel, tuple(found["kinds"]), tile, found.get("odd"), **bounds)
+    bounds = {k: tuple(entry[k]) for k in ("rows", "depth", "capability") if k in entry}
+    tile = KERNELS[kernel](**entry["tile"])
+    return Rule(kernel, tuple(entry["kinds"]), tile, entry.get("odd"), **bounds)
 
 
 def as_json(rules: Iterable[Rule]) -> str:
-    """What :func:`own_rules` reads, a rule a line."""
+    """Return the JSON that :func:`own_rules` reads, a rule a line."""
     lines = [json.dumps({**asdict(rule), "tile": rule.tile._asdict()}) for rule in rules]
     return '{"rules": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def capability_of(device: torch.device) -> int:
-    """90 for compute capability 9.0, 0 under the interpreter."""
+    """Return 90 for compute capability 9.0, 0 under the interpreter."""
     if device.type == "cuda":
         return _capability_of_cuda(device)
     if INTERPRET:

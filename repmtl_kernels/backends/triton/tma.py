@@ -1,7 +1,7 @@
 """Operands that Hopper's tensor memory accelerator (TMA) copies, a block of a tile at a time.
 
-It reads a descriptor of the whole tensor, which the host makes for a launch; one each for up to
-:data:`TASKS` tasks, of which a program takes its own.
+TMA reads a descriptor of the tensor, which the host makes for a launch. A launch has a descriptor
+for each of up to :data:`TASKS` tasks, and a program takes its task's.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LARGEST = 2**31 - 1  # of sizes and coordinates
 
 
 def most_tasks(tile: Tile) -> int:
-    """Of one launch."""
+    """Return the largest number of tasks of one launch."""
     return TASKS if tile.tma else MAX_TASKS
 
 
 def matrices(views: Sequence[Tensor], operand: Operand, tile: Tile) -> list[Tensor] | None:
-    """``X`` of every sample, ``(B, R, K)``, of each ``(B, C, *spatial)`` view.
+    """Return ``X`` of every sample, ``(B, R, K)``, for each ``(B, C, *spatial)`` view.
 
     None where the tile doesn't want TMA, the GPU has none, or TMA can't read a view.
     """
@@ -37,12 +37,15 @@ def matrices(views: Sequence[Tensor], operand: Operand, tile: Tile) -> list[Tens
         flat = [view.view(*view.shape[:2], -1) for view in views]
     except RuntimeError:  # positions of no single stride
         return None
-    found = [x.mT if operand.n_side else x for x in flat]
-    return found if all(map(readable, found)) else None
+    operands = [x.mT if operand.n_side else x for x in flat]
+    return operands if all(map(readable, operands)) else None
 
 
 def readable(x: Tensor) -> bool:
-    """One of the last two strides has to be 1; the others and the start are 16-byte units."""
+    """Whether TMA can read ``x``.
+
+    One of the last two strides has to be 1; the others and the address are multiples of 16 bytes.
+    """
     batch, rows, columns = x.stride()
     others = (batch, rows if columns == 1 else columns)
     unit = 16 // x.element_size()
@@ -62,7 +65,7 @@ def rows_last(x: Tensor) -> bool:
 def descriptors(
     matrices: Sequence[Tensor] | None, rows: int, columns: int
 ) -> tuple[TensorDescriptor | None, ...]:
-    """:data:`TASKS` of them, of blocks of rows x columns; None where there is no such task."""
+    """Return :data:`TASKS` descriptors of blocks of rows x columns; None for a missing task."""
     made = []
     for x in matrices or ():
         block = [1, rows, columns]
@@ -74,7 +77,7 @@ def descriptors(
 
 @triton.jit
 def chosen(d_0, d_1, d_2, d_3, task):
-    """The descriptor of a task."""
+    """Return the descriptor of a task."""
     descriptor = d_0
     if d_1 is not None:
         if task == 1:
@@ -98,7 +101,7 @@ def load_block(
     COLUMNS: tl.constexpr,
     ROWS_LAST: tl.constexpr,
 ):
-    """``(ROWS, COLUMNS)`` of a sample's matrix; 0 beyond its end."""
+    """Load ``(ROWS, COLUMNS)`` of a sample's matrix; 0 beyond its end."""
     sample = tl.cast(sample, tl.int32)
     if ROWS_LAST:
         return tl.trans(tl.reshape(descriptor.load([sample, column, row]), (COLUMNS, ROWS)))
