@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from repmtl_kernels import convert_second_order, second_order
-from repmtl_kernels._heads.preflight import preflight
-from repmtl_kernels._heads.preflight.preflight import SecondDerivativeError, check
+from repmtl_kernels._heads import preflight
+from repmtl_kernels._heads.preflight import SecondDerivativeError, check
 from repmtl_kernels._training.tasks import Task
 
 B, N, D = 2, 5, 8

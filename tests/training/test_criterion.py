@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import repmtl_kernels
 from repmtl_kernels import RepMTL, reference, task_saliencies
-from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._heads import preflight
 
 TASKS, BATCH, CHANNELS, HEIGHT, WIDTH = 3, 4, 5, 3, 2
 LAMBDAS = {"lambda_tsr": 0.9, "lambda_csa": 0.7}
