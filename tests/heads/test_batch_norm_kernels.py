@@ -18,6 +18,7 @@ if triton_status() != "ok":
     pytest.skip(f"needs Triton: {triton_status()}", allow_module_level=True)
 
 from repmtl_kernels._heads.second_order import triton as kernels
+from repmtl_kernels._heads.second_order.triton import walk
 
 DTYPES = [torch.bfloat16, torch.float16]
 SUBSETS = list(itertools.product([False, True], repeat=3))
@@ -232,10 +233,10 @@ def test_memory_of_any_order(order, back):
 @pytest.mark.parametrize(("constant", "value"), [("PROGRAMS", 1), ("FINISH_PARTS", 2)])
 def test_large_sizes(constant, value, layout, monkeypatch):
     """Many tiles for each program; more partial sums than are added at once."""
-    monkeypatch.setattr(kernels, constant, value)
-    kernels._walk.cache_clear()
+    monkeypatch.setattr(walk, constant, value)
+    walk.walk_of.cache_clear()
     _check_both(Problem((4, 3, 20, 31), layout=layout))
-    kernels._walk.cache_clear()
+    walk.walk_of.cache_clear()
 
 
 def test_parameters_of_another_kind():
