@@ -1,4 +1,4 @@
-"""Both derivatives of a result, taken to see which operation has none."""
+"""Both derivatives of a result, to see which operation has none."""
 
 from __future__ import annotations
 

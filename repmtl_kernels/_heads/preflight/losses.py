@@ -1,4 +1,4 @@
-"""Why a loss can't be trained with: on its first training call, from its own graph."""
+"""The check of a loss on its first training call, through the graph that it has."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from repmtl_kernels._training.tasks import Task
 
 
 def explain(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
-    """Raise if a loss can't be trained with; look at its graph and take its derivatives.
+    """Look at the graphs of losses, and raise if Rep-MTL can't train with one of them.
 
-    Operations that are known to have no second derivative come first, since some of them fail
-    with an error that doesn't explain it, or with none. Taking the derivatives shows all others.
+    Operations that are known to have no second derivative come first, since they may fail with an
+    error that doesn't explain it, or with none. Taking the derivatives shows all others.
 
     Args:
         new: the tasks to look at, with a graph between each loss and its representations.

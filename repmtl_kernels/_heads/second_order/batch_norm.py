@@ -22,7 +22,7 @@ from repmtl_kernels._heads.second_order.engine import transformed, visible, want
 
 
 class Operands(NamedTuple):
-    """What a batch norm was computed from."""
+    """The arguments that a batch norm was computed from."""
 
     x: Tensor
     weight: Tensor | None

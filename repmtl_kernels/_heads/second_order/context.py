@@ -59,7 +59,7 @@ class SecondOrder(TorchFunctionMode, ContextDecorator):
         """Return whether this runs in a checkpointed function that was called within the context.
 
         Such a function runs again in the backward, perhaps without the context. It would then save
-        other tensors than the first time, and checkpointing takes the one for the other.
+        other tensors than the first time, and checkpointing would mix them up.
         """
         hooks = _saved_tensor_hooks()
         if hooks is None or hooks == self._hooks_at_entry[-1]:
@@ -110,11 +110,11 @@ def second_order() -> SecondOrder:
     PyTorch's own derivatives, with a warning. Layers converted by :func:`convert_second_order`
     enter it there by themselves.
 
-    The output of a batch norm before a ReLU that is not in place has a gradient for callers who ask
-    for it, as long as they keep that output. A hook has to be registered on it before the ReLU
-    runs, or the output kept. Where the representation is such an output, with the ReLU in a head,
-    enter the context for the heads only: a caller who follows the graph down to the representation,
-    as TorchJD does to find the tasks' parameters, would miss it.
+    A caller can get the gradient at the output of a batch norm before a ReLU that is not in place.
+    For this, keep that output, or register a hook on it before the ReLU runs. Where the
+    representation is such an output, with the ReLU in a head, enter the context for the heads only:
+    a search through the graph for the representation, as TorchJD does it to find the tasks'
+    parameters, would miss it otherwise.
     """
     return SecondOrder()
 

@@ -1,4 +1,4 @@
-"""The arithmetic of batch norm's derivatives: what each form of it computes.
+"""The arithmetic of batch norm's derivatives, which each form of it computes.
 
 A form is a module with the two functions below: ``eager`` (any device) and ``triton``. They run
 outside autograd.

@@ -93,7 +93,7 @@ def batch_norm_double_backward(
 
 
 def _masked(grad: MaybeTensor, output: Tensor | None) -> MaybeTensor:
-    """Return what passes the ReLU: a new tensor, or ``grad`` itself where there is no ReLU."""
+    """Return the gradient that passes the ReLU, or ``grad`` itself where there is none."""
     if grad is None or output is None:
         return grad
     return torch.ops.aten.threshold_backward(grad, output, 0)

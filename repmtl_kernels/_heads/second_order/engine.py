@@ -1,4 +1,4 @@
-"""What nodes have to know about the autograd engine and about who calls it."""
+"""Questions of a node: which gradients are wanted, and does a transform run?"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The second pass over the tensors: results that are linear in them."""
 
 # mypy: disallow-incomplete-defs=False
-# Kernels annotate only what is constant when they are compiled.
+# Kernels annotate only their compile-time constants.
 
 from __future__ import annotations
 

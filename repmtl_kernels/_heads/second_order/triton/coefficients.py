@@ -1,7 +1,7 @@
 """Between the two passes: the sums, gradients of the parameters, and coefficients per channel."""
 
 # mypy: disallow-incomplete-defs=False
-# Kernels annotate only what is constant when they are compiled.
+# Kernels annotate only their compile-time constants.
 
 from __future__ import annotations
 

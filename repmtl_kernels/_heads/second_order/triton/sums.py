@@ -1,7 +1,7 @@
 """The first pass over the tensors: partial sums of each channel."""
 
 # mypy: disallow-incomplete-defs=False
-# Kernels annotate only what is constant when they are compiled.
+# Kernels annotate only their compile-time constants.
 
 from __future__ import annotations
 

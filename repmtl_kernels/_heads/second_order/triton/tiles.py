@@ -1,7 +1,7 @@
-"""What the kernels over whole tensors share: tiles, coefficients of their channels, the mask."""
+"""Shared by both passes over the tensors: tiles, numbers per channel, the mask of the ReLU."""
 
 # mypy: disallow-incomplete-defs=False
-# Kernels annotate only what is constant when they are compiled.
+# Kernels annotate only their compile-time constants.
 
 from __future__ import annotations
 

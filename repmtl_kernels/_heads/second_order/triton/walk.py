@@ -101,7 +101,7 @@ class Walk:
         return self.empty(self.chunks, 5)
 
     def launch(self, kernel: triton.JITFunction, *tensors: Tensor | None, **constants: int) -> None:
-        """Launch a kernel over the whole tensors."""
+        """Launch a kernel over the tensors."""
         launch(
             kernel,
             (self.chunks * self.blocks,),
