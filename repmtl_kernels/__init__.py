@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 import repmtl_kernels._losses.operators  # noqa: F401  (registers the operators)
 from repmtl_kernels import reference
 from repmtl_kernels._heads.buffers import checkpoint_contexts
-from repmtl_kernels._heads.preflight.preflight import SecondDerivativeError
+from repmtl_kernels._heads.preflight import SecondDerivativeError
 from repmtl_kernels._heads.second_order import convert_second_order, second_order
 from repmtl_kernels._training.levels import Levels
 from repmtl_kernels.backends import available_backends, backend_report

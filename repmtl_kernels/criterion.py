@@ -11,8 +11,7 @@ from repmtl_kernels import _distributed
 from repmtl_kernels._distributed import Group, Options
 from repmtl_kernels._ground.checks import checked_step
 from repmtl_kernels._ground.saliency import NORMALIZERS, OVER, has_values
-from repmtl_kernels._heads import first_calls
-from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._heads import first_calls, preflight
 from repmtl_kernels._heads.second_order import second_order
 from repmtl_kernels._training.arguments import (
     Positions,

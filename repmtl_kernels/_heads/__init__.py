@@ -1,1 +1,1 @@
-"""What task heads need: second derivatives, and checks that they have them."""
+"""Task heads: their second derivatives, and checks that they have these."""

@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 
 class BufferCopies(AbstractContextManager):
-    """While entered, the modules have copies of the buffers that they had when this was made.
+    """While entered, modules have copies of the buffers that they had when this was constructed.
 
-    It may be entered again: the copies are made anew. A buffer that is shared stays shared.
+    It may be entered again, with new copies. A buffer that modules share stays shared.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._found = {module: dict(module._buffers) for module in modules}
-        self._values = _copies(b for found in self._found.values() for b in found.values())
-        self._own: dict[nn.Module, dict[str, Tensor | None]] = {}
+        self._originals = {module: dict(module._buffers) for module in modules}
+        self._values = _copies(b for bs in self._originals.values() for b in bs.values())
+        self._at_entry: dict[nn.Module, dict[str, Tensor | None]] = {}
 
     def __enter__(self) -> None:
-        self._own = {module: dict(module._buffers) for module in self._found}
-        again = _copies(self._values.values())
-        for module, buffers in self._found.items():
+        self._at_entry = {module: dict(module._buffers) for module in self._originals}
+        copies = _copies(self._values.values())
+        for module, buffers in self._originals.items():
             for name, buffer in buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = again[self._values[buffer]]
+                    module._buffers[name] = copies[self._values[buffer]]
 
     def __exit__(self, *error: object) -> None:
         # One by one: the buffers of a scripted module can be set, but not removed or added.
-        for module, buffers in self._own.items():
+        for module, buffers in self._at_entry.items():
             for name in module._buffers.keys() - buffers.keys():
                 del module._buffers[name]
             for name, buffer in buffers.items():
@@ -38,25 +38,28 @@ class BufferCopies(AbstractContextManager):
 
 
 def _copies(buffers: Iterable[Tensor | None]) -> dict[Tensor, Tensor]:
-    with torch.inference_mode(False):  # else a forward could not write to them outside of it
+    with torch.inference_mode(False):  # else no forward outside of it could write to them
         return {buffer: buffer.detach().clone() for buffer in buffers if buffer is not None}
 
 
 def checkpoint_contexts(
     *modules: nn.Module,
 ) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
-    """``context_fn`` of ``torch.utils.checkpoint.checkpoint``: running statistics once a step::
+    """Return a ``context_fn`` for checkpointing that updates running statistics once a step.
+
+    Usage::
 
         y = checkpoint(head, z, use_reentrant=False, context_fn=checkpoint_contexts(head))
 
     Checkpointing runs the function again in each backward pass, and its batch norms then update
     their running statistics again: twice a step in ordinary training, three times for a head under
-    :class:`RepMTL`, which has a backward pass for the saliencies. With this, the function runs
-    again on copies of the buffers as the forward pass found them, and its own stay as that left
-    them. The copies are kept as long as the graph. Not under ``torch.compile``.
+    :class:`RepMTL`, which has a backward pass for the saliencies. With these contexts, the function
+    runs again on copies of the buffers as they were before the forward pass, and its own buffers
+    stay as the forward pass left them. The copies are kept as long as the graph. Not under
+    ``torch.compile``.
 
     Args:
-        modules: what the checkpointed function runs, with all submodules.
+        modules: the modules that the checkpointed function runs, with all submodules.
 
     Raises:
         TypeError: an argument is not as described.

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from repmtl_kernels._ground.saliency import is_transformed
-from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._heads import preflight
 from repmtl_kernels._training.options import CriterionOptions
 from repmtl_kernels._training.progress import Progress
 from repmtl_kernels._training.tasks import Tasks

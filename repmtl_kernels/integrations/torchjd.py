@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchjd.autojac import backward, mtl_backward
 
-from repmtl_kernels._heads.preflight.preflight import made_from_another
+from repmtl_kernels._heads.preflight import made_from_another
 from repmtl_kernels._training.arguments import Positions, Representation, TaskLosses
 from repmtl_kernels._training.levels import Levels
 from repmtl_kernels._training.tasks import Tasks, distinct

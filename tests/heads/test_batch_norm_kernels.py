@@ -18,6 +18,7 @@ if triton_status() != "ok":
     pytest.skip(f"needs Triton: {triton_status()}", allow_module_level=True)
 
 from repmtl_kernels._heads.second_order import triton as kernels
+from repmtl_kernels._heads.second_order.triton import walk
 
 DTYPES = [torch.bfloat16, torch.float16]
 SUBSETS = list(itertools.product([False, True], repeat=3))
@@ -26,7 +27,7 @@ EPS = 1e-3
 
 
 class Problem:
-    """The arguments of both functions, and what autograd makes of the same numbers in float64."""
+    """The arguments of both functions, and the results of autograd for them in float64."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class Problem:
         training=True,
         affine=True,
         relu=True,
-        given=ALL,
+        present=ALL,
     ):
         generator = torch.Generator().manual_seed(0)
 
@@ -64,7 +65,7 @@ class Problem:
             draw((channels,), 0.0),
             draw((channels,), 0.0),
         ]
-        self.grad_grads = [g if i else None for g, i in zip(grad_grads, given, strict=True)]
+        self.grad_grads = [g if i else None for g, i in zip(grad_grads, present, strict=True)]
 
     @property
     def operands(self):
@@ -72,7 +73,7 @@ class Problem:
 
     @property
     def parameter(self):
-        """What gradients of the parameters are like."""
+        """A tensor of the shape and dtype of the parameters' gradients."""
         return self.mean if self.weight is None else self.weight
 
     def first(self, needs=ALL):
@@ -93,13 +94,13 @@ class Problem:
         if self.output is not None:
             y = y * (self.output > 0)
         first = torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True)
-        given = [i for i, g in enumerate(self.grad_grads) if g is not None]
+        present = [i for i, g in enumerate(self.grad_grads) if g is not None]
         second = [torch.zeros_like(v) for v in leaves]
-        if given:
+        if present:
             second = torch.autograd.grad(
-                [first[i] for i in given],
+                [first[i] for i in present],
                 leaves,
-                [self.grad_grads[i].double() for i in given],
+                [self.grad_grads[i].double() for i in present],
                 allow_unused=True,
                 materialize_grads=True,
             )
@@ -125,11 +126,11 @@ def _along(values, x):
     return values.view(-1, *[1] * (x.dim() - 2))
 
 
-def _check(found, exact, operands, needs, dtype):
+def _check(actual, exact, operands, needs, dtype):
     tolerance = GRAD_TOLERANCE[dtype]
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         tolerance *= 2.5  # Triton's interpreter truncates to bfloat16 where hardware rounds
-    for got, expected, operand, need in zip(found, exact, operands, needs, strict=True):
+    for got, expected, operand, need in zip(actual, exact, operands, needs, strict=True):
         assert (got is not None) == need
         if not need:
             continue
@@ -156,10 +157,10 @@ def _check_both(problem, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
-def test_what_is_given_and_what_is_needed(training):
-    for i, given in enumerate(SUBSETS):
+def test_every_choice_of_vectors_and_needs(training):
+    for i, present in enumerate(SUBSETS):
         problem = Problem(
-            (3, 4, 2, 3), training=training, affine=i % 3 > 0, relu=i % 2 > 0, given=given
+            (3, 4, 2, 3), training=training, affine=i % 3 > 0, relu=i % 2 > 0, present=present
         )
         for needs in SUBSETS:
             _check_second(problem, needs=needs)
@@ -232,10 +233,10 @@ def test_memory_of_any_order(order, back):
 @pytest.mark.parametrize(("constant", "value"), [("PROGRAMS", 1), ("FINISH_PARTS", 2)])
 def test_large_sizes(constant, value, layout, monkeypatch):
     """Many tiles for each program; more partial sums than are added at once."""
-    monkeypatch.setattr(kernels, constant, value)
-    kernels._walk.cache_clear()
+    monkeypatch.setattr(walk, constant, value)
+    walk.walk_of.cache_clear()
     _check_both(Problem((4, 3, 20, 31), layout=layout))
-    kernels._walk.cache_clear()
+    walk.walk_of.cache_clear()
 
 
 def test_parameters_of_another_kind():
@@ -279,9 +280,9 @@ def test_relu_passes_gradients_at_nan():
     """As torch.relu does: NaN in the output does not hide the gradient."""
     problem = Problem((3, 4, 2, 3), training=False)
     problem.output = torch.full_like(problem.x, float("nan"))
-    found = problem.first()
+    actual = problem.first()
     problem.output = None
-    assert all(torch.equal(f, e) for f, e in zip(found, problem.first(), strict=True))
+    assert all(torch.equal(f, e) for f, e in zip(actual, problem.first(), strict=True))
 
 
 @pytest.mark.gpu
@@ -293,8 +294,8 @@ def test_captured_in_a_cuda_graph_without_synchronisation(layout):
         return [*problem.first(), *problem.second()]
 
     expected = both(None)  # compiles
-    found = graphed(Rotating(both, [None]), torch.device("cuda"))()
-    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    actual = graphed(Rotating(both, [None]), torch.device("cuda"))()
+    assert all(torch.equal(f, e) for f, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.slow

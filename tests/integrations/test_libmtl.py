@@ -11,7 +11,7 @@ from cases import settled
 from torch import nn
 
 from repmtl_kernels import Levels, RepMTL
-from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._heads import preflight
 from repmtl_kernels.integrations.libmtl import RepMTLWeighting, register
 
 TASKS = ["a", "b", "c"]

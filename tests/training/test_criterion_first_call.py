@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from repmtl_kernels import RepMTL, SecondDerivativeError
-from repmtl_kernels._heads.preflight import preflight
+from repmtl_kernels._heads import preflight
 
 
 def test_heads_without_a_second_derivative_are_explained_once(

@@ -1,7 +1,8 @@
 """Batch norm, fused with the ReLU that follows it, with a closed-form double backward.
 
-The forward is PyTorch's own. There is a node for it, one for its gradient and one for that one's;
-derivatives beyond, and all under ``vmap``, are PyTorch's, of the formula in elementary operations.
+The forward is PyTorch's own. The forward, its gradient and the gradient of that are one node each.
+Derivatives beyond these, and all of them under ``vmap``, are PyTorch's own, of the formula in
+elementary operations.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import Node
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from repmtl_kernels._ground import torch_private
-from repmtl_kernels._heads.second_order import stages
+from repmtl_kernels._ground.saliency import accumulation_dtype
+from repmtl_kernels._heads.second_order import choice
 from repmtl_kernels._heads.second_order.engine import transformed, visible, wanted
 
 
 class Operands(NamedTuple):
-    """What a batch norm was computed from."""
+    """The arguments that a batch norm was computed from."""
 
     x: Tensor
     weight: Tensor | None
@@ -30,11 +33,13 @@ class Operands(NamedTuple):
 
 
 class Made(NamedTuple):
+    """How an output of :func:`batch_norm` was made."""
+
     operands: Operands
-    node: torch.autograd.graph.Node
+    node: Node
 
 
-# Outputs of batch norm that are reachable and have their graph: a ReLU of one can be fused with it.
+# Outputs of batch norm that can be reached and have their graph: a ReLU can be fused with these.
 _made = WeakTensorKeyDictionary()
 
 
@@ -48,13 +53,14 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """``torch.nn.functional.batch_norm`` of checked arguments."""
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    """Return ``torch.nn.functional.batch_norm`` of arguments that are checked already."""
+    precise = accumulation_dtype(x.dtype)
     with torch.no_grad():
         result, mean, invstd = torch_private.batch_norm_forward(
             x, weight, bias, running_mean, running_var, training, momentum, eps
         )
         if not training:
+            assert running_mean is not None and running_var is not None
             mean, invstd = running_mean, torch.rsqrt(running_var.to(precise) + eps)
         statistics = mean.to(precise), invstd.to(precise)
     operands = Operands(visible(x), visible(weight), visible(bias), *statistics, training)
@@ -65,10 +71,11 @@ def batch_norm(
 
 
 def relu(y: Tensor, inplace: bool) -> Tensor | None:
-    """ReLU of an output of :func:`batch_norm` as one node with it; None where ``y`` isn't one.
+    """Return the ReLU of an output of :func:`batch_norm`, as one node with the batch norm.
 
-    Who asks for the gradient at ``y`` still gets it: hooks on ``y`` prevent the fusion, and as long
-    as the caller keeps ``y`` the gradient takes the way through it.
+    None where ``y`` is no such output. A caller who asks for the gradient at ``y`` still gets it:
+    hooks on ``y`` prevent the fusion, and as long as the caller keeps ``y``, the gradient passes
+    through it.
     """
     made = _made.get(y)
     if (
@@ -84,6 +91,8 @@ def relu(y: Tensor, inplace: bool) -> Tensor | None:
 
 
 class BatchNorm(Function):
+    """From the batch norm's operands to its output, which is computed already."""
+
     @staticmethod
     def forward(ctx, result, x, weight, bias, mean, invstd, training):
         ctx.set_materialize_grads(False)
@@ -96,15 +105,18 @@ class BatchNorm(Function):
         needs = tuple(wanted(ctx)[1:4])
         y = ctx.output()
         if y is not None and not torch_private.keeps_graph():
-            _made.pop(y, None)  # its operands go with the graph
+            _made.pop(y, None)  # frees its operands together with the graph
         if grad is None:
             return (None,) * 7
-        gradients = _gradients(ctx.training, needs, grad, *ctx.saved_tensors, None)
+        gradients = _gradients(ctx.training, needs, grad, *ctx.saved_tensors)
         return None, *gradients, None, None, None
 
 
 class BatchNormReLU(Function):
-    """From the batch norm's operands to the ReLU's output; ``kept`` is None for an in-place one."""
+    """From the batch norm's operands to the output of the ReLU.
+
+    ``kept`` refers to the batch norm's output ``y``; it is None where the ReLU is in place.
+    """
 
     @staticmethod
     def forward(ctx, kept, y, x, weight, bias, mean, invstd, training):
@@ -128,26 +140,29 @@ class BatchNormReLU(Function):
         if ctx.kept is not None and ctx.kept() is not None:
             through = torch.ops.aten.threshold_backward(grad, output, 0)
             return None, through, *(None,) * 6
-        gradients = _gradients(ctx.training, needs, grad, *operands, output)
+        gradients = _gradients(ctx.training, needs, grad, *operands, output=output)
         return None, None, *gradients, None, None, None
 
 
-def _gradients(training, needs, grad, x, weight, mean, invstd, output):
+def _gradients(training, needs, grad, x, weight, mean, invstd, *, output=None):
+    """Return the gradients of x, weight and bias that are needed."""
     if transformed():
-        found = _first_gradient(training, grad, x, weight, mean, invstd, output)
-        return tuple(f if need else None for f, need in zip(found, needs, strict=True))
+        gradients = _first_gradient(training, grad, x, weight, mean, invstd, output)
+        return _only(needs, gradients)
     operands = visible(grad), x, weight, mean, invstd, output
     return BatchNormGradient.apply(training, needs, *operands)
 
 
 class BatchNormGradient(Function):
+    """The gradients of x, weight and bias; see ``contract.py``."""
+
     @staticmethod
     def forward(ctx, training, needs, grad, x, weight, mean, invstd, output):
         ctx.set_materialize_grads(False)
         ctx.training = training
         operands = grad, x, weight, mean, invstd, output
         ctx.save_for_backward(*operands)
-        return stages.load(x).batch_norm_backward(*operands, training, needs)
+        return choice.load(x).batch_norm_backward(*operands, training, needs)
 
     @staticmethod
     def backward(ctx, *vectors):
@@ -155,8 +170,8 @@ class BatchNormGradient(Function):
         if all(vector is None for vector in vectors):
             return (None,) * 8
         if transformed():
-            found = _second_gradient_of_rows(ctx.training, vectors, *ctx.saved_tensors)
-            gradients = [f if need else None for f, need in zip(found, needs, strict=True)]
+            second = _second_gradient_of_rows(ctx.training, vectors, *ctx.saved_tensors)
+            gradients = _only(needs, second)
         else:
             operands = *map(visible, vectors), *ctx.saved_tensors
             gradients = BatchNormSecondGradient.apply(ctx.training, needs, *operands)
@@ -164,12 +179,15 @@ class BatchNormGradient(Function):
 
 
 class BatchNormSecondGradient(Function):
+    """The gradients of grad, x and weight; see ``contract.py``."""
+
     @staticmethod
-    def forward(ctx, training, needs, *operands):
+    def forward(ctx, training, needs, v, p, q, grad, x, weight, mean, invstd, output):
         ctx.set_materialize_grads(False)
         ctx.training, ctx.needs = training, needs
+        operands = v, p, q, grad, x, weight, mean, invstd, output
         ctx.save_for_backward(*operands)
-        return stages.load(operands[4]).batch_norm_double_backward(*operands, training, needs)
+        return choice.load(x).batch_norm_double_backward(*operands, training, needs)
 
     @staticmethod
     def backward(ctx, *vectors):
@@ -177,17 +195,21 @@ class BatchNormSecondGradient(Function):
         needs = wanted(ctx)[2:8]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Each one by itself: they may depend on each other outside.
+            # Separate inputs: in the outer graph they may depend on each other.
             operands = [None if t is None else _separate(t) for t in operands]
-            found = _second_gradient(ctx.training, *operands, mean, invstd, output)
-            found = [f if need else None for f, need in zip(found, ctx.needs, strict=True)]
+            second = _second_gradient(ctx.training, operands, mean, invstd, output)
             targets = [t for t, need in zip(operands, needs, strict=True) if need]
-            gradients = iter(_pull_back(found, targets, vectors, create_graph))
+            outputs = _only(ctx.needs, second)
+            gradients = iter(_vector_jacobian(outputs, targets, vectors, create_graph))
         return None, None, *(next(gradients) if need else None for need in needs), None, None, None
 
 
+def _only(needs, gradients):
+    return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+
+
 def _first_gradient(training, grad, x, weight, mean, invstd, output):
-    """``batch_norm_backward`` in operations that PyTorch can differentiate."""
+    """Compute ``batch_norm_backward`` in operations that PyTorch can differentiate."""
     over, column = [0, *range(2, x.ndim)], [-1, *[1] * (x.ndim - 2)]
     g, z = grad.to(mean.dtype), x.to(mean.dtype)
     if output is not None:
@@ -209,28 +231,30 @@ def _first_gradient(training, grad, x, weight, mean, invstd, output):
     return (g * scale.view(column)).to(x.dtype), along.to(of_weight), grad_bias.to(of_weight)
 
 
-def _second_gradient(training, v, p, q, grad, x, weight, mean, invstd, output):
-    """``batch_norm_double_backward``, in the same way."""
+def _second_gradient(training, operands, mean, invstd, output):
+    """Compute ``batch_norm_double_backward``, in the same way."""
+    v, p, q, grad, x, weight = operands
     first = _first_gradient(training, grad, x, weight, mean, invstd, output)
     targets = [grad, x] if weight is None else [grad, x, weight]
-    found = _pull_back(first, targets, (v, p, q), True)
-    return (*found, None) if weight is None else found
+    gradients = _vector_jacobian(first, targets, (v, p, q), True)
+    return (*gradients, None) if weight is None else gradients
 
 
 def _second_gradient_of_rows(training, vectors, grad, x, weight, *rest):
-    """The same under ``vmap``, which lets no tensor require a gradient but by ``torch.func``."""
+    """Compute the same under ``vmap``, where tensors get gradients from ``torch.func`` alone."""
 
     def first(grad, x, weight=None):
         return _first_gradient(training, grad, x, weight, *rest)
 
     targets = (grad, x) if weight is None else (grad, x, weight)
-    outputs, pull = torch.func.vjp(first, *targets)
+    outputs, vector_jacobian = torch.func.vjp(first, *targets)[:2]
     pairs = zip(vectors, outputs, strict=True)
-    found = pull(tuple(torch.zeros_like(y) if v is None else v for v, y in pairs))
-    return (*found, None) if weight is None else found
+    gradients = vector_jacobian(tuple(torch.zeros_like(y) if v is None else v for v, y in pairs))
+    return (*gradients, None) if weight is None else gradients
 
 
-def _pull_back(outputs, inputs, vectors, create_graph):
+def _vector_jacobian(outputs, inputs, vectors, create_graph):
+    """Return the gradients of the outputs that have a vector, at all inputs."""
     pairs = [
         (output, vector.to(output.dtype))
         for output, vector in zip(outputs, vectors, strict=True)
@@ -245,7 +269,7 @@ def _pull_back(outputs, inputs, vectors, create_graph):
 
 
 def _separate(tensor: Tensor) -> Tensor:
-    """The same values as an input of a graph of its own, connected to the outer one."""
+    """Return the same values as a separate input, which is still connected to the outer graph."""
     if tensor.requires_grad:
         return tensor.view_as(tensor)
     return tensor.detach().requires_grad_()

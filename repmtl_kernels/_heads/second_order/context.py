@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ContextDecorator
+from typing import SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,28 +16,38 @@ from torch.overrides import TorchFunctionMode
 
 from repmtl_kernels._ground import torch_private
 from repmtl_kernels._heads.second_order.batch_norm import batch_norm, relu
+from repmtl_kernels._heads.second_order.contract import MaybeTensor
 from repmtl_kernels._heads.second_order.convolution import Geometry, convolution
 from repmtl_kernels._heads.second_order.engine import transformed
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+# A stride, a padding or a dilation: one for all dimensions, or one for each.
+Sizes: TypeAlias = SupportsIndex | list[int] | tuple[int, ...]
+Hooks: TypeAlias = tuple[Callable, Callable]
 
 
 class SecondOrder(TorchFunctionMode, ContextDecorator):
     """See :func:`second_order`."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._hooks_at_entry: list[tuple | None] = []
+        self._hooks_at_entry: list[Hooks | None] = []
 
-    def __enter__(self):
+    def __enter__(self) -> SecondOrder:
         self._hooks_at_entry.append(_saved_tensor_hooks())
         return super().__enter__()
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         self._hooks_at_entry.pop()
-        return super().__exit__(*error)
+        super().__exit__(*error)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Iterable[type],
+        args: tuple = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         result = None
@@ -45,10 +56,10 @@ class SecondOrder(TorchFunctionMode, ContextDecorator):
         return func(*args, **kwargs) if result is None else result
 
     def _is_around_a_checkpoint(self) -> bool:
-        """Whether this runs in a checkpointed function that was called within the context.
+        """Return whether this runs in a checkpointed function that was called within the context.
 
-        It runs again in the backward, perhaps without the context, and what was saved would be
-        taken for something else.
+        Such a function runs again in the backward, perhaps without the context. It would then save
+        other tensors than the first time, and checkpointing would mix them up.
         """
         hooks = _saved_tensor_hooks()
         if hooks is None or hooks == self._hooks_at_entry[-1]:
@@ -64,15 +75,17 @@ class SecondOrder(TorchFunctionMode, ContextDecorator):
         return True
 
 
-def _saved_tensor_hooks() -> tuple | None:
-    """The innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
+def _saved_tensor_hooks() -> Hooks | None:
+    """Return the innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
     if torch.compiler.is_compiling():  # no compiler traces this, and none uses the handlers
         return None
     return torch_private.saved_tensor_hooks()
 
 
 def second_order() -> SecondOrder:
-    """Context manager (or decorator) for the forward of the task heads of a Rep-MTL step::
+    """Return a context manager or decorator for the forward of the heads of a Rep-MTL step.
+
+    Usage::
 
         with second_order():
             losses = [loss(head(z), y) for head, loss, y in ...]
@@ -80,15 +93,16 @@ def second_order() -> SecondOrder:
         total.backward()  # may run outside
 
     Under it convolutions (1d, 2d, 3d, transposed, of any stride, dilation, groups and padding) and
-    batch norms, with a ReLU that follows one, get an efficient and exact double backward: the
-    saliencies cost one convolution for each of the forward, and the weight's gradient through them
-    is the library's own weight gradient. Everything else of the model stays as it is: outputs,
-    parameters, ``state_dict``, running statistics. Other functions are PyTorch's own, and so are
-    these for arguments that need no gradient, aren't real floating point, or are of a subclass of
-    Tensor, under ``torch.compile``, ``torch.func`` transforms, forward-mode differentiation and
-    ``torch.jit.trace``. Backwards of several rows at once (``torch.vmap`` of
-    ``torch.autograd.grad``, ``is_grads_batched``, TorchJD) use PyTorch's derivatives; the third
-    ones of batch norm have to be taken row by row.
+    batch norms, with a ReLU that follows one, get an efficient and exact double backward. The
+    saliencies then cost one convolution for each of the forward, and the weight's gradient through
+    them is the library's own weight gradient. Everything else of the model stays as it is: outputs,
+    parameters, ``state_dict``, running statistics.
+
+    Other functions are PyTorch's own. So are these functions for arguments that need no gradient,
+    aren't real floating point, or are of a subclass of Tensor, and under ``torch.compile``,
+    ``torch.func`` transforms, forward-mode differentiation and ``torch.jit.trace``. Backwards of
+    several rows at once (``torch.vmap`` of ``torch.autograd.grad``, ``is_grads_batched``, TorchJD)
+    use PyTorch's derivatives; third derivatives of batch norm have to be taken row by row.
 
     It holds for the thread that enters it and may be nested. Where
     ``torch.utils.checkpoint.checkpoint`` runs heads again in the backward, enter it inside the
@@ -96,17 +110,17 @@ def second_order() -> SecondOrder:
     PyTorch's own derivatives, with a warning. Layers converted by :func:`convert_second_order`
     enter it there by themselves.
 
-    A gradient that is asked for at the output of a batch norm followed by a ReLU that is not in
-    place is found while that output is kept; a hook has to be registered on it before the ReLU, or
-    the output kept. Where the representation is such an output, with the ReLU in a head, enter the
-    context for the heads only: who follows the graph down to the representation, as TorchJD does to
-    find the tasks' parameters, would get past it.
+    A caller can get the gradient at the output of a batch norm before a ReLU that is not in place.
+    For this, keep that output, or register a hook on it before the ReLU runs. Where the
+    representation is such an output, with the ReLU in a head, enter the context for the heads only:
+    a search through the graph for the representation, as TorchJD does it to find the tasks'
+    parameters, would miss it otherwise.
     """
     return SecondOrder()
 
 
 def _applicable() -> bool:
-    """Whether this is plain eager PyTorch: transforms and tracers have derivatives of their own."""
+    """Return whether this is plain eager PyTorch; transforms and tracers have own derivatives."""
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -117,13 +131,14 @@ def _applicable() -> bool:
 
 
 def _suitable(*tensors: Tensor | None) -> bool:
-    tensors = [t for t in tensors if t is not None]
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors) and all(
+    """Return whether the tensors are plain, real floating point, and one needs a gradient."""
+    present = [t for t in tensors if t is not None]
+    return any(isinstance(t, Tensor) and t.requires_grad for t in present) and all(
         type(t) in PLAIN_TYPES
         and t.is_floating_point()
         and t.layout is torch.strided
         and not t.is_nested
-        for t in tensors
+        for t in present
     )
 
 
@@ -132,13 +147,13 @@ def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | str = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """``torch.conv{dims}d``; None where that has to do it, or to refuse it."""
-    if not _suitable(input, weight, bias) or not _ranks(dims, input, weight):
+    """Return ``torch.conv{dims}d``; None where PyTorch has to do it, or to refuse it."""
+    if not _suitable(input, weight, bias) or not _has_dims(dims, input, weight):
         return None
     stride, dilation = _each(dims, stride), _each(dims, dilation)
     if padding == "valid":
@@ -148,7 +163,7 @@ def _convolution(
             return None
         totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         if any(total % 2 for total in totals):
-            # The odd one goes to the end, as in PyTorch.
+            # The odd element goes to the end, as in PyTorch.
             ends = [side for total in reversed(totals) for side in (0, total % 2)]
             input = torch.constant_pad_nd(input, ends, 0)
         padding = [total // 2 for total in totals]
@@ -163,41 +178,46 @@ def _transposed_convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
     groups: int = 1,
-    dilation: int | Sequence[int] = 1,
+    dilation: Sizes = 1,
 ) -> Tensor | None:
-    """``torch.conv_transpose{dims}d``; None where that has to do it, or to refuse it."""
-    if not _suitable(input, weight, bias) or not _ranks(dims, input, weight):
+    """Return ``torch.conv_transpose{dims}d``; None where PyTorch has to do it, or refuse it."""
+    if not _suitable(input, weight, bias) or not _has_dims(dims, input, weight):
         return None
     stride, padding, dilation = (_each(dims, n) for n in (stride, padding, dilation))
     geometry = Geometry(stride, padding, dilation, True, _each(dims, output_padding), groups)
     return _batched(dims, geometry, input, weight, bias)
 
 
-def _ranks(dims: int, input: Tensor, weight: Tensor) -> bool:
+def _has_dims(dims: int, input: Tensor, weight: Tensor) -> bool:
     return input.ndim in (dims + 1, dims + 2) and weight.ndim == dims + 2
 
 
-def _each(dims: int, value: int | Sequence[int]) -> tuple[int, ...]:
-    # PyTorch has checked it: what is no sequence is an integer, of NumPy perhaps.
-    values = tuple(value) if isinstance(value, (list, tuple)) else (operator.index(value),)
-    return values * dims if len(values) == 1 else values
+def _each(dims: int, value: Sizes) -> tuple[int, ...]:
+    # PyTorch has checked the value: if it is no sequence, it is an integer, maybe NumPy's.
+    sizes = tuple(value) if isinstance(value, list | tuple) else (operator.index(value),)
+    return sizes * dims if len(sizes) == 1 else sizes
 
 
 def _batched(
     dims: int, geometry: Geometry, input: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    input, weight, bias = (_autocast(t, input.device.type) for t in (input, weight, bias))
+    device = input.device.type
+    input, weight, bias = (
+        _autocast(input, device),
+        _autocast(weight, device),
+        _autocast(bias, device),
+    )
     if input.ndim == dims + 2:
         return convolution(geometry, input, weight, bias)
     return convolution(geometry, input.unsqueeze(0), weight, bias).squeeze(0)
 
 
-def _autocast(tensor: Tensor | None, device_type: str) -> Tensor | None:
-    """What autocast makes of an argument of a convolution."""
+def _autocast(tensor: MaybeTensor, device_type: str) -> MaybeTensor:
+    """Return an argument of a convolution as autocast casts it."""
     if (
         tensor is None
         or not torch.amp.is_autocast_available(device_type)
@@ -219,7 +239,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """``torch.nn.functional.batch_norm``; None where that has to do it, or to refuse it."""
+    """Return ``F.batch_norm``; None where PyTorch has to do it, or to refuse it."""
     if not _suitable(input, weight, bias) or input.ndim < 2 or input.numel() == 0:
         return None
     if training:

@@ -2,56 +2,56 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from repmtl_kernels._heads.second_order.context import second_order
 
 
-class _Converted:
-    def forward(self, *args, **kwargs):
+class _Converted(nn.Module):
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
         with second_order():
             return super().forward(*args, **kwargs)
 
 
-# Named as what they replace: a model prints as before.
+# They have the names of the classes that they replace: a model prints as before.
 class Conv1d(_Converted, nn.Conv1d):
-    pass
+    """``nn.Conv1d`` within :func:`second_order`."""
 
 
 class Conv2d(_Converted, nn.Conv2d):
-    pass
+    """``nn.Conv2d`` within :func:`second_order`."""
 
 
 class Conv3d(_Converted, nn.Conv3d):
-    pass
+    """``nn.Conv3d`` within :func:`second_order`."""
 
 
 class ConvTranspose1d(_Converted, nn.ConvTranspose1d):
-    pass
+    """``nn.ConvTranspose1d`` within :func:`second_order`."""
 
 
 class ConvTranspose2d(_Converted, nn.ConvTranspose2d):
-    pass
+    """``nn.ConvTranspose2d`` within :func:`second_order`."""
 
 
 class ConvTranspose3d(_Converted, nn.ConvTranspose3d):
-    pass
+    """``nn.ConvTranspose3d`` within :func:`second_order`."""
 
 
 class BatchNorm1d(_Converted, nn.BatchNorm1d):
-    pass
+    """``nn.BatchNorm1d`` within :func:`second_order`."""
 
 
 class BatchNorm2d(_Converted, nn.BatchNorm2d):
-    pass
+    """``nn.BatchNorm2d`` within :func:`second_order`."""
 
 
 class BatchNorm3d(_Converted, nn.BatchNorm3d):
-    pass
+    """``nn.BatchNorm3d`` within :func:`second_order`."""
 
 
 class ReLU(_Converted, nn.ReLU):
-    pass
+    """``nn.ReLU`` within :func:`second_order`."""
 
 
 CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
@@ -60,21 +60,23 @@ CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def convert_second_order(module: nn.Module, *, undo: bool = False) -> nn.Module:
-    """Makes the layers of ``module`` enter :func:`second_order` whenever they run.
+    """Make the layers of ``module`` enter :func:`second_order` whenever they run.
 
-    In place, by swapping the classes of its ``Conv*d``, ``ConvTranspose*d``, ``BatchNorm*d`` and
-    ``ReLU`` layers for subclasses: parameters, buffers, ``state_dict``, hooks, printed form stay.
-    Layers of other classes, subclasses of these and ``SyncBatchNorm`` included, are left alone.
-    Converting twice does nothing more. Unlike the context it also holds where layers run again in
-    the backward, as under ``torch.utils.checkpoint``. Only where the checkpointed function calls
-    ``F.relu`` after a batch norm, and a context such as ``criterion.second_order()`` is around the
-    checkpoint, enter :func:`second_order` inside the function too.
+    This works in place: it swaps the classes of the ``Conv*d``, ``ConvTranspose*d``,
+    ``BatchNorm*d`` and ``ReLU`` layers for subclasses. Parameters, buffers, ``state_dict``, hooks
+    and printed form stay. Layers of other classes, subclasses of these and ``SyncBatchNorm``
+    included, are left alone. Converting twice does nothing more.
+
+    Unlike the context, the conversion also holds where layers run again in the backward, as under
+    ``torch.utils.checkpoint``. One case needs the context too: enter :func:`second_order` inside
+    the checkpointed function where that calls ``F.relu`` after a batch norm and a context such as
+    ``criterion.second_order()`` is around the checkpoint.
 
     Args:
         module: the module with all its submodules, usually a task head.
-        undo: swap the classes back, e.g. before the whole module is pickled for a machine that
-            doesn't have this package, scripted, or traced by ``torch.fx``, which looks into layers
-            that are not PyTorch's own.
+        undo: swap the classes back, e.g. before the module is pickled for a machine that doesn't
+            have this package, scripted, or traced by ``torch.fx``, which looks into layers that
+            are not PyTorch's own.
 
     Returns:
         ``module``, or its conversion where it is itself such a layer: the same object.

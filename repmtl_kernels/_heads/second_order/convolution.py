@@ -1,10 +1,10 @@
 """Convolution of any kind with an efficient double backward.
 
-Output, gradient of the input and gradient of the weight are three bilinear maps. The derivatives of
-each are the other two, so that every order of derivative is made of the library's own convolutions,
-and each is computed only where it is asked for. PyTorch's double backward computes the weight's
-gradient as a convolution whose kernel is the output's gradient, which no library is fast at. Under
-``vmap`` the maps are PyTorch's nodes.
+The output, the gradient of the input and the gradient of the weight are three bilinear maps. The
+derivatives of each map are the other two. So derivatives of every order are made of the library's
+own convolutions, and each is computed only where it is asked for. PyTorch's double backward
+computes the weight's gradient as a convolution whose kernel is the output's gradient, which no
+library is fast at. Under ``vmap`` the maps are PyTorch's nodes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ class Geometry(NamedTuple):
 
 
 def convolution(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``aten.convolution`` of a batch."""
+    """Return ``aten.convolution`` of a batch."""
     if transformed():
         return _output(geometry, x, weight, bias)
     return Output.apply(geometry, visible(x), visible(weight), visible(bias))
 
 
 class Output(Function):
+    """From ``x``, ``weight`` and ``bias`` to the output."""
+
     @staticmethod
     def forward(ctx, geometry, x, weight, bias):
         ctx.set_materialize_grads(False)
@@ -51,17 +53,17 @@ class Output(Function):
         if grad is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors
-        over = [0, *range(2, grad.ndim)]
+        all_but_channels = [0, *range(2, grad.ndim)]
         return (
             None,
             _input_gradient(ctx.geometry, grad, weight, x) if for_x else None,
             _weight_gradient(ctx.geometry, grad, x, weight) if for_weight else None,
-            grad.sum(over) if for_bias else None,
+            grad.sum(all_but_channels) if for_bias else None,
         )
 
 
 class InputGradient(Function):
-    """``grad`` and ``weight`` to the gradient of the input; ``like`` has the input's form."""
+    """From ``grad`` and ``weight`` to the gradient of the input; ``like`` has the input's form."""
 
     @staticmethod
     def forward(ctx, geometry, grad, weight, like):
@@ -85,7 +87,7 @@ class InputGradient(Function):
 
 
 class WeightGradient(Function):
-    """``grad`` and ``x`` to the gradient of the weight; ``like`` has the weight's form."""
+    """From ``grad`` and ``x`` to the gradient of the weight; ``like`` has the weight's form."""
 
     @staticmethod
     def forward(ctx, geometry, grad, x, like):
@@ -121,7 +123,7 @@ def _weight_gradient(geometry: Geometry, grad: Tensor, x: Tensor, like: Tensor) 
 
 
 def _output(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    with without_autocast(x.device):  # on CUDA it would cast what a backward convolves
+    with without_autocast(x.device):  # on CUDA it would cast the operands of a backward
         return torch.ops.aten.convolution(x, weight, bias, *geometry)
 
 
