@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from benchmarks.progress import markdown
 from repmtl_kernels._distributed import WIDTH
-from repmtl_kernels.backends.eager import CONTRAST_BLOCK
+from repmtl_kernels.backends.eager.contrast import CONTRAST_BLOCK
 
 RANKS = (2, 8, 64, 512, 4096)
 # Assumed of the network: one port of 400 Gbit/s for each rank, at half of its rate.

@@ -28,7 +28,7 @@ from benchmarks.machine import ROOT
 from benchmarks.progress import markdown, say
 from benchmarks.quality import tables as quality_tables
 from benchmarks.results import RESULTS, load
-from repmtl_kernels.backends.choice import KNOWN
+from repmtl_kernels.backends.choice import BACKENDS
 
 README = ROOT / "README.md"
 DOCUMENTS = (
@@ -529,7 +529,7 @@ def compatibility_table(found: dict) -> str:
     lines = []
     for feature, rows in _groups(found, "feature"):
         by_backend = {row["backend"]: row for row in rows}
-        lines.append([feature, *(_works(by_backend.get(name)) for name in KNOWN)])
+        lines.append([feature, *(_works(by_backend.get(name)) for name in BACKENDS)])
     tests = {test for row in found["rows"] for test in row["tests"]}
     units = (
         f"What {len(tests)} tests found. yes: all of a cell's tests passed; no: refused with that "
@@ -537,7 +537,7 @@ def compatibility_table(found: dict) -> str:
     )
     if "gpu" not in found["machine"]:
         units += " Triton's kernels ran under its interpreter."
-    return _with_caption(markdown(["", *KNOWN], lines), found, units)
+    return _with_caption(markdown(["", *BACKENDS], lines), found, units)
 
 
 def _works(row: dict | None) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import reference
-from repmtl_kernels.backends.contract import Everyone
+from repmtl_kernels.backends.contract import AllSamples
 from repmtl_kernels.backends.peaks import peaks, share
 
 
@@ -68,15 +68,17 @@ def gram(saliencies: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def contrast(a: Tensor, everyone: Everyone | None, *, temperature: float) -> tuple[Tensor, Tensor]:
+def contrast(
+    a: Tensor, all_samples: AllSamples | None, *, temperature: float
+) -> tuple[Tensor, Tensor]:
     """The contrast stage of anchors (T, B, C), with all of its products at once.
 
-    Returns the log-sum-exp (B,) and the gradient of everyone's mean (T, B, C).
+    Returns the log-sum-exp (B,) and the gradient of all samples' mean (T, B, C).
     """
     a = a.detach().requires_grad_()
     norm = torch.linalg.matrix_norm(torch.einsum("tbc,ubc->btu", a, a))
     unit = a / norm.sqrt()[:, None]
-    others, first = (unit, 0) if everyone is None else everyone[:2]
+    others, first = (unit, 0) if all_samples is None else all_samples[:2]
     (tasks, batch, _), total = unit.shape, others.shape[1]
     rows, columns = (x.transpose(0, 1).flatten(0, 1) for x in (unit, others))
     products = (rows @ columns.T).view(batch, tasks, total, tasks)
@@ -85,8 +87,8 @@ def contrast(a: Tensor, everyone: Everyone | None, *, temperature: float) -> tup
     r = products.square().sum((1, 3)).masked_fill(same, float("-inf"))
     logsumexp = (r / temperature).logsumexp(1)
     value = logsumexp.sum()
-    if everyone is not None:  # own samples in the others' sums
-        columns = everyone.join(peaks(r.detach(), 0, temperature))
+    if all_samples is not None:  # own samples in the others' sums
+        columns = all_samples.join(peaks(r.detach(), 0, temperature))
         value = value + share(r, columns, temperature).sum()
     (grad,) = torch.autograd.grad(value / total, a)
     return logsumexp.detach(), grad

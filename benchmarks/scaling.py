@@ -29,7 +29,7 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.stages import EFFORTS, QUICK, TEMPERATURE
 from benchmarks.timing import side_by_side
 from repmtl_kernels.backends import choice, contract
-from repmtl_kernels.backends.contract import Everyone
+from repmtl_kernels.backends.contract import AllSamples
 
 FORWARD_BACKWARD = "forward_backward"
 MATERIALIZED = "materialized"
@@ -190,15 +190,15 @@ class AnchorPoint:
         common = torch.randn(s.tasks, s.channels, generator=generator, device=device)
         a = torch.randn(self.value, s.tasks, s.channels, generator=generator, device=device)
         a += common
-        own, everyone = a[: s.batch].transpose(0, 1).contiguous(), None
+        own, all_samples = a[: s.batch].transpose(0, 1).contiguous(), None
         if self.sweep == "anchors":
             # As they arrive from the ranks: sample by sample. Any number will do for the sums that
             # the other ranks would tell.
             unit = choice.load("eager").anchors(a.transpose(0, 1), eps=0.0, with_grad=False).unit
             told = torch.ones(2, self.value, device=device)
             unit = unit.transpose(0, 1).contiguous().transpose(0, 1)
-            everyone = Everyone(unit, 0, lambda columns: told)
-        return own, everyone
+            all_samples = AllSamples(unit, 0, lambda columns: told)
+        return own, all_samples
 
     def work(self, tiling: floors.Tiling) -> list[floors.Pass]:
         return floors.contrast(
@@ -210,16 +210,16 @@ class AnchorPoint:
 
 
 Point = LossPoint | AnchorPoint
-AnchorSet = tuple[Tensor, Everyone | None]  # anchors (T, B, C), not yet unit ones
+AnchorSet = tuple[Tensor, AllSamples | None]  # anchors (T, B, C), not yet unit ones
 
 
 def _of_backend(backend: str, sets: Sequence[AnchorSet]) -> Rotating:
     stages = choice.load(backend)
-    of_sets = [(stages.anchors(a, eps=0.0, with_grad=True), everyone) for a, everyone in sets]
+    of_sets = [(stages.anchors(a, eps=0.0, with_grad=True), all_samples) for a, all_samples in sets]
 
-    def run(inputs: tuple[contract.Anchors, Everyone | None]) -> Tensor:
-        anchors, everyone = inputs
-        options = {"temperature": TEMPERATURE, "with_grad": True, "everyone": everyone}
+    def run(inputs: tuple[contract.Anchors, AllSamples | None]) -> Tensor:
+        anchors, all_samples = inputs
+        options = {"temperature": TEMPERATURE, "with_grad": True, "all_samples": all_samples}
         return stages.contrast(anchors, **options).logsumexp
 
     return Rotating(run, of_sets)
@@ -230,12 +230,12 @@ def _materialized(inputs: AnchorSet) -> Tensor:
     return logsumexp
 
 
-def _exact(a: Tensor, everyone: Everyone | None) -> float:
+def _exact(a: Tensor, all_samples: AllSamples | None) -> float:
     stages = choice.load("eager")
-    if everyone is not None:
-        everyone = everyone._replace(unit=everyone.unit.double())
+    if all_samples is not None:
+        all_samples = all_samples._replace(unit=all_samples.unit.double())
     anchors = stages.anchors(a.double(), eps=0.0, with_grad=False)
-    options = {"temperature": TEMPERATURE, "with_grad": False, "everyone": everyone}
+    options = {"temperature": TEMPERATURE, "with_grad": False, "all_samples": all_samples}
     return stages.contrast(anchors, **options).logsumexp.mean().item()
 
 
@@ -253,10 +253,10 @@ def points(device_type: str, quick: bool) -> list[Point]:
 
 def _point(plan: Plan, sweep: str, value: int, precision: Precision) -> Point:
     if sweep in OF_ANCHORS:
-        everyones = sweep == "anchors"
-        batch = plan.anchors.batch if everyones else value
+        over_all = sweep == "anchors"
+        batch = plan.anchors.batch if over_all else value
         shape = replace(plan.anchors, name=sweep, batch=batch)
-        layout = "gathered" if everyones else "contiguous"
+        layout = "gathered" if over_all else "contiguous"
         return AnchorPoint(sweep, value, Case("contrast", shape, precision, layout, False))
     if sweep == "positions":
         height, width = grid(value)

@@ -23,7 +23,7 @@ from repmtl_kernels._ground.saliency import (
     without_autocast,
 )
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import Entropy, Everyone
+from repmtl_kernels.backends.contract import AllSamples, Entropy
 from repmtl_kernels.backends.peaks import joined
 
 
@@ -98,18 +98,18 @@ def _run_stages(
             with_grad=config.with_grad and not config.recompute,
             mask=mask,
         )
-        everyone = None
+        all_samples = None
         if peers is not None:
             join = partial(
                 joined, temperature=config.csa_temperature, most=peers.largest, total=peers.summed
             )
-            everyone = Everyone(arrive().transpose(0, 1), peers.first, join)
+            all_samples = AllSamples(arrive().transpose(0, 1), peers.first, join)
             arrive = None  # holds what was received, of unequal batches a second copy
         contrast = stages.contrast(
             anchors,
             temperature=config.csa_temperature,
             with_grad=config.with_grad,
-            everyone=everyone,
+            all_samples=all_samples,
         )
         weight = _positive_weight(gram.similarity, present, config.csa_temperature)
         positive = (weight * gram.similarity).sum()

@@ -13,6 +13,7 @@ TRITON_CAPABILITY = (8, 0)
 
 
 def triton_status() -> str:
+    """Return ``"ok"``, or why the Triton kernels cannot run on this machine."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -37,23 +38,12 @@ def interpreting() -> bool:
     return not isinstance(triton.language.sum, triton.runtime.JITFunction)
 
 
-def _too_old(capability: tuple[int, int]) -> str:
-    needed, found = (f"{major}.{minor}" for major, minor in (TRITON_CAPABILITY, capability))
-    return f"the kernels need a GPU of compute capability {needed}, got {found}"
-
-
-@functools.cache
-def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the backend can't take saliencies of this kind, or None."""
-    if backend == "triton":
-        return _triton_refusal(dtype, device)
-    if backend == "native":
-        return _native_refusal(device)
-    return None
-
-
 def native_status() -> str:
-    """Of both libraries; that for CUDA counts where there is a CUDA device."""
+    """Return ``"ok"``, or why the compiled libraries cannot be used on this machine.
+
+    The library for CUDA counts only where there is a CUDA device. Where one of the two works, the
+    status is ``"ok on ..."`` with the reason of the other.
+    """
     cpu = native_library.status("cpu")
     if not torch.cuda.is_available():
         return cpu
@@ -63,15 +53,13 @@ def native_status() -> str:
     return f"ok on the CPU; on CUDA: {cuda}" if cpu == "ok" else f"ok on CUDA; on the CPU: {cpu}"
 
 
-def _native_refusal(device: torch.device) -> str | None:
-    if device.type not in native_library.LIBRARIES:
-        return f"saliencies are on {device}, expected the CPU or a CUDA device"
-    if (status := native_library.status(device.type)) != "ok":
-        return status
-    if device.type == "cuda":
-        reason = native_library.load("cuda").why_not(torch.empty(0, device=device))
-        if reason:
-            return f"the CUDA kernels can't run on {device}: {reason}"
+@functools.cache
+def refusal(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why the backend cannot take saliencies of this dtype and device; None if it can."""
+    if backend == "triton":
+        return _triton_refusal(dtype, device)
+    if backend == "native":
+        return _native_refusal(device)
     return None
 
 
@@ -86,3 +74,20 @@ def _triton_refusal(dtype: torch.dtype, device: torch.device) -> str | None:
         return f"saliencies are on {device}, expected a CUDA device"
     capability = torch.cuda.get_device_capability(device)
     return None if capability >= TRITON_CAPABILITY else _too_old(capability)
+
+
+def _native_refusal(device: torch.device) -> str | None:
+    if device.type not in native_library.LIBRARIES:
+        return f"saliencies are on {device}, expected the CPU or a CUDA device"
+    if (status := native_library.status(device.type)) != "ok":
+        return status
+    if device.type == "cuda":
+        reason = native_library.load("cuda").why_not(torch.empty(0, device=device))
+        if reason:
+            return f"the CUDA kernels can't run on {device}: {reason}"
+    return None
+
+
+def _too_old(capability: tuple[int, int]) -> str:
+    needed, actual = (f"{major}.{minor}" for major, minor in (TRITON_CAPABILITY, capability))
+    return f"the kernels need a GPU of compute capability {needed}, got {actual}"

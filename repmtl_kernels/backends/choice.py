@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from repmtl_kernels._ground.checks import check_choice
 from repmtl_kernels.backends.availability import native_status, refusal, triton_status
+from repmtl_kernels.backends.contract import Stages
+from repmtl_kernels.backends.eager import stages as eager_stages
+from repmtl_kernels.backends.native import stages as native_stages
 
-KNOWN = ("reference", "eager", "native", "triton")
-# Where the stages of a backend are.
-STAGES = {"eager": "eager", "native": "native.stages", "triton": "triton.stages"}
+BACKENDS = ("reference", "eager", "native", "triton")
+# Stages that can be imported everywhere.
+STAGES: dict[str, Stages] = {"eager": eager_stages, "native": native_stages}
 
 
 def backend_report() -> dict[str, str]:
-    """Each known backend's name to ``"ok"``, or to the reason why it can't be used here.
+    """Return each backend's name with ``"ok"``, or with the reason why it can't be used here.
 
-    A backend that works on some of this machine's devices is ``"ok on ..."``, with the reason why
-    not on the others.
+    A backend that works on one kind of this machine's devices is ``"ok on ..."``, with the reason
+    why it does not work on the other.
     """
     return {
         "reference": "ok", "eager": "ok", "native": native_status(), "triton": triton_status(),
@@ -29,17 +30,20 @@ def backend_report() -> dict[str, str]:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names of the backends that work on this machine."""
+    """Return the names of the backends that work on this machine."""
     return tuple(name for name, status in backend_report().items() if status.split()[0] == "ok")
 
 
 def check_backend(backend: str, source: str = "backend") -> None:
-    """That there is such a backend, not that it runs here."""
-    check_choice(source, backend, ("auto", *KNOWN))
+    """Raise if no backend has this name; it need not run here.
+
+    ``source`` is what the message calls the place that the name comes from.
+    """
+    check_choice(source, backend, ("auto", *BACKENDS))
 
 
 def resolve(backend: str, saliency: Tensor) -> str:
-    """The name of the backend to run: never ``"auto"``.
+    """Return the name of the backend to run: never ``"auto"``.
 
     ``"auto"`` is REPMTL_BACKEND if that is set, else the fastest one that takes the tensor:
     ``"triton"`` on CUDA, ``"native"`` on the CPU, ``"eager"`` where neither runs. ``"native"`` on
@@ -53,8 +57,8 @@ def resolve(backend: str, saliency: Tensor) -> str:
         source = "REPMTL_BACKEND"
         check_backend(backend, source)
     why_not = refusal
-    if torch.compiler.is_compiling():  # no compiler traces what this asks of Triton and of CUDA
-        from repmtl_kernels.backends.constant import refusal as why_not
+    if torch.compiler.is_compiling():  # compilers can't trace the questions to Triton and CUDA
+        from repmtl_kernels.backends.untraced import refusal as why_not
     if backend == "auto":
         fastest = "triton" if saliency.is_cuda else "native"
         usable = why_not(fastest, saliency.dtype, saliency.device) is None
@@ -64,6 +68,10 @@ def resolve(backend: str, saliency: Tensor) -> str:
     return backend
 
 
-def load(name: str) -> ModuleType:
-    """The stages of backend ``name``. Imported on first use: Triton is not needed before."""
-    return importlib.import_module(f"repmtl_kernels.backends.{STAGES[name]}")
+def load(backend: str) -> Stages:
+    """Return the stages of a backend. Triton is imported on first use only."""
+    if backend == "triton":
+        from repmtl_kernels.backends.triton import stages as triton_stages
+
+        return triton_stages
+    return STAGES[backend]

@@ -1,73 +1,60 @@
-"""The stage contract: what every backend gives and what it may rely on.
+"""The contract of the backends: six stages, with their shapes, dtypes, formulas and masks.
 
-A backend is a module with six functions, the stages of the losses. They run outside autograd, on
-the T canonical views ``(B, C, *spatial)`` of the saliencies (any strides, one dtype and device),
-and return tensors of the accumulation dtype (float32; float64 for float64) unless noted. ``N`` is
-the number of positions, ``R = min(C, N)`` the smaller side of ``S_bt`` (``C x N``); the Gram matrix
-is ``R x R``: ``S^T S`` where ``N <= C``, else ``S S^T``. ``^`` marks scaled operands:
-``S^ = scale * S``. No stage writes its arguments.
+A backend is a module with the functions of :class:`Stages`. They are called in this order:
+``statistics``, ``entropy`` (TSR), ``anchors``, ``gram`` and ``contrast`` (CSA) in the forward pass,
+``saliency_grad`` in the backward pass. Equation numbers are those of the paper.
 
-``statistics(saliencies, *, positions, channels, mask=None) -> Statistics``
-    One read of the saliencies.
-``entropy(x, *, over, normalizer, temperature, eps, with_grad) -> Entropy``
-    TSR of the position means (eq. 5 and 6) and its gradient. ``"softmax"`` takes -inf: a
-    probability of 0 adds 0 to value and gradient, as in the reference. NaN and +inf give NaN, and
-    so does a distribution that is -inf everywhere.
-``anchors(a, *, eps, with_grad) -> Anchors``
-    Unit anchors (eq. 8).
-``gram(saliencies, scale, anchors, *, eps, with_grad, mask=None) -> Gram``
-    Similarity of each task's affinity (eq. 7) with its anchor, without a ``C x C`` matrix unless
-    that is the smaller one.
-``contrast(anchors, *, temperature, with_grad, everyone=None) -> Contrast``
-    The negatives' half of CSA (eq. 9): these samples against those of ``everyone``, with memory
-    linear in their number. None: against each other.
-``saliency_grad(saliencies, outputs, csa, position_grad, mask=None)``
-    Writes the gradient of each task into ``outputs`` (views like the saliencies, or None where no
-    gradient is wanted).
+Sizes
+    ``T`` tasks, ``B`` samples, ``C`` channels, ``N`` positions (the product of the spatial sizes),
+    ``R = min(C, N)``.
+Saliencies
+    ``T`` views ``(B, C, *spatial)`` of one dtype and device, with any strides. ``S``, or ``S_bt``,
+    is the ``C x N`` matrix of one sample and task.
+Sides
+    The Gram matrix of ``S`` is made on the smaller side, so it is ``R x R``: ``S^T S`` on the
+    N side (``N <= C``), ``S S^T`` on the C side.
+Scaled operands
+    ``S^ = scale * S``, where ``scale`` is a power of two for each task and sample. A ``^`` marks
+    whatever is made from ``S^``.
+Results
+    Tensors of the accumulation dtype: float64 for float64 saliencies, else float32. Exceptions are
+    noted where they are. The stages run outside autograd and write no argument but ``outputs``.
+Norms
+    With ``eps`` a norm is ``max(norm, eps)``. With ``eps = 0`` a norm of zero gives a similarity of
+    0 and a gradient of 0.
+Masks
+    ``mask`` is ``(B, N)``, bool and contiguous: True where a position exists. None: all of them do.
+    A sample may have none. No stage uses what the saliencies hold at the other positions, NaN and
+    inf included: it takes 0 instead, and does not multiply by 0. No stage copies all saliencies to
+    do so. ``entropy`` and ``contrast`` have no mask: their arguments are prepared by the caller.
 
-``mask`` (B, N), bool and contiguous, is True where a position is there; None: all are. What the
-saliencies hold elsewhere is never used, NaN and inf included: it is replaced by 0, not multiplied
-with 0. The stages do the following with it, without a copy of the saliencies; a sample may have no
-position.
-
-- ``statistics``: ``x`` is exactly 0 at the other positions, ``a`` is the sum over a sample's
-  positions divided by their number (0 where there is none), ``scale`` is that of the largest
-  magnitude at them (1 where there is none).
-- ``gram``: the affinities are those of the positions that are there; on the N side, rows and
-  columns of the matrix and columns of the projection are 0 at the others.
-- ``saliency_grad``: the gradient is exactly 0 at the other positions, and ``da`` is divided by the
-  sample's number of positions instead of ``N``. ``position_grad`` is 0 at the others already.
-
-``entropy`` has no mask: its caller prepares ``x``.
-
-A module may also have ``in_one_call(saliency)``: a namespace of operators ``losses`` and
-``losses_backward`` that do all stages of such saliencies in one call each, or None. Their schemas
-are in ``csrc/cuda/operators.cpp``: ``losses(saliencies, present, mask, ...)`` and
-``losses_backward(grad_csa, position_grad, mask, ...)``. The first also does what
-``_losses.forward._entropy`` does around the entropy stage.
-
-With ``eps`` the norms are ``max(norm, eps)``; without, a zero norm gives similarity and gradient 0.
+A backend may have one more function, ``in_one_call(saliency)``. It returns a namespace with the
+operators ``losses`` and ``losses_backward``, which run all stages for such saliencies in one call
+each, or None. Their schemas are in ``csrc/cuda/operators.cpp``. ``losses`` also does what
+``_losses.forward`` does around the entropy stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Statistics(NamedTuple):
-    """Means and scales of the saliencies; None where not asked for."""
+    """Means and scales of the saliencies. A field that was not asked for is None."""
 
-    positions: Tensor | None  # (T, B, N): x, mean over the channels
-    channels: Tensor | None  # (T, B, C): a, mean over the positions
+    positions: Tensor | None  # (T, B, N): x, the mean over the channels
+    channels: Tensor | None  # (T, B, C): a, the mean over the positions
     scale: Tensor | None  # (T, B): power of two, max |scale * S_bt| in [0.5, 2); with `channels`
 
 
 class Entropy(NamedTuple):
+    """TSR of position means ``x``."""
+
     value: Tensor  # (): mean entropy
-    grad: Tensor | None  # (T, B, N): d value / d x
+    grad: Tensor | None  # (T, B, N): d value / d x; None without a gradient
 
 
 class Anchors(NamedTuple):
@@ -75,44 +62,56 @@ class Anchors(NamedTuple):
 
     unit: Tensor  # (T, B, C): u, contiguous
     factor: Tensor  # (B,): 0 where the anchor is exactly zero
-    radial: Tensor | None  # (T, B, C): sum_v (u_t . u_v) u_v, what normalisation takes out of a
-    #                      gradient; 0 where the norm is clamped by eps
+    # (T, B, C): sum_v (u_t . u_v) u_v, the part of a gradient that normalisation removes; 0 where
+    # eps clamps the norm. None without a gradient.
+    radial: Tensor | None
 
 
-class Everyone(NamedTuple):
-    """The samples of all ranks: G of them, those of this one from ``first`` on."""
+class AllSamples(NamedTuple):
+    """The unit anchors of all processes: ``G`` samples."""
 
-    unit: Tensor  # (T, G, C): unit anchors; memory as (T, G, C) or (G, T, C) lies
-    first: int
-    # Peaks (2, G), see peaks.py, of everyone's columns of r over each rank's samples to those over
-    # all samples; each rank calls it once.
+    unit: Tensor  # (T, G, C): unit anchors; in memory (T, G, C) or (G, T, C)
+    first: int  # the number of this process's first sample among the G
+    # From the peaks (2, G) of the columns of r over this process's samples (see peaks.py) to the
+    # peaks over all samples. Every process calls it once.
     join: Callable[[Tensor], Tensor]
 
 
 class Contrast(NamedTuple):
+    """The negatives' half of CSA. ``r_bk = sum_tv (u_bt . u_kv)^2`` for samples ``b`` and ``k``."""
+
     logsumexp: Tensor  # (B,): logsumexp over k != b of r_bk / temperature
-    grad: Tensor | None  # (T, B, C): d mean logsumexp of everyone / d a, through the normalisation
+    # (T, B, C): d (mean of all samples' logsumexp) / d a, through the normalisation of the anchors.
+    # None without a gradient.
+    grad: Tensor | None
 
 
 class Gram(NamedTuple):
-    similarity: Tensor  # (T, B): s = p / max(m, eps), p = sum_u |S^T u|^2, m = Frobenius norm
+    """Similarities of affinities with anchors, and what their gradient needs.
+
+    ``p = sum_v |S^T u_v|^2`` over the tasks ``v``, and ``m`` is the Frobenius norm of the Gram
+    matrix of ``S``. ``projection`` and ``matrix`` are None without a gradient.
+    """
+
+    similarity: Tensor  # (T, B): s = p / max(m, eps)
     inverse: Tensor  # (T, B): 1 / max(m^, eps scale^2), 0 where m is 0
-    slope: Tensor  # (T, B): d s / d m^ = -s * inverse, 0 where m is clamped by eps
-    projection: (
-        Tensor | None
-    )  # (T, B, T, R): S^^T u_u (N side) or S^ S^^T u_u (C side), u over tasks
-    matrix: (
-        Tensor | None
-    )  # (T, B, R, R) in the saliencies' dtype: backend's multiple of S^^T S^ / S^ S^^T
+    slope: Tensor  # (T, B): d s / d m^ = -s * inverse, 0 where eps clamps m
+    projection: Tensor | None  # (T, B, T, R): S^^T u_v on the N side, S^ S^^T u_v on the C side
+    # (T, B, R, R) in the saliencies' dtype: the Gram matrix of S^, times a number that the backend
+    # chooses.
+    matrix: Tensor | None
 
 
 class CSAGradient(NamedTuple):
-    """What ``saliency_grad`` needs of CSA: with ``u`` the unit anchors and per (task, sample)
+    """CSA's part of the gradient of the saliencies.
 
-    ``dS^ = anchor_weight sum_u u_u (u_u^T S^) + affinity_weight S^ (S^^T S^)``, times ``scale``,
-    plus ``da 1^T / N`` (with a mask, over the sample's number of positions),
-    ``da_u = negatives contrast_grad_u
-    + factor (sum_t anchor_weight_t S^_t S^_t^T u_u - radial_weight radial_u)``.
+    For each task ``t`` and sample, with the unit anchors ``u_v`` of all tasks ``v``, the gradient
+    is ``scale dS^ + da 1^T / N``; with a mask, the sample's number of positions replaces ``N``.
+
+    ``dS^ = anchor_weight sum_v u_v (u_v^T S^) + affinity_weight S^ (S^^T S^)``
+
+    ``da_v = negatives contrast_grad_v
+    + factor (sum_t anchor_weight_t S^_t S^_t^T u_v - radial_weight radial_v)``
     """
 
     scale: Tensor  # (T, B)
@@ -122,22 +121,118 @@ class CSAGradient(NamedTuple):
     anchor_weight: Tensor  # (T, B): 2 (dL/ds) inverse
     affinity_weight: Tensor  # (T, B): anchor_weight * slope
     radial_weight: Tensor  # (B,): sum_t 2 (dL/ds) s
-    negatives: Tensor  # (): dL / d mean_b logsumexp
+    negatives: Tensor  # (): dL / d (mean of the logsumexp)
 
-    def of_samples(self, some: slice) -> CSAGradient:
-        """The part that the gradient of some samples needs, contiguous as the stages take it."""
+    def of_samples(self, samples: slice) -> CSAGradient:
+        """Return the part for these samples, contiguous as the stages take it."""
 
-        def cut(value: Tensor | None) -> Tensor | None:  # (T, B, ...)
-            return None if value is None else value[:, some].contiguous()
+        def part(value: Tensor) -> Tensor:  # (T, B, ...)
+            return value[:, samples].contiguous()
+
+        def part_or_none(value: Tensor | None) -> Tensor | None:
+            return None if value is None else part(value)
 
         unit, factor, radial = self.anchors
+        similarity, inverse, slope, projection, matrix = self.gram
         return CSAGradient(
-            scale=cut(self.scale),
-            anchors=Anchors(cut(unit), factor[some], cut(radial)),
-            contrast_grad=cut(self.contrast_grad),
-            gram=Gram(*map(cut, self.gram)),
-            anchor_weight=cut(self.anchor_weight),
-            affinity_weight=cut(self.affinity_weight),
-            radial_weight=self.radial_weight[some],
+            scale=part(self.scale),
+            anchors=Anchors(part(unit), factor[samples], part_or_none(radial)),
+            contrast_grad=part(self.contrast_grad),
+            gram=Gram(
+                part(similarity),
+                part(inverse),
+                part(slope),
+                part_or_none(projection),
+                part_or_none(matrix),
+            ),
+            anchor_weight=part(self.anchor_weight),
+            affinity_weight=part(self.affinity_weight),
+            radial_weight=self.radial_weight[samples],
             negatives=self.negatives,
         )
+
+
+class Stages(Protocol):
+    """The functions of a backend's module."""
+
+    def statistics(
+        self,
+        saliencies: list[Tensor],
+        *,
+        positions: bool,
+        channels: bool,
+        mask: Tensor | None = None,
+    ) -> Statistics:
+        """Return the means that are asked for, from one read of the saliencies (eq. 4 and 8).
+
+        With a mask, at each sample's own positions: ``positions`` is exactly 0 elsewhere,
+        ``channels`` is the sum divided by their number (0 if there are none), and ``scale`` is for
+        the largest magnitude at them (1 if there are none).
+        """
+
+    def entropy(
+        self,
+        x: Tensor,
+        *,
+        over: str,
+        normalizer: str,
+        temperature: float,
+        eps: float,
+        with_grad: bool,
+    ) -> Entropy:
+        """Return TSR of the position means ``x`` (T, B, N) and its gradient (eq. 5 and 6).
+
+        ``over`` is ``"tasks"`` or ``"space"``, ``normalizer`` is ``"abs"`` or ``"softmax"``.
+        ``"softmax"`` accepts -inf: a probability of 0 adds 0 to value and gradient, as in the
+        reference. NaN and +inf give NaN, and so does a distribution that is -inf everywhere.
+        """
+
+    def anchors(self, a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
+        """Return the unit anchors of the channel means ``a`` (T, B, C) (eq. 8)."""
+
+    def contrast(
+        self,
+        anchors: Anchors,
+        *,
+        temperature: float,
+        with_grad: bool,
+        all_samples: AllSamples | None = None,
+    ) -> Contrast:
+        """Return the negatives' half of CSA (eq. 9), with memory linear in the number of samples.
+
+        It compares the samples of ``anchors`` with ``all_samples``, or with each other if that is
+        None.
+        """
+
+    def gram(
+        self,
+        saliencies: list[Tensor],
+        scale: Tensor,
+        anchors: Tensor,
+        *,
+        eps: float,
+        with_grad: bool,
+        mask: Tensor | None = None,
+    ) -> Gram:
+        """Return each task's similarity of its affinity with its anchor (eq. 7).
+
+        ``scale`` is :attr:`Statistics.scale`, ``anchors`` is :attr:`Anchors.unit`. Makes the
+        ``C x C`` matrix on the C side only. With a mask, the affinities are those of the sample's
+        own positions: on the N side the rows and columns of the matrix and the columns of the
+        projection are 0 at the others.
+        """
+
+    def saliency_grad(
+        self,
+        saliencies: list[Tensor],
+        outputs: list[Tensor | None],
+        csa: CSAGradient,
+        position_grad: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Write the gradient of both losses with respect to each task's saliency.
+
+        ``outputs`` are views like the saliencies, None where no gradient is wanted.
+        ``position_grad`` (T, B, N) is TSR's part, added to every channel; None: there is no TSR.
+        With a mask, it is 0 at the other positions already, and the gradient there is exactly 0.
+        """

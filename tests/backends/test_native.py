@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 
 from repmtl_kernels import csa_loss, reference, tsr_loss
 from repmtl_kernels._ground.saliency import canonical_tasks
-from repmtl_kernels.backends import eager
+from repmtl_kernels.backends.eager import contrast as eager_contrast
+from repmtl_kernels.backends.eager import stages as eager
 from repmtl_kernels.backends.native import library as native_library
 
 if native_library.status("cpu") != "ok":
@@ -84,7 +85,7 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
 def test_blocks_of_the_contrast_give_the_same(monkeypatch):
     case = Case(2, 17, 24, (3,))
     whole = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
-    monkeypatch.setattr(eager, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
+    monkeypatch.setattr(eager_contrast, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
     value, grads = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
     torch.testing.assert_close(value, whole[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)

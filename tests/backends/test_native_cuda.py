@@ -13,7 +13,8 @@ from cases import DEVICE, DTYPES, LOSSES, Case, judge, relative_error, value_and
 
 from repmtl_kernels import csa_loss, rep_mtl_loss
 from repmtl_kernels._ground.saliency import canonical_tasks
-from repmtl_kernels.backends import eager
+from repmtl_kernels.backends.eager import contrast as eager_contrast
+from repmtl_kernels.backends.eager import stages as eager
 from repmtl_kernels.backends.native import library as native_library
 
 if not os.environ.get("REPMTL_EMULATED_CUDA") and (
@@ -87,7 +88,7 @@ def test_contrast_of_the_stages_in_several_blocks(monkeypatch):
     monkeypatch.setattr(native, "in_one_call", lambda saliency: None)
     case = Case(2, 17, 24, (3,))
     whole = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
-    monkeypatch.setattr(eager, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
+    monkeypatch.setattr(eager_contrast, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
     value, grads = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
     torch.testing.assert_close(value, whole[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)

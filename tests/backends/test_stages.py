@@ -1,6 +1,5 @@
 """The stage contract: every backend's six functions against the eager ones in float64."""
 
-import importlib
 import math
 
 import pytest
@@ -119,9 +118,7 @@ def test_contrast_of_some_samples_with_all(
     backend: str, shape: tuple, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Each part of the batch has the rows of the result for the whole batch."""
-    monkeypatch.setattr(
-        importlib.import_module("repmtl_kernels.backends.eager"), "CONTRAST_BLOCK", 60
-    )
+    monkeypatch.setattr("repmtl_kernels.backends.eager.contrast.CONTRAST_BLOCK", 60)
     stages = choice.load(backend)
     a = torch.randn(shape, device=DEVICE)
     whole = stages.anchors(a, eps=0.0, with_grad=True)
@@ -137,14 +134,14 @@ def test_contrast_of_some_samples_with_all(
             told.append(columns.clone())
             return all_columns
 
-        everyone = contract.Everyone(unit, first, join)
-        found = stages.contrast(part, temperature=0.3, with_grad=True, everyone=everyone)
+        all_samples = contract.AllSamples(unit, first, join)
+        found = stages.contrast(part, temperature=0.3, with_grad=True, all_samples=all_samples)
         assert len(told) == 1
         own = peaks.peaks(r[first:last], 0, 0.3)
         torch.testing.assert_close(told[0], own, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.logsumexp, exact.logsumexp[first:last])
         torch.testing.assert_close(found.grad, exact.grad[:, first:last], rtol=1e-4, atol=1e-5)
-        stages.contrast(part, temperature=0.3, with_grad=False, everyone=everyone)
+        stages.contrast(part, temperature=0.3, with_grad=False, all_samples=all_samples)
         assert len(told) == 1
 
 
@@ -153,9 +150,7 @@ def test_contrast_of_some_samples_with_all(
 def test_contrast_of_many_samples_in_parts(backend: str, monkeypatch: pytest.MonkeyPatch):
     stages = choice.load(backend)
     if backend == "triton":
-        # By import_module: as an attribute of its package, `contrast` is the stage, not the module.
-        module = importlib.import_module("repmtl_kernels.backends.triton.contrast")
-        monkeypatch.setattr(module, "BUFFER", 1)
+        monkeypatch.setattr("repmtl_kernels.backends.triton.contrast.BUFFER", 1)
     # Similarities from 0 to 1 at a low temperature; the largest come last.
     batch = 1030
     angle = torch.linspace(0, 1.5, batch, device=DEVICE)

@@ -208,17 +208,17 @@ def test_contestants_rotate_through_the_same_inputs(sweep: str, tiny):
 def test_the_rival_of_the_contrast_computes_the_same(gathered: bool):
     eager = choice.load("eager")
     a = torch.randn(3, 5, 20, dtype=torch.float64) + torch.randn(3, 1, 20)
-    anchors, everyone = eager.anchors(a, eps=0.0, with_grad=True), None
+    anchors, all_samples = eager.anchors(a, eps=0.0, with_grad=True), None
     if gathered:
         others = torch.randn(3, 9, 20, dtype=torch.float64)
         unit = eager.anchors(others, eps=0.0, with_grad=False).unit
         unit[:, 2:7] = anchors.unit
         told = torch.linspace(1, 3, 18, dtype=torch.float64).view(2, 9)
-        everyone = contract.Everyone(unit, 2, lambda _: told)
+        all_samples = contract.AllSamples(unit, 2, lambda _: told)
     exact = eager.contrast(
-        anchors, temperature=scaling.TEMPERATURE, with_grad=True, everyone=everyone
+        anchors, temperature=scaling.TEMPERATURE, with_grad=True, all_samples=all_samples
     )
-    logsumexp, grad = rivals.contrast(a, everyone, temperature=scaling.TEMPERATURE)
+    logsumexp, grad = rivals.contrast(a, all_samples, temperature=scaling.TEMPERATURE)
     torch.testing.assert_close(logsumexp, exact.logsumexp)
     torch.testing.assert_close(grad, exact.grad)
 

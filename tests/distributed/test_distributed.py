@@ -40,6 +40,7 @@ from repmtl_kernels import (
 )
 from repmtl_kernels._losses import backward
 from repmtl_kernels.backends import choice, contract
+from repmtl_kernels.backends.eager import contrast as eager_contrast
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
@@ -116,7 +117,7 @@ def check_blocks_of_rows_and_eps(rank: int) -> None:
     for backend in ("eager", "native"):
         if backend not in cpu_backends():
             continue
-        with mock.patch.object(choice.load("eager"), "CONTRAST_BLOCK", 2 * T * T * 9):
+        with mock.patch.object(eager_contrast, "CONTRAST_BLOCK", 2 * T * T * 9):
 
             def loss(saliencies, samples, backend=backend):
                 group = None if samples == slice(None) else dist.group.WORLD
@@ -887,12 +888,12 @@ def test_memory_of_the_contrast_of_32768_samples(backend: str) -> None:
     unit = torch.randn(total, tasks, channels)
     unit /= unit.norm(dim=2, keepdim=True) * tasks**0.5
     unit[first : first + local] = anchors.unit.transpose(0, 1)
-    everyone = contract.Everyone(unit.transpose(0, 1), first, torch.ones_like)
+    all_samples = contract.AllSamples(unit.transpose(0, 1), first, torch.ones_like)
     found = None
 
     def call():
         nonlocal found
-        found = stages.contrast(anchors, temperature=0.5, with_grad=True, everyone=everyone)
+        found = stages.contrast(anchors, temperature=0.5, with_grad=True, all_samples=all_samples)
 
     peak = memory.peak_extra_bytes(call, torch.device("cpu"))
     ranks_of_64 = cost.Setting(tasks, local, channels)

@@ -1,6 +1,5 @@
 """Scales, zeros and NaN: exact without eps, over the whole range of float32."""
 
-import importlib
 import sys
 
 import pytest
@@ -250,11 +249,9 @@ LOW_TEMPERATURES = [1e-2, 1e-3, 1e-5, 1e-7, 1e-30]
 def blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether products of anchors are in memory all at once, or those of a few samples."""
     if request.param == "blocks":
-        monkeypatch.setattr(choice.load("eager"), "CONTRAST_BLOCK", 1)
+        monkeypatch.setattr("repmtl_kernels.backends.eager.contrast.CONTRAST_BLOCK", 1)
         if "triton" in BACKENDS:
-            # By import_module: as an attribute of its package, `contrast` is the stage.
-            module = importlib.import_module("repmtl_kernels.backends.triton.contrast")
-            monkeypatch.setattr(module, "BUFFER", 1)
+            monkeypatch.setattr("repmtl_kernels.backends.triton.contrast.BUFFER", 1)
 
 
 @pytest.mark.parametrize("temperature", LOW_TEMPERATURES)

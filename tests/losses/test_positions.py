@@ -44,6 +44,7 @@ from repmtl_kernels import (
 from repmtl_kernels._ground.record import Config
 from repmtl_kernels._losses import backward
 from repmtl_kernels.backends import choice
+from repmtl_kernels.backends.eager import operand, statistics
 
 EVERY_BACKEND = ["reference", *BACKENDS]
 EXACT = [name for name in EVERY_BACKEND if name == "reference" or supports(name, torch.float64)]
@@ -509,12 +510,12 @@ def test_recompute(backend: str, dtype: torch.dtype, case: Case, block: int, mon
 def test_a_few_samples_at_a_time(backend: str, dtype, case: Case, samples: int, monkeypatch):
     """As many as a block holds are masked together; which ones they are changes nothing."""
     elements = case.channels * math.prod(case.spatial)
-    stages, seen = choice.load("eager"), []
-    masked = stages._masked
-    monkeypatch.setattr(stages, "MASKED_BLOCK", samples * elements + 1)
-    monkeypatch.setattr(
-        stages, "_masked", lambda s, mask: (seen.append(len(s)), masked(s, mask))[1]
-    )
+    masked, seen = operand.masked, []
+    monkeypatch.setattr(operand, "MASKED_BLOCK", samples * elements + 1)
+    for module in (operand, statistics):
+        monkeypatch.setattr(
+            module, "masked", lambda s, mask: (seen.append(len(s)), masked(s, mask))[1]
+        )
     judge(BOTH, case, dtype, backend, positions=mask_of(case, "empty"))
     assert set(seen) <= {samples, 5 % samples or samples}
     assert seen or backend == "native"
@@ -534,7 +535,7 @@ def test_a_few_samples_at_a_time(backend: str, dtype, case: Case, samples: int, 
 def test_saliencies_are_not_copied(backend: str, case: Case, loss: Loss, monkeypatch):
     """The peak grows by a block of two samples and its temporaries, not by one task's eight."""
     elements = case.channels * math.prod(case.spatial)
-    monkeypatch.setattr(choice.load("eager"), "MASKED_BLOCK", 2 * elements)
+    monkeypatch.setattr(operand, "MASKED_BLOCK", 2 * elements)
     tensors, mask = case.make(torch.float32), mask_of(case, "random")
 
     def call(positions):

@@ -13,16 +13,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from repmtl_kernels.backends import eager
 from repmtl_kernels.backends.contract import (
+    AllSamples,
     Anchors,
     Contrast,
     CSAGradient,
     Entropy,
-    Everyone,
     Gram,
     Statistics,
 )
+from repmtl_kernels.backends.eager import contrast as eager_contrast
+from repmtl_kernels.backends.eager import gradient as eager_gradient
+from repmtl_kernels.backends.eager import gram as eager_gram
 from repmtl_kernels.backends.native import library as native_library
 
 MOST_SMALL_TASKS = 64  # kSmallTasks of csrc
@@ -76,13 +78,17 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
 
 
 def contrast(
-    anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
+    anchors: Anchors,
+    *,
+    temperature: float,
+    with_grad: bool,
+    all_samples: AllSamples | None = None,
 ) -> Contrast:
     u, ops = anchors.unit, ops_of(anchors.unit)
-    others, first = (u, 0) if everyone is None else everyone[:2]
+    others, first = (u, 0) if all_samples is None else all_samples[:2]
     tasks, batch, _ = u.shape
     total = others.shape[1]
-    step = max(1, eager.CONTRAST_BLOCK // (tasks * tasks * total))
+    step = max(1, eager_contrast.CONTRAST_BLOCK // (tasks * tasks * total))
     blocks = range(0, batch, step)
 
     def dots_of(b: int) -> Tensor:
@@ -100,8 +106,8 @@ def contrast(
     if not with_grad:
         return Contrast(lse, None)
 
-    if everyone is not None:
-        columns = everyone.join(columns)
+    if all_samples is not None:
+        columns = all_samples.join(columns)
     du = torch.empty_like(u)
     for b, peaks in zip(blocks, rows, strict=True):
         if len(blocks) > 1:  # else those of above are still there
@@ -151,10 +157,10 @@ def gram(
         *found, projection, matrix = ops.gram(saliencies, scale, anchors, eps, with_grad, mask)
         return Gram(*found, *((projection, matrix) if with_grad else (None, None)))
     if not _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
-        return eager.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad, mask=mask)
+        return eager_gram.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad, mask=mask)
     norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad, mask)
     stored = (projection, matrix) if with_grad else (None, None)
-    return eager.gram_of(norm, positive, scale, eps, *stored)
+    return eager_gram.gram_of(norm, positive, scale, eps, *stored)
 
 
 @functools.cache
@@ -203,10 +209,10 @@ def saliency_grad(
             mask,
         )
         return
-    for term in eager.gradient_terms(saliencies, outputs, csa, position_grad, mask):
+    for term in eager_gradient.gradient_terms(saliencies, outputs, csa, position_grad, mask):
         dx = None if term.dx is None else term.dx.contiguous()
         rest = term.da.contiguous(), dx, term.left.contiguous(), term.right, term.output
-        rows, transposed = eager.rows_of(term.output)
+        rows, transposed = eager_gradient.rows_of(term.output)
         a, b = (term.b.mT, term.a.mT) if transposed else (term.a, term.b)
         if rows is not None and rows.dtype == a.dtype:
             ops.add_outer(None, transposed, *rest)

@@ -1,4 +1,4 @@
-"""Unit anchors and the negatives' half of CSA with its gradient (equations 8 and 9)."""
+"""The negatives' half of CSA with its gradient (equation 9)."""
 
 from __future__ import annotations
 
@@ -9,79 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels._ground.saliency import in_factors
-from repmtl_kernels.backends.contract import Anchors, Contrast, Everyone
-from repmtl_kernels.backends.triton.common import (
-    INTERPRET,
-    alignment,
-    cdiv,
-    fp32_precision,
-    launch,
-    next_power_of_2,
-)
-from repmtl_kernels.backends.triton.statistics import power_of_two
+from repmtl_kernels.backends.contract import AllSamples, Anchors, Contrast
+from repmtl_kernels.backends.triton.anchors import product_precision, product_step
+from repmtl_kernels.backends.triton.common import alignment, cdiv, launch, next_power_of_2
 
 # Tiles of products that fill a large GPU: two for each multiprocessor.
 TILES = 264
 # Sides of a tile (anchors of all tasks of some samples). Large tiles reuse more; small ones are for
 # batches that would not fill the GPU otherwise.
 SIDES = (64, 32, 16)
-# Channels of one step, and warps, by the side: what three products of tf32 parts leave registers
-# for. Half the channels where C is odd, since each element then has an address of its own.
-STEPS = {16: (64, 4), 32: (32, 4), 64: (16, 8), 128: (16, 8)}
-# Anchors of one step of the gradient kernel, where one sample has no more, and their elements.
+# Anchors of one step of the gradient kernel (more if one sample has more), and their elements.
 GRADIENT_SIDE, GRADIENT_ELEMENTS = 32, 2048
-# Elements of the block of products kept for the gradient, unless the anchors have more.
+# Elements of the block of products kept for the gradient; more if the anchors have more.
 BUFFER = 1 << 24
-
-
-@triton.jit
-def _contrast_anchor_kernel(
-    a,  # (T, B, C)
-    anchors,  # (T, B, C): unit anchors
-    radial,  # (T, B, C) or None
-    factor,  # (B,)
-    batch,
-    channels_div,
-    eps,
-    root,  # the guard is eps (root scale)^2
-    CHANNELS_ALIGN: tl.constexpr,
-    TASKS: tl.constexpr,
-    TASK_BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Grid: samples. Each pass reads the anchors of the sample again: they are in the cache."""
-    channels = channels_div * CHANNELS_ALIGN
-    b = tl.program_id(0).to(tl.int64)
-    t = tl.arange(0, TASK_BLOCK)[:, None]
-    lane = tl.arange(0, WIDE)[None, :]
-    offset = (t * batch + b) * channels + lane
-    largest = tl.zeros((TASK_BLOCK, WIDE), tl.float32)
-    for c in range(0, channels, WIDE):
-        mask = (t < TASKS) & (c + lane < channels)
-        largest = tl.maximum(largest, tl.abs(tl.load(a + offset + c, mask=mask, other=0.0)))
-    scale = power_of_two(tl.max(largest))
-    products = tl.zeros((TASK_BLOCK, TASK_BLOCK), tl.float32)
-    for c in range(0, channels, WIDE):
-        mask = (t < TASKS) & (c + lane < channels)
-        x = tl.load(a + offset + c, mask=mask, other=0.0) * scale
-        products = tl.dot(x, tl.trans(x), products, input_precision=PRECISION)
-    norm = tl.sqrt_rn(tl.sum(products * products))
-    floor = eps * (root * scale) * (root * scale)
-    clamped = tl.where(norm < floor, floor, norm)  # unlike a maximum, keeps NaN
-    inverse = tl.where(norm != 0, 1 / tl.where(norm != 0, clamped, 1.0), 0.0)
-    root = tl.sqrt_rn(inverse)
-    tl.store(factor + b, scale * root)
-    if radial is not None:
-        products *= tl.where(norm < floor, 0.0, inverse)
-    for c in range(0, channels, WIDE):
-        mask = (t < TASKS) & (c + lane < channels)
-        u = tl.load(a + offset + c, mask=mask, other=0.0) * scale * root
-        tl.store(anchors + offset + c, u, mask=mask)
-        if radial is not None:
-            pulled = tl.dot(products, u, input_precision=PRECISION)
-            tl.store(radial + offset + c, pulled, mask=mask)
 
 
 @triton.jit
@@ -94,7 +34,7 @@ def _anchor_rows(
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
 ):
-    """Rows (int64) of C anchor elements that make up a tile, and which of them exist.
+    """Return the rows (int64) of C anchor elements that make up a tile, and which of them exist.
 
     From one task to the next there are ``task_rows`` rows, between samples ``sample_rows``.
     """
@@ -148,7 +88,7 @@ def _contrast_products_kernel(
 
 @triton.jit
 def _tile_of(matrix, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to one of the tiles that make up a matrix of ``columns`` columns."""
+    """Return pointers to one of the tiles that make up a matrix of ``columns`` columns."""
     i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = column * COLUMNS + tl.arange(0, COLUMNS)
     return matrix + i[:, None] * columns + j[None, :]
@@ -266,12 +206,12 @@ def _contrast_gradient_kernel(
     row, exists = _anchor_rows(tile, batch, batch, 1, SIDE, TASKS, TASK_BLOCK)
     offset = row[:, None] * channels + c
     mask = exists[:, None] & (c < channels)
-    pulled = tl.load(radial + offset, mask=mask, other=0.0)
+    along = tl.load(radial + offset, mask=mask, other=0.0)
     radial_weight = tl.reshape(
         tl.broadcast_to(radial_weight[:, None], (samples, TASK_BLOCK)), (SIDE,)
     )
     scale = coefficient * tl.load(factor + row % batch, mask=exists, other=0.0)
-    tl.store(grad + offset, scale[:, None] * (du - radial_weight[:, None] * pulled), mask=mask)
+    tl.store(grad + offset, scale[:, None] * (du - radial_weight[:, None] * along), mask=mask)
 
 
 class _Plan(NamedTuple):
@@ -286,6 +226,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(tasks: int, batch: int, total: int, channels: int) -> _Plan:
+    """Return the plan with the largest tiles that fill the GPU."""
     task_block = next_power_of_2(tasks)
     for side in SIDES:
         side = max(side, task_block)
@@ -298,47 +239,16 @@ def _plan(tasks: int, batch: int, total: int, channels: int) -> _Plan:
     return _Plan(task_block, side, samples, rows, tiles, at_once)
 
 
-def _step(side: int, align: int) -> dict[str, int]:
-    wide, warps = STEPS[min(side, max(STEPS))]
-    return {"WIDE": wide if align >= 4 else max(16, wide // 2), "num_warps": warps}
-
-
-def _precision() -> str:
-    return "ieee" if INTERPRET or fp32_precision() == "ieee" else "tf32x3"
-
-
-def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
-    tasks, batch, channels = a.shape
-    a = a.contiguous()
-    align = alignment(channels)
-    unit, factor = torch.empty_like(a), a.new_empty(batch)
-    radial = torch.empty_like(a) if with_grad else None
-    block = max(16, next_power_of_2(tasks))  # the least that a matrix product takes
-    launch(
-        _contrast_anchor_kernel,
-        (batch,),
-        a.device,
-        a,
-        unit,
-        radial,
-        factor,
-        batch,
-        channels // align,
-        *in_factors(eps),
-        CHANNELS_ALIGN=align,
-        TASKS=tasks,
-        TASK_BLOCK=block,
-        PRECISION=_precision(),
-        **_step(block, align),
-    )
-    return Anchors(unit, factor, radial)
-
-
 def contrast(
-    anchors: Anchors, *, temperature: float, with_grad: bool, everyone: Everyone | None = None
+    anchors: Anchors,
+    *,
+    temperature: float,
+    with_grad: bool,
+    all_samples: AllSamples | None = None,
 ) -> Contrast:
+    """Return the log-sum-exp of each sample's negatives, and the gradient of their mean."""
     unit, factor, radial = anchors
-    others, own = (unit, 0) if everyone is None else everyone[:2]
+    others, own = (unit, 0) if all_samples is None else all_samples[:2]
     tasks, batch, channels = unit.shape
     total = others.shape[1]
     temperature = float(temperature)
@@ -351,9 +261,9 @@ def contrast(
         "TASKS": tasks,
         "TASK_BLOCK": plan.task_block,
         "SIDE": plan.side,
-        "PRECISION": _precision(),
+        "PRECISION": product_precision(),
     }
-    step = _step(plan.side, align)
+    step = product_step(plan.side, align)
 
     dots = None
     if with_grad:
@@ -377,11 +287,11 @@ def contrast(
         )
 
     logsumexp, peaks = unit.new_empty(batch), unit.new_empty(2, batch + total)
-    whole = plan.at_once == plan.rows
+    all_at_once = plan.at_once == plan.rows
     starts = range(0, plan.rows, plan.at_once)
     for first in starts:
         count = min(plan.at_once, plan.rows - first)
-        write_products(first, count, dots if whole else None)
+        write_products(first, count, dots if all_at_once else None)
         samples = min(count * plan.samples, batch - first * plan.samples)
         launch(
             _contrast_logsumexp_kernel,
@@ -402,15 +312,15 @@ def contrast(
     if not with_grad:
         return Contrast(logsumexp, None)
 
-    if everyone is not None:
-        peaks[:, batch:] = everyone.join(peaks[:, batch:])
+    if all_samples is not None:
+        peaks[:, batch:] = all_samples.join(peaks[:, batch:])
     grad = torch.empty_like(unit)
     k_side = max(plan.task_block, min(plan.side, GRADIENT_SIDE))
     gradient_wide = GRADIENT_ELEMENTS // max(k_side, GRADIENT_SIDE)
     blocks = cdiv(channels, gradient_wide)
     for first in starts:
         count = min(plan.at_once, plan.rows - first)
-        if not whole:  # the weights of the gradient need the peaks of every column first
+        if not all_at_once:  # the weights of the gradient need the peaks of every column first
             write_products(first, count, dots)
         launch(
             _contrast_gradient_kernel,

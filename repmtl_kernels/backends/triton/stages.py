@@ -1,6 +1,7 @@
 """The stages as Triton kernels, for CUDA. Contract: ``backends/contract.py``."""
 
-from repmtl_kernels.backends.triton.contrast import anchors, contrast
+from repmtl_kernels.backends.triton.anchors import anchors
+from repmtl_kernels.backends.triton.contrast import contrast
 from repmtl_kernels.backends.triton.entropy import entropy
 from repmtl_kernels.backends.triton.gradient import saliency_grad
 from repmtl_kernels.backends.triton.gram import gram
