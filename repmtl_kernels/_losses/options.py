@@ -6,12 +6,12 @@ the ranks of a process group follow from the fields.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, TypeVar
 
 import torch
 
+from repmtl_kernels._distributed import Fact
 from repmtl_kernels._ground.checks import check_choice, check_number
 from repmtl_kernels._ground.saliency import NORMALIZERS, OVER
 
@@ -126,12 +126,17 @@ class Lambdas:
         )
 
 
-Options = TsrOptions | CsaOptions | Lambdas
+def facts(*options: TsrOptions | CsaOptions | Lambdas, prefixed: bool = True) -> dict[str, Fact]:
+    """Return what all ranks of a group must share of these options, by keyword.
 
-
-def compared(options: Options, *, prefixed: bool) -> Iterator[tuple[str, Field, object]]:
-    """Yield keyword, field and value of each option that all ranks of a group must share."""
-    for option in fields(options):
-        if option.metadata["compared"]:
-            prefix = options.prefix if prefixed and option.metadata["prefixed"] else ""
-            yield prefix + option.name, option, getattr(options, option.name)
+    ``prefixed``: where two losses share a call; some keywords then have the loss's prefix.
+    """
+    by_keyword = {}
+    for part in options:
+        for option in fields(part):
+            if option.metadata["compared"]:
+                prefix = part.prefix if prefixed and option.metadata["prefixed"] else ""
+                keyword = prefix + option.name
+                value, choices = getattr(part, option.name), option.metadata["choices"]
+                by_keyword[keyword] = Fact(value, f"the same {keyword}", choices)
+    return by_keyword
