@@ -11,25 +11,18 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import _distributed
-from repmtl_kernels._distributed import Group, Options
+from repmtl_kernels._distributed import Fact, Group, check_group
 from repmtl_kernels._ground.checks import check_int, check_number, checked_step
-from repmtl_kernels._ground.saliency import (
-    NORMALIZERS,
-    OVER,
-    accumulation_dtype,
-    has_values,
-    is_float16,
-)
+from repmtl_kernels._ground.saliency import accumulation_dtype, has_values, is_float16
 from repmtl_kernels._heads import second_order as _second_order
 from repmtl_kernels._heads.preflight import preflight
 from repmtl_kernels._losses.arguments import (
     check_csa_batch,
-    check_csa_options,
     check_positions,
     check_present,
     check_saliencies,
-    check_tsr_options,
 )
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions, facts
 from repmtl_kernels._training.clip import clipped
 from repmtl_kernels._training.progress import Progress
 from repmtl_kernels._training.step import RepMTLStep
@@ -55,7 +48,7 @@ from repmtl_kernels._training.tasks import (
     weighted_sum,
 )
 from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
-from repmtl_kernels.modules import _Loss
+from repmtl_kernels.modules import LossModule
 
 # For a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence).
 DEFAULT_STRENGTH = 0.03
@@ -68,6 +61,18 @@ SMALLEST_RATIO = 0.01
 # The weight that makes the regulariser's gradient so much smaller than lambdas that sum to
 # `strength` is reported: at least this many times.
 LARGEST_RATIO = 100.0
+# The options of the criterion itself that all ranks of a group must share.
+COMPARED = (
+    "lambda_tsr",
+    "lambda_csa",
+    "strength",
+    "start",
+    "ramp",
+    "every",
+    "log_losses",
+    "log_offset",
+    "clip",
+)
 # Elements of a saliency that are looked at for means: little memory, and a large sample.
 ENOUGH = 1 << 20
 
@@ -128,7 +133,7 @@ class _Call:
     group: str
 
 
-class RepMTL(_Loss):
+class RepMTL(LossModule):
     """The objective of Rep-MTL, arXiv 2507.21049, eq. 10, in place of the sum of the task losses::
 
         criterion = RepMTL()
@@ -326,7 +331,7 @@ class RepMTL(_Loss):
         """The total, and the tasks with the saliencies that were taken."""
         group = _distributed.name_of(self.group) if self.training else ""
         arguments = losses, representation
-        with _distributed.telling(group, arguments):
+        with _distributed.errors_shared(group, arguments):
             self._check_options()
             if step is not None:
                 step = checked_step(step)
@@ -336,7 +341,7 @@ class RepMTL(_Loss):
         weight = self._weight(number) if on else 0
         talks = group if self._talks(lambdas, weight) else ""
         # The same collectives in the same order on every rank, whatever is wrong on one of them.
-        with _distributed.telling(talks, arguments):
+        with _distributed.errors_shared(talks, arguments):
             named = named_losses(losses, representation, absent=True)
             weights = self._weights(losses)
             tasks = [
@@ -420,23 +425,9 @@ class RepMTL(_Loss):
         check_number("lambda_csa", self.lambda_csa, minimum=0)
         if self.strength is not None:
             check_number("strength", self.strength, minimum=0)
-        check_tsr_options(
-            over=self.over,
-            normalizer=self.normalizer,
-            temperature=self.tsr_temperature,
-            floor=self.tsr_floor,
-            eps=self.eps,
-            prefix="tsr_",
-            dtype=torch.float32,
-        )
-        check_csa_options(
-            temperature=self.csa_temperature,
-            eps=self.eps,
-            group=self.group,
-            memory=self.memory,
-            prefix="csa_",
-            dtype=torch.float32,
-        )
+        self._tsr_options().check(TsrOptions.prefix, torch.float32)
+        self._csa_options().check(CsaOptions.prefix, torch.float32)
+        check_group(self.group)
         if not isinstance(self.log_losses, bool):
             raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
         log_offset = check_number("log_offset", self.log_offset, minimum=0)
@@ -454,6 +445,14 @@ class RepMTL(_Loss):
         check_int("start", self.start, minimum=0)
         check_int("ramp", self.ramp, minimum=0)
         check_int("every", self.every, minimum=1)
+
+    def _tsr_options(self) -> TsrOptions:
+        return TsrOptions(
+            self.over, self.normalizer, self.tsr_temperature, self.tsr_floor, self.eps
+        )
+
+    def _csa_options(self) -> CsaOptions:
+        return CsaOptions(self.csa_temperature, self.eps, self.memory)
 
     def _checked_batch(
         self,
@@ -518,16 +517,18 @@ class RepMTL(_Loss):
         """
         return not self._progress.agreed or bool(weight and (lambdas[1] or self.strength))
 
-    def _agree(self, group: str, near: object) -> None:
+    def _agree(self, group: str, like: object) -> None:
         if torch.compiler.is_compiling():  # values are not known there
             return
-        options = self.options() | {
-            "calls": self._progress.calls,
-            "over": OVER.index(self.over),
-            "normalizer": NORMALIZERS.index(self.normalizer),
-        }
-        told = [-1 if options[f] is None else options[f] for f in Options._fields]
-        _distributed.agree(group, Options(*told), near)
+        calls = Fact(
+            self._progress.calls,
+            "the same number of training calls before this one",
+            remedy=". Load the checkpoint on every rank, not on one, and skip a batch on all",
+        )
+        options = self._tsr_options(), self._csa_options()
+        compared = [calls, *facts(*options).values()]
+        compared += [Fact(getattr(self, name), f"the same {name}") for name in COMPARED]
+        _distributed.agree(group, compared, like)
         self._progress.agreed = True
 
     def _check_observable(self, total: Tensor) -> None:

@@ -187,7 +187,3 @@ class RepMTLLoss(LossModule):
     ) -> RepMTLLosses:
         """Return both losses and their sum; see :func:`repmtl_kernels.rep_mtl_loss`."""
         return rep_mtl_loss(saliencies, present=present, positions=positions, **self.options())
-
-
-# The criterion's name for it.
-_Loss = LossModule
