@@ -22,9 +22,12 @@ from benchmarks.progress import say, track
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import side_by_side
-from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._ground.record import Saved
 from repmtl_kernels._ground.saliency import NORMALIZERS, OVER
-from repmtl_kernels._losses import backward, forward
+from repmtl_kernels._losses.backward import csa_gradient
+from repmtl_kernels._losses.config import Config
+from repmtl_kernels._losses.forward import run_stages
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.contract import Anchors, CSAGradient, Statistics
 
@@ -120,23 +123,15 @@ def work_of(backend: str, saliencies: list[Tensor]) -> Work:
     stages = choice.load(backend)
     config = Config(
         backend=backend,
-        tsr=True,
-        csa=True,
         stacked=False,
         channel_dim=1,
-        over="tasks",
-        normalizer="abs",
-        tsr_temperature=1.0,
-        tsr_floor=0.0,
-        csa_temperature=TEMPERATURE,
-        eps=0.0,
         with_grad=True,
-        group="",
-        recompute=False,
+        tsr=TsrOptions(),
+        csa=CsaOptions(temperature=TEMPERATURE),
     )
-    _, _, saved = forward._run_stages(stages, config, saliencies, saliencies, None, None)
+    _, _, saved = run_stages(stages, config, saliencies, None, None)
     saved = Saved(*(value.contiguous() for value in saved))
-    csa = backward._csa_gradient(saved.scale.new_ones(()), saved)
+    csa = csa_gradient(saved.scale.new_ones(()), saved)
     return Work(
         saliencies,
         stages.statistics(saliencies, positions=True, channels=True),

@@ -1,21 +1,20 @@
-"""What the ranks of a process group tell each other: all communication of the package.
+"""The ranks of a process group: all communication of the package.
 
-In one forward pass: a few numbers about the arguments, the unit anchors, two numbers for each of
-the log-sum-exps. The backward pass has none, and so nothing in it waits for another rank.
+One forward pass exchanges a few numbers about the arguments, the unit anchors, and two numbers for
+each of the log-sum-exps. The backward pass sends nothing, so nothing in it waits for another rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, SupportsFloat, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from repmtl_kernels._ground import torch_private
-from repmtl_kernels._ground.saliency import DTYPES, NORMALIZERS, OVER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,8 +32,8 @@ _NO_MEMBER = (
 )
 
 
-def check_group(group: Group | None) -> None:
-    """What can be told of it before there are processes."""
+def check_group(group: object) -> None:
+    """Raise if this can't be a group. Needs no processes."""
     if group is None or (isinstance(group, str) and group == "world"):
         return
     if isinstance(group, str):
@@ -58,7 +57,7 @@ def check_group(group: Group | None) -> None:
 
 
 def name_of(group: Group | None) -> str:
-    """The name that :func:`meet` finds the group by; empty where this process is on its own."""
+    """Return the group's name for the functions below; empty if this process is on its own."""
     check_group(group)
     if group is None:
         return ""
@@ -67,104 +66,145 @@ def name_of(group: Group | None) -> str:
             "group: expected an initialised torch.distributed; call init_process_group() first, or "
             "pass None (negatives of this process)"
         )
-    if group == "world":
-        group = dist.group.WORLD
-    elif not isinstance(group, dist.ProcessGroup):
-        if group.get_coordinate() is None:
-            raise ValueError(_NO_MEMBER)
-        group = group.get_group()
-    if dist.get_rank(group) < 0:
+    members = _process_group(group)
+    if members is None or dist.get_rank(members) < 0:
         raise ValueError(_NO_MEMBER)
-    return group.group_name if dist.get_world_size(group) > 1 else ""
+    return members.group_name if dist.get_world_size(members) > 1 else ""
 
 
-def _all_gather(found: Tensor, sent: Tensor, group: ProcessGroup, async_op: bool = False):
+def _process_group(group: Group) -> ProcessGroup | None:
+    """Return None for a mesh that this process is not in."""
+    if isinstance(group, str):
+        return dist.group.WORLD
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    return None if group.get_coordinate() is None else group.get_group()
+
+
+class Fact(NamedTuple):
+    """A value that must be the same on all ranks."""
+
+    value: SupportsFloat | str | None  # a number of at least 0, or one of the choices
+    expected: str  # how a message calls it, e.g. "the same eps"
+    choices: Sequence[str] = ()
+    remedy: str = ""
+
+    def number(self) -> float:
+        """Return the number that stands for the value in a message to the other ranks."""
+        if isinstance(self.value, str):
+            return float(self.choices.index(self.value))
+        return -1.0 if self.value is None else float(self.value)
+
+    def text(self, number: float) -> str:
+        """Return the text of the value that ``number`` stands for."""
+        if self.choices:
+            return self.choices[int(number)]
+        if number < 0:
+            return "None"
+        return f"{number:.0f}" if number.is_integer() else f"{number:g}"
+
+
+# The numbers that a rank sends in one message. All messages are as long, so that an error can come
+# in place of any of them.
+WIDTH = 17
+# The first number of a message: its kind.
+_ERROR, _LOSSES, _CRITERION = 0, 1, 2
+
+
+@contextmanager
+def _errors_shared(name: str, like: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        _exchange(torch_private.process_group_named(name), [_ERROR], like)
+        raise
+
+
+def errors_shared(name: str, like: object) -> AbstractContextManager:
+    """Return a context that reports an error in it to the other ranks, which wait for this one.
+
+    Args:
+        name: the group's, from :func:`name_of`.
+        like: tensors, or containers of them: the exchange is on their device.
+    """
+    return _errors_shared(name, like) if name else nullcontext()
+
+
+def agree(name: str, facts: Sequence[Fact], like: object) -> None:
+    """Raise, on every rank, if the options of the ranks' criteria differ."""
+    _exchange_facts(torch_private.process_group_named(name), _CRITERION, (), facts, like)
+
+
+def meet_peers(name: str, batch: int, facts: Sequence[Fact], like: object) -> Peers:
+    """Return the ranks and their batch sizes. Raise, on every rank, if their facts differ.
+
+    This is the first exchange of a forward pass.
+    """
+    group = torch_private.process_group_named(name)
+    rows = _exchange_facts(group, _LOSSES, (batch,), facts, like)
+    return Peers(group, dist.get_rank(group), tuple(int(row[1]) for row in rows))
+
+
+def _exchange_facts(
+    group: ProcessGroup, kind: int, own: Sequence[float], facts: Sequence[Fact], like: object
+) -> list[list[float]]:
+    """Return the messages of all ranks: the kind, numbers of the rank's own, and equal facts."""
+    rows = _exchange(group, [kind, *own, *(fact.number() for fact in facts)], like)
+    failed = [rank for rank, row in enumerate(rows) if row[0] == _ERROR]
+    if failed:
+        raise ValueError(
+            f"group: ranks {failed} of it have raised an error; theirs says what was wrong"
+        )
+    if any(row[0] != kind for row in rows):
+        raise ValueError(
+            "group: expected the same calls in the same order on every rank; got a criterion's on "
+            f"ranks {[r for r, row in enumerate(rows) if row[0] == _CRITERION]}, one of the "
+            f"losses' on ranks {[r for r, row in enumerate(rows) if row[0] == _LOSSES]}"
+        )
+    for column, fact in enumerate(facts, 1 + len(own)):
+        numbers = [row[column] for row in rows]
+        if any(number != numbers[0] for number in numbers):
+            texts = ", ".join(map(fact.text, numbers))
+            raise ValueError(
+                f"group: expected {fact.expected} on every rank; got {texts} by rank{fact.remedy}"
+            )
+    return rows
+
+
+def _exchange(group: ProcessGroup, message: Sequence[float], like: object) -> list[list[float]]:
+    """Return the messages of all ranks.
+
+    On the CPU where the group has a backend for it. Else the host has to wait until the device has
+    come to this.
+    """
+    row = [*map(float, message), *[0.0] * (WIDTH - len(message))]
+    with torch_private.without_transforms():
+        sent = torch.tensor([row], dtype=torch.float64, device=_device(group, like))
+        gathered = sent.new_empty(dist.get_world_size(group), WIDTH)
+        _all_gather(gathered, sent, group)
+        return gathered.tolist()
+
+
+def _all_gather(
+    gathered: Tensor, sent: Tensor, group: ProcessGroup, async_op: bool = False
+) -> dist.Work | None:
     # The second name is that of PyTorch before 2.13, and deprecated since.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(found, sent, group=group, async_op=async_op)
+    return gather(gathered, sent, group=group, async_op=async_op)
 
 
-def _found(name: str) -> ProcessGroup:
-    return torch_private.process_group_named(name)
+def _device(group: ProcessGroup, like: object) -> torch.device:
+    """Return a device that the group has a backend for.
 
-
-class Facts(NamedTuple):
-    """What each rank tells before its anchors. All but the batch has to be the same on all."""
-
-    batch: int
-    tasks: int
-    channels: int
-    dtype: int  # its place in DTYPES
-    with_grad: bool
-    positions: bool  # whether a mask of them is given
-    temperature: float
-    eps: float
-    tsr: bool
-    over: int  # these four: of TSR
-    normalizer: int
-    tsr_temperature: float
-    tsr_floor: float
-    lambda_tsr: float
-    lambda_csa: float
-
-
-class Options(NamedTuple):
-    """What each rank's criterion tells before it takes part in anything. None is told as -1."""
-
-    calls: int
-    lambda_tsr: float
-    lambda_csa: float
-    strength: float
-    start: int
-    ramp: int
-    every: int
-    over: int
-    normalizer: int
-    tsr_temperature: float
-    tsr_floor: float
-    csa_temperature: float
-    eps: float
-    log_losses: bool
-    log_offset: float
-    clip: float
-
-
-# What a rank tells, as the first number of it.
-_REFUSED, _FACTS, _OPTIONS = 0, 1, 2
-# Numbers that a rank tells at a time, always as many: an error fits in place of anything.
-WIDTH = 1 + max(len(Facts._fields), len(Options._fields))
-_SAME = {
-    "tasks": "the same number of tasks T",
-    "channels": "the same number of channels C",
-    "dtype": "saliencies of the same dtype",
-    "with_grad": "saliencies that require a gradient, or none",
-    "positions": "a mask of positions, or none,",
-    "tsr": "the same loss, csa_loss or rep_mtl_loss,",
-    "calls": "the same number of training calls before this one",
-}
-_REMEDY = {"calls": ". Load the checkpoint on every rank, not on one, and skip a batch on all"}
-
-
-def _exchange(group: ProcessGroup, told: Sequence[float], near: object) -> list[list[float]]:
-    """Of every rank. On the CPU where the group has a backend for it, else the host has to wait
-    until the device has come to it."""
-    row = [*map(float, told), *[0.0] * (WIDTH - len(told))]
-    with torch_private.without_transforms():
-        sent = torch.tensor([row], dtype=torch.float64, device=_device(group, near))
-        found = sent.new_empty(dist.get_world_size(group), WIDTH)
-        _all_gather(found, sent, group)
-        return found.tolist()
-
-
-def _device(group: ProcessGroup, near: object) -> torch.device:
-    """One that the group has a backend for; of several GPUs that of the tensors in ``near``, since
-    the current one may be another rank's."""
+    If that is a GPU, it is the one of the tensors in ``like``: the current one may be another
+    rank's.
+    """
     types = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
     if "cpu" in types:
         return torch.device("cpu")
     if (bound := getattr(group, "bound_device_id", None)) is not None:
         return bound
-    return next(_devices(near, types[0]), torch.device(types[0]))
+    return next(_devices(like, types[0]), torch.device(types[0]))
 
 
 def _devices(value: object, kind: str) -> Iterator[torch.device]:
@@ -179,68 +219,6 @@ def _devices(value: object, kind: str) -> Iterator[torch.device]:
             yield from _devices(item, kind)
 
 
-def telling(name: str, near: object) -> AbstractContextManager:
-    """An error in it is told to the other ranks of the group, which would wait for this one.
-
-    ``near``: the arguments, on whose device that is."""
-    return _telling(name, near) if name else nullcontext()
-
-
-@contextmanager
-def _telling(name: str, near: object) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        _exchange(_found(name), [_REFUSED], near)
-        raise
-
-
-def agree(name: str, options: Options, near: object) -> None:
-    """That all ranks have these options. Raises on every rank or on none."""
-    _same(_found(name), _OPTIONS, options, near)
-
-
-def meet(name: str, facts: Facts, near: object) -> Peers:
-    """The first exchange of a forward pass. Raises on every rank or on none."""
-    group = _found(name)
-    sizes = tuple(f.batch for f in _same(group, _FACTS, facts, near))
-    return Peers(group, dist.get_rank(group), sizes)
-
-
-def _same(group: ProcessGroup, kind: int, told: Facts | Options, near: object) -> list:
-    rows = _exchange(group, [kind, *told], near)
-    refusals = [rank for rank, row in enumerate(rows) if row[0] == _REFUSED]
-    if refusals:
-        raise ValueError(
-            f"group: ranks {refusals} of it have raised an error; theirs says what was wrong"
-        )
-    if any(row[0] != kind for row in rows):
-        raise ValueError(
-            "group: expected the same calls in the same order on every rank; got a criterion's on "
-            f"ranks {[r for r, row in enumerate(rows) if row[0] == _OPTIONS]}, one of the losses' "
-            f"on ranks {[r for r, row in enumerate(rows) if row[0] == _FACTS]}"
-        )
-    everyone = [type(told)(*row[1 : 1 + len(told)]) for row in rows]
-    for field in type(told)._fields:
-        values = [getattr(other, field) for other in everyone]
-        if field != "batch" and any(value != values[0] for value in values):
-            shown = ", ".join(_shown(field, value) for value in values)
-            raise ValueError(
-                f"group: expected {_SAME.get(field, f'the same {field}')} on every rank; got "
-                f"{shown} by rank{_REMEDY.get(field, '')}"
-            )
-    return [other._replace(batch=int(other.batch)) for other in everyone] if kind == _FACTS else []
-
-
-def _shown(field: str, value: float) -> str:
-    choices = {"dtype": DTYPES, "over": OVER, "normalizer": NORMALIZERS}
-    if field in choices:
-        return str(choices[field][int(value)])
-    if value < 0:
-        return "None"
-    return f"{value:.0f}" if value.is_integer() else f"{value:g}"
-
-
 class Peers(NamedTuple):
     """The ranks of a group and the number of samples that each of them has."""
 
@@ -250,48 +228,52 @@ class Peers(NamedTuple):
 
     @property
     def first(self) -> int:
-        """The number of this rank's first sample among those of all."""
+        """The number of this rank's first sample among the samples of all ranks."""
         return sum(self.sizes[: self.rank])
 
     @property
     def share(self) -> float:
-        """What a mean over this rank's samples is multiplied with, for the plain average over the
-        ranks to be the mean over all samples; 1 where all have as many."""
+        """The factor on a mean over this rank's samples; 1 where all ranks have as many.
+
+        With it, the plain average over the ranks is the mean over all samples.
+        """
         return len(self.sizes) * self.sizes[self.rank] / sum(self.sizes)
 
-    def start(self, values: Tensor) -> Callable[[], Tensor]:
-        """Sends (B, ...); the result waits, and gives those of all ranks (G, ...)."""
+    def start_gather(self, values: Tensor) -> Callable[[], Tensor]:
+        """Send ``values`` (B, ...). Return a function that waits for all ranks' (G, ...)."""
         most = max(self.sizes)
         sent = values.contiguous()
         if len(values) < most:  # pieces have to be of one size
             sent = values.new_zeros(most, *values.shape[1:])
             sent[: len(values)] = values
-        found = sent.new_empty(len(self.sizes) * most, *sent.shape[1:])
-        work = _all_gather(found, sent, self.group, async_op=True)
+        gathered = sent.new_empty(len(self.sizes) * most, *sent.shape[1:])
+        work = _all_gather(gathered, sent, self.group, async_op=True)
 
         def finish() -> Tensor:
-            work.wait()
+            if work is not None:
+                work.wait()
             if min(self.sizes) == most:
-                return found
-            pieces = zip(found.split(most), self.sizes, strict=True)
+                return gathered
+            pieces = zip(gathered.split(most), self.sizes, strict=True)
             return torch.cat([piece[:size] for piece, size in pieces])
 
         return finish
 
     def largest(self, values: Tensor) -> Tensor:
-        """Each element is the largest one of all ranks."""
+        """Return the largest value of all ranks, element by element."""
         return _reduced(values, self.group, dist.ReduceOp.MAX)
 
     def summed(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks, element by element."""
         return _reduced(values, self.group, dist.ReduceOp.SUM)
 
 
 def summed(values: Tensor, name: str) -> Tensor:
-    """A copy, summed over the ranks."""
-    return _reduced(values, _found(name), dist.ReduceOp.SUM)
+    """Return a copy that is summed over the ranks of the group with this name."""
+    return _reduced(values, torch_private.process_group_named(name), dist.ReduceOp.SUM)
 
 
-def _reduced(values: Tensor, group: ProcessGroup, op: dist.ReduceOp) -> Tensor:
+def _reduced(values: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType) -> Tensor:
     total = values.clone()
     dist.all_reduce(total, op, group=group)
     return total

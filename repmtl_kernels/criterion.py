@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import _distributed
-from repmtl_kernels._distributed import Group, Options
+from repmtl_kernels._distributed import Group
 from repmtl_kernels._ground.checks import checked_step
-from repmtl_kernels._ground.saliency import NORMALIZERS, OVER, has_values
+from repmtl_kernels._ground.saliency import has_values
 from repmtl_kernels._heads import first_calls, preflight
 from repmtl_kernels._heads.second_order import second_order
 from repmtl_kernels._training.arguments import (
@@ -26,7 +26,7 @@ from repmtl_kernels._training.regularizer import Regularizer
 from repmtl_kernels._training.saliencies import check_graph, take_saliencies
 from repmtl_kernels._training.step import RepMTLStep
 from repmtl_kernels._training.tasks import Tasks
-from repmtl_kernels.modules import _Loss
+from repmtl_kernels.modules import LossModule
 
 # For a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence).
 DEFAULT_STRENGTH = 0.03
@@ -75,7 +75,7 @@ def task_saliencies(
     ]
 
 
-class RepMTL(_Loss):
+class RepMTL(LossModule):
     """The objective of Rep-MTL, arXiv 2507.21049, eq. 10, in place of the sum of the task losses.
 
     A training step calls it with the task losses and the representation::
@@ -162,6 +162,26 @@ class RepMTL(_Loss):
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
+
+    lambda_tsr: float
+    lambda_csa: float
+    strength: float | None
+    start: int
+    ramp: int
+    over: str
+    normalizer: str
+    tsr_temperature: float
+    tsr_floor: float
+    csa_temperature: float
+    eps: float
+    log_losses: bool
+    log_offset: float
+    clip: float | None
+    task_weights: Weights | None
+    scaler: torch.amp.GradScaler | None
+    every: int
+    group: Group | None
+    memory: str
 
     check = staticmethod(preflight.check)
 
@@ -285,7 +305,7 @@ class RepMTL(_Loss):
         """Return the total, and the tasks with the saliencies that were taken."""
         progress, arguments = self._progress, (losses, representation)
         group = _distributed.name_of(self.group) if self.training else ""
-        with _distributed.telling(group, arguments):
+        with _distributed.errors_shared(group, arguments):
             options = self._checked_options()
             if step is not None:
                 step = checked_step(step)
@@ -297,7 +317,7 @@ class RepMTL(_Loss):
         is_shared = applied and bool(turn.lambdas[1] or options.strength)
         talks = group if is_shared or not progress.agreed else ""
         # The same collectives in the same order on every rank, whatever is wrong on one of them.
-        with _distributed.telling(talks, arguments):
+        with _distributed.errors_shared(talks, arguments):
             tasks = Tasks(
                 losses,
                 representation,
@@ -316,19 +336,14 @@ class RepMTL(_Loss):
                 check_graph(tasks)
                 if real:
                     first_calls.explain(tasks, progress, applied)
-                tasks.check_batch(
-                    present,
-                    positions,
-                    channel_dim=options.channel_dim,
-                    contrasted=bool(options.lambda_csa),
-                    group=group,
-                )
+                tasks.check_batch(present, positions, options, group)
             if applied:
                 take_saliencies(tasks, scale)
                 if real:
                     first_calls.warn_of_no_means(tasks, progress, options)
-        if talks:
-            self._agree(options, talks, arguments)
+        if talks and not torch.compiler.is_compiling():  # which knows no values
+            _distributed.agree(talks, options.facts(progress.calls), arguments)
+            progress.agreed = True
         if applied:
             regularizer = Regularizer(options, turn, tasks, scale, group, progress)
             total = total + regularizer.value(record)
@@ -361,18 +376,6 @@ class RepMTL(_Loss):
         options = CriterionOptions(**self.options())
         options.check()
         return options
-
-    def _agree(self, options: CriterionOptions, group: str, arguments: object) -> None:
-        if torch.compiler.is_compiling():  # values are not known there
-            return
-        compared = options.compared() | {
-            "calls": self._progress.calls,
-            "over": OVER.index(self.over),
-            "normalizer": NORMALIZERS.index(self.normalizer),
-        }
-        sent = [-1 if compared[name] is None else compared[name] for name in Options._fields]
-        _distributed.agree(group, Options(*sent), arguments)
-        self._progress.agreed = True
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
         # A checkpoint of the model from before it had this criterion is complete without a count.

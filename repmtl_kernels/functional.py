@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels import reference
-from repmtl_kernels._distributed import Group, name_of, telling
-from repmtl_kernels._ground.checks import check_number
-from repmtl_kernels._ground.record import Config
+from repmtl_kernels._distributed import Group, errors_shared, name_of
 from repmtl_kernels._ground.saliency import accumulation_dtype
 from repmtl_kernels._ground.torch_private import is_functorch_wrapped
-from repmtl_kernels._losses.arguments import check_tsr_options, csa_arguments, tsr_arguments
+from repmtl_kernels._losses.arguments import checked_call
+from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.evaluate import evaluate
+from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions
 from repmtl_kernels.backends import choice
 
 
@@ -90,45 +90,11 @@ def tsr_loss(
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    operands, stacked = tsr_arguments(
-        saliencies,
-        over=over,
-        normalizer=normalizer,
-        temperature=temperature,
-        floor=floor,
-        eps=eps,
-        positions=positions,
-        channel_dim=channel_dim,
+    options = TsrOptions(over, normalizer, temperature, floor, eps)
+    tsr, _ = evaluate_losses(
+        saliencies, tsr=options, positions=positions, channel_dim=channel_dim, backend=backend
     )
-    name = choice.resolve(backend, operands[0])
-    if name == "reference":
-        return reference.tsr_loss(
-            saliencies,
-            over=over,
-            normalizer=normalizer,
-            temperature=temperature,
-            floor=floor,
-            eps=eps,
-            positions=positions,
-            channel_dim=channel_dim,
-        )
-    config = Config(
-        backend=name,
-        tsr=True,
-        csa=False,
-        stacked=stacked,
-        channel_dim=channel_dim,
-        over=over,
-        normalizer=normalizer,
-        tsr_temperature=float(temperature),
-        tsr_floor=float(floor),
-        csa_temperature=1.0,
-        eps=float(eps),
-        with_grad=_grad_wanted(operands),
-        group="",
-        recompute=False,
-    )
-    return evaluate(config, operands, None, positions)[0]
+    return tsr
 
 
 def csa_loss(
@@ -185,48 +151,17 @@ def csa_loss(
         ValueError, TypeError: an argument is not as described, or with ``group`` that of another
             rank is not, or not the same; ``"recompute"`` with ``"reference"``.
     """
-    group_name = name_of(group)
-    with telling(group_name, saliencies):
-        operands, stacked = csa_arguments(
-            saliencies,
-            temperature=temperature,
-            eps=eps,
-            present=present,
-            positions=positions,
-            channel_dim=channel_dim,
-            group=group_name,
-            memory=memory,
-        )
-        name = choice.resolve(backend, operands[0])
-        if name == "reference":
-            reference.check_group_of_one(group_name)
-            reference.check_nothing_is_recomputed(memory)
-    if name == "reference":
-        return reference.csa_loss(
-            saliencies,
-            temperature=temperature,
-            eps=eps,
-            present=present,
-            positions=positions,
-            channel_dim=channel_dim,
-        )
-    config = Config(
-        backend=name,
-        tsr=False,
-        csa=True,
-        stacked=stacked,
+    options = CsaOptions(temperature, eps, memory)
+    _, csa = evaluate_losses(
+        saliencies,
+        csa=options,
+        present=present,
+        positions=positions,
         channel_dim=channel_dim,
-        over="tasks",
-        normalizer="abs",
-        tsr_temperature=1.0,
-        tsr_floor=0.0,
-        csa_temperature=float(temperature),
-        eps=float(eps),
-        with_grad=_grad_wanted(operands),
-        group=group_name,
-        recompute=memory == "recompute",
+        group=group,
+        backend=backend,
     )
-    return evaluate(config, operands, present, positions)[1]
+    return csa
 
 
 def rep_mtl_loss(
@@ -273,79 +208,61 @@ def rep_mtl_loss(
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    group_name = name_of(group)
-    with telling(group_name, saliencies):
-        operands, stacked = csa_arguments(
-            saliencies,
-            temperature=csa_temperature,
-            eps=eps,
-            present=present,
-            positions=positions,
-            channel_dim=channel_dim,
-            group=group_name,
-            memory=memory,
-            prefix="csa_",
-        )
-        dtype = accumulation_dtype(operands[0].dtype)
-        check_tsr_options(
-            over=over,
-            normalizer=normalizer,
-            temperature=tsr_temperature,
-            floor=tsr_floor,
-            eps=eps,
-            prefix="tsr_",
-            dtype=dtype,
-        )
-        lambda_tsr = check_number("lambda_tsr", lambda_tsr, minimum=0, dtype=dtype)
-        lambda_csa = check_number("lambda_csa", lambda_csa, minimum=0, dtype=dtype)
-        name = choice.resolve(backend, operands[0])
-        if name == "reference":
-            reference.check_group_of_one(group_name)
-            reference.check_nothing_is_recomputed(memory)
-    if name == "reference":
-        tsr = reference.tsr_loss(
-            saliencies,
-            over=over,
-            normalizer=normalizer,
-            temperature=tsr_temperature,
-            floor=tsr_floor,
-            eps=eps,
-            positions=positions,
-            channel_dim=channel_dim,
-        )
-        csa = reference.csa_loss(
-            saliencies,
-            temperature=csa_temperature,
-            eps=eps,
-            present=present,
-            positions=positions,
-            channel_dim=channel_dim,
-        )
-    else:
-        config = Config(
-            backend=name,
-            tsr=True,
-            csa=True,
-            stacked=stacked,
-            channel_dim=channel_dim,
-            over=over,
-            normalizer=normalizer,
-            tsr_temperature=float(tsr_temperature),
-            tsr_floor=float(tsr_floor),
-            csa_temperature=float(csa_temperature),
-            eps=float(eps),
-            with_grad=_grad_wanted(operands),
-            group=group_name,
-            recompute=memory == "recompute",
-            # Without a group a compiled graph does not depend on them.
-            lambda_tsr=lambda_tsr if group_name else 0.0,
-            lambda_csa=lambda_csa if group_name else 0.0,
-        )
-        tsr, csa = evaluate(config, operands, present, positions)
-    return RepMTLLosses(lambda_tsr * tsr + lambda_csa * csa, tsr, csa)
+    tsr, csa = evaluate_losses(
+        saliencies,
+        tsr=TsrOptions(over, normalizer, tsr_temperature, tsr_floor, eps),
+        csa=CsaOptions(csa_temperature, eps, memory),
+        lambdas=Lambdas(lambda_tsr, lambda_csa),
+        present=present,
+        positions=positions,
+        channel_dim=channel_dim,
+        group=group,
+        backend=backend,
+    )
+    return RepMTLLosses(float(lambda_tsr) * tsr + float(lambda_csa) * csa, tsr, csa)
 
 
-def _grad_wanted(operands: Sequence[Tensor]) -> bool:
+def evaluate_losses(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    tsr: TsrOptions | None = None,
+    csa: CsaOptions | None = None,
+    lambdas: Lambdas | None = None,
+    present: Tensor | None = None,
+    positions: Tensor | None = None,
+    channel_dim: int,
+    group: Group | None = None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return TSR and CSA, from checked arguments and by the backend that they ask for.
+
+    A loss whose options are None is left out: its tensor has no elements.
+    """
+    name = "" if group is None else name_of(group)
+    with errors_shared(name, saliencies):
+        operands, stacked, tsr, csa = checked_call(
+            saliencies, tsr, csa, present, positions, channel_dim, name
+        )
+        if lambdas is not None:
+            lambdas = lambdas.check(accumulation_dtype(operands[0].dtype))
+        backend = choice.resolve(backend, operands[0])
+        if backend == "reference":
+            reference.check_supported(csa, name)
+    config = Config(
+        backend,
+        stacked,
+        channel_dim,
+        _is_grad_wanted(operands),
+        tsr,
+        csa,
+        name,
+        lambdas if name else None,  # a compiled graph depends on them only with a group
+    )
+    losses = reference.evaluate if backend == "reference" else evaluate
+    return losses(config, operands, present, positions)
+
+
+def _is_grad_wanted(operands: Sequence[Tensor]) -> bool:
     # A function transform inside a compiler hides requires_grad.
     if torch.compiler.is_compiling():
         return True

@@ -1,33 +1,41 @@
-"""The losses as modules: the options are given once, the saliencies at each call."""
+"""The losses as modules: the options are set once, the saliencies are an argument of each call."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from repmtl_kernels._distributed import Group
-from repmtl_kernels._ground.checks import check_number
-from repmtl_kernels._losses.arguments import check_channel_dim, check_csa_options, check_tsr_options
+from repmtl_kernels._distributed import Group, check_group
+from repmtl_kernels._losses.arguments import check_channel_dim
+from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions
 from repmtl_kernels.backends.choice import check_backend
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
 
 
-class _Loss(nn.Module):
-    """Keeps the keyword options of a loss; they are its attributes and its ``repr``."""
+class LossModule(nn.Module):
+    """A loss whose keyword options are its attributes and its ``repr``.
+
+    A class declares its options as attributes with their types, and gives all of them to
+    ``super().__init__`` as keywords.
+    """
+
+    channel_dim: int
+    backend: str
 
     def __init__(self, **options: object) -> None:
-        check_channel_dim(options["channel_dim"])
-        check_backend(options["backend"])
         super().__init__()
         self._options = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
+        check_channel_dim(self.channel_dim)
+        check_backend(self.backend)
 
-    def __deepcopy__(self, memo: dict) -> _Loss:
-        # One for the whole process: a ProcessGroup has no copy, and nobody would update a scaler's.
+    def __deepcopy__(self, memo: dict[int, object]) -> LossModule:
+        # Shared with the copy: a ProcessGroup can't be copied, and nobody would update the copy of
+        # a gradient scaler.
         for shared in (getattr(self, "group", None), getattr(self, "scaler", None)):
             if shared is not None:
                 memo.setdefault(id(shared), shared)
@@ -36,15 +44,23 @@ class _Loss(nn.Module):
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
+        """Return the options by name, with their present values."""
         return {name: getattr(self, name) for name in self._options}
 
     def extra_repr(self) -> str:
+        """Return the options as they are in ``repr``."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
 
 
-class TSRLoss(_Loss):
+class TSRLoss(LossModule):
     """Module form of :func:`repmtl_kernels.tsr_loss`, same options."""
+
+    over: str
+    normalizer: str
+    temperature: float
+    floor: float
+    eps: float
 
     def __init__(
         self,
@@ -57,9 +73,7 @@ class TSRLoss(_Loss):
         channel_dim: int = 1,
         backend: str = "auto",
     ) -> None:
-        check_tsr_options(
-            over=over, normalizer=normalizer, temperature=temperature, floor=floor, eps=eps
-        )
+        TsrOptions(over, normalizer, temperature, floor, eps).check()
         super().__init__(
             over=over,
             normalizer=normalizer,
@@ -73,11 +87,17 @@ class TSRLoss(_Loss):
     def forward(
         self, saliencies: Tensor | Sequence[Tensor], positions: Tensor | None = None
     ) -> Tensor:
+        """Return TSR of these saliencies; see :func:`repmtl_kernels.tsr_loss`."""
         return tsr_loss(saliencies, positions=positions, **self.options())
 
 
-class CSALoss(_Loss):
+class CSALoss(LossModule):
     """Module form of :func:`repmtl_kernels.csa_loss`, same options."""
+
+    temperature: float
+    eps: float
+    group: Group | None
+    memory: str
 
     def __init__(
         self,
@@ -89,7 +109,8 @@ class CSALoss(_Loss):
         memory: str = "auto",
         backend: str = "auto",
     ) -> None:
-        check_csa_options(temperature=temperature, eps=eps, group=group, memory=memory)
+        CsaOptions(temperature, eps, memory).check()
+        check_group(group)
         super().__init__(
             temperature=temperature,
             eps=eps,
@@ -105,11 +126,23 @@ class CSALoss(_Loss):
         present: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
+        """Return CSA of these saliencies; see :func:`repmtl_kernels.csa_loss`."""
         return csa_loss(saliencies, present=present, positions=positions, **self.options())
 
 
-class RepMTLLoss(_Loss):
+class RepMTLLoss(LossModule):
     """Module form of :func:`repmtl_kernels.rep_mtl_loss`, same options."""
+
+    lambda_tsr: float
+    lambda_csa: float
+    over: str
+    normalizer: str
+    tsr_temperature: float
+    tsr_floor: float
+    csa_temperature: float
+    eps: float
+    group: Group | None
+    memory: str
 
     def __init__(
         self,
@@ -127,19 +160,10 @@ class RepMTLLoss(_Loss):
         memory: str = "auto",
         backend: str = "auto",
     ) -> None:
-        check_number("lambda_tsr", lambda_tsr, minimum=0, dtype=torch.float64)
-        check_number("lambda_csa", lambda_csa, minimum=0, dtype=torch.float64)
-        check_tsr_options(
-            over=over,
-            normalizer=normalizer,
-            temperature=tsr_temperature,
-            floor=tsr_floor,
-            eps=eps,
-            prefix="tsr_",
-        )
-        check_csa_options(
-            temperature=csa_temperature, eps=eps, group=group, memory=memory, prefix="csa_"
-        )
+        Lambdas(lambda_tsr, lambda_csa).check()
+        TsrOptions(over, normalizer, tsr_temperature, tsr_floor, eps).check(TsrOptions.prefix)
+        CsaOptions(csa_temperature, eps, memory).check(CsaOptions.prefix)
+        check_group(group)
         super().__init__(
             lambda_tsr=lambda_tsr,
             lambda_csa=lambda_csa,
@@ -161,4 +185,5 @@ class RepMTLLoss(_Loss):
         present: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> RepMTLLosses:
+        """Return both losses and their sum; see :func:`repmtl_kernels.rep_mtl_loss`."""
         return rep_mtl_loss(saliencies, present=present, positions=positions, **self.options())

@@ -1,9 +1,9 @@
 """The losses of Rep-MTL exactly as the paper prints them (arXiv 2507.21049, eq. 4 to 9).
 
-Plain PyTorch under autograd, ``C x C`` affinity matrices and all: slow, hungry and easy to read.
-Every backend is judged against these functions in float64, and they are the ones to use where a
-second derivative of the losses is needed. They compute in the dtype they are given and are not
-scale-safe: saliencies below about 1e-9 in float32 underflow here.
+These functions are plain PyTorch under autograd, with ``C x C`` affinity matrices: easy to read,
+slow, and they need much memory. Tests compare every backend with them in float64. Use them for a
+second derivative of the losses. They compute in the dtype of the saliencies, and saliencies below
+about 1e-9 in float32 underflow here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from repmtl_kernels._ground.saliency import (
     held,
     without_autocast,
 )
-from repmtl_kernels._losses.arguments import csa_arguments, tsr_arguments
+from repmtl_kernels._losses.arguments import checked_call
+from repmtl_kernels._losses.config import Config
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels._losses.product import Product
 
 
@@ -37,69 +39,10 @@ def tsr_loss(
     positions: Tensor | None = None,
     channel_dim: int = 1,
 ) -> Tensor:
-    """Task-specific saliency regulation, eq. 4 to 6, as :func:`repmtl_kernels.tsr_loss`."""
-    operands, stacked = tsr_arguments(
-        saliencies,
-        over=over,
-        normalizer=normalizer,
-        temperature=temperature,
-        floor=floor,
-        eps=eps,
-        positions=positions,
-        channel_dim=channel_dim,
-    )
-    tasks, mask = _with_zeros(canonical_tasks(operands, stacked, channel_dim), positions)
-    with without_autocast(operands[0].device):
-        return _entropy(tasks, mask, over, normalizer, float(temperature), float(floor), float(eps))
-
-
-def _with_zeros(
-    tasks: list[Tensor], positions: Tensor | None
-) -> tuple[list[Tensor], Tensor | None]:
-    """The saliencies (B, C, N), zero where no position is, and a mask (B, N) of those there."""
-    tasks = [task.flatten(2) for task in tasks]
-    mask = canonical_mask(positions)
-    if mask is not None:
-        tasks = [task.where(mask[:, None], 0) for task in tasks]
-    return tasks, mask
-
-
-def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over the last dimensions, of size (B, N), and over those before."""
-    if mask is None:
-        return values.mean()
-    count = mask.expand(values.shape).sum().clamp_min(1)
-    total = values.where(mask, 0).sum(dtype=accumulation_dtype(values.dtype))
-    return total / count
-
-
-def _entropy(
-    tasks: list[Tensor],
-    mask: Tensor | None,
-    over: str,
-    normalizer: str,
-    temperature: float,
-    floor: float,
-    eps: float,
-) -> Tensor:
-    x = torch.stack([s.mean(dim=1) for s in tasks])  # (T, B, N), eq. 4
-    dim = 0 if over == "tasks" else 2
-    if normalizer == "abs":
-        magnitude = x.abs()
-        if floor:
-            magnitude = magnitude + floor * _mean(magnitude, mask)
-            if mask is not None:
-                magnitude = magnitude.where(mask, 0)
-        total = magnitude.sum(dim, keepdim=True) + held(eps, x.dtype)
-        p = magnitude / total.where(total != 0, 1)  # eq. 5
-    elif over == "tasks" or mask is None:
-        p = torch.softmax(x / temperature, dim)
-    else:
-        there = mask | ~mask.any(1, keepdim=True)  # a distribution of nothing is NaN
-        p = torch.softmax(x.where(there, -math.inf) / temperature, dim).where(mask, 0)
-    entropy = -(p * p.where(p != 0, 1).log()).sum(dim)
-    entropy = _mean(entropy, mask if over == "tasks" else None)
-    return entropy.to(accumulation_dtype(x.dtype))  # eq. 6
+    """Return TSR, eq. 4 to 6, with the arguments of :func:`repmtl_kernels.tsr_loss`."""
+    options = TsrOptions(over, normalizer, temperature, floor, eps)
+    tsr, _ = _checked(saliencies, options, None, None, positions, channel_dim, "")
+    return tsr
 
 
 def csa_loss(
@@ -113,47 +56,102 @@ def csa_loss(
     group: Group | None = None,
     memory: str = "auto",
 ) -> Tensor:
-    """Cross-task saliency alignment, eq. 7 to 9, as :func:`repmtl_kernels.csa_loss`.
+    """Return CSA, eq. 7 to 9, with the arguments of :func:`repmtl_kernels.csa_loss`.
 
-    The samples are those of one process: a ``group`` of several raises ``ValueError``, and so does
-    ``memory="recompute"``, since autograd keeps what it needs.
+    A ``group`` of several processes raises ``ValueError``, and so does ``memory="recompute"``:
+    autograd keeps what it needs.
     """
-    check_group_of_one(name_of(group))
-    operands, stacked = csa_arguments(
-        saliencies,
-        temperature=temperature,
-        eps=eps,
-        present=present,
-        positions=positions,
-        channel_dim=channel_dim,
-        group="",
-        memory=memory,
-    )
-    check_nothing_is_recomputed(memory)
-    tasks, mask = _with_zeros(canonical_tasks(operands, stacked, channel_dim), positions)
-    with without_autocast(operands[0].device):
-        return _contrastive(tasks, mask, float(temperature), float(eps), present)
+    options = CsaOptions(temperature, eps, memory)
+    _, csa = _checked(saliencies, None, options, present, positions, channel_dim, name_of(group))
+    return csa
 
 
-def check_group_of_one(name: str) -> None:
-    if name:
+def _checked(
+    saliencies: Tensor | Sequence[Tensor],
+    tsr: TsrOptions | None,
+    csa: CsaOptions | None,
+    present: Tensor | None,
+    positions: Tensor | None,
+    channel_dim: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    call = checked_call(saliencies, tsr, csa, present, positions, channel_dim, group)
+    check_supported(call.csa, group)
+    config = Config("reference", call.stacked, channel_dim, True, call.tsr, call.csa)
+    return evaluate(config, call.operands, present, positions)
+
+
+def check_supported(csa: CsaOptions | None, group: str) -> None:
+    """Raise for what the reference can't do; ``group`` is the name of a group of several."""
+    if group:
         raise ValueError(
             "group: the reference contrasts the samples of one process; expected None, or a "
             "backend other than 'reference', got a group of several"
         )
-
-
-def check_nothing_is_recomputed(memory: str) -> None:
-    if memory == "recompute":
+    if csa is not None and csa.recompute:
         raise ValueError(
             "memory: the reference keeps what autograd keeps of the equations; expected 'auto' or "
             "'save', or a backend other than 'reference', got 'recompute'"
         )
 
 
+def evaluate(
+    config: Config,
+    operands: Sequence[Tensor],
+    present: Tensor | None,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return ``(tsr, csa)``, a tensor without elements for a loss that is left out."""
+    tasks = [
+        task.flatten(2) for task in canonical_tasks(operands, config.stacked, config.channel_dim)
+    ]
+    mask = canonical_mask(positions)
+    if mask is not None:  # zero at the positions that do not exist
+        tasks = [task.where(mask[:, None], 0) for task in tasks]
+    tsr = csa = operands[0].new_empty(0)
+    with without_autocast(operands[0].device):
+        if config.tsr is not None:
+            tsr = _entropy(tasks, mask, config.tsr)
+        if config.csa is not None:
+            csa = _contrastive(tasks, mask, config.csa, present)
+    return tsr, csa
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over all dimensions; the last ones, (B, N), where positions exist."""
+    if mask is None:
+        return values.mean()
+    count = mask.expand(values.shape).sum().clamp_min(1)
+    total = values.where(mask, 0).sum(dtype=accumulation_dtype(values.dtype))
+    return total / count
+
+
+def _entropy(tasks: list[Tensor], mask: Tensor | None, options: TsrOptions) -> Tensor:
+    x = torch.stack([s.mean(dim=1) for s in tasks])  # (T, B, N), eq. 4
+    over_tasks, temperature = options.over == "tasks", options.temperature
+    dim = 0 if over_tasks else 2
+    if options.normalizer == "abs":
+        magnitude = x.abs()
+        if options.floor:
+            magnitude = magnitude + options.floor * _mean(magnitude, mask)
+            if mask is not None:
+                magnitude = magnitude.where(mask, 0)
+        total = magnitude.sum(dim, keepdim=True) + held(options.eps, x.dtype)
+        p = magnitude / total.where(total != 0, 1)  # eq. 5
+    elif over_tasks or mask is None:
+        p = torch.softmax(x / temperature, dim)
+    else:
+        exists = mask | ~mask.any(1, keepdim=True)  # a distribution of nothing is NaN
+        p = torch.softmax(x.where(exists, -math.inf) / temperature, dim).where(mask, 0)
+    entropy = -(p * p.where(p != 0, 1).log()).sum(dim)
+    entropy = _mean(entropy, mask if over_tasks else None)
+    return entropy.to(accumulation_dtype(x.dtype))  # eq. 6
+
+
 def _contrastive(
-    tasks: list[Tensor], mask: Tensor | None, temperature: float, eps: float, present: Tensor | None
+    tasks: list[Tensor], mask: Tensor | None, options: CsaOptions, present: Tensor | None
 ) -> Tensor:
+    temperature, eps = options.temperature, options.eps
     s = torch.stack(tasks)  # (T, B, C, N)
     affinity = _normalized(_product(s, s.mT), eps)  # (T, B, C, C), eq. 7
     a = s.mean(dim=3)
@@ -174,7 +172,7 @@ def _contrastive(
 
 
 def _normalized(matrices: Tensor, eps: float) -> Tensor:
-    """``(..., C, C)`` divided by ``max(Frobenius norm, eps)``; a zero matrix stays zero."""
+    """Return ``(..., C, C)`` over ``max(Frobenius norm, eps)``; a zero matrix stays zero."""
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     eps = held(eps, norm.dtype)
     norm = norm.clamp_min(eps) if eps > 0 else norm.where(norm != 0, 1)
@@ -182,7 +180,7 @@ def _normalized(matrices: Tensor, eps: float) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``. Its derivatives too are without autocast, wherever they are taken."""
+    """Return ``a @ b`` without autocast, which its derivatives don't have either."""
     if torch.compiler.is_compiling():
         # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
         from repmtl_kernels._losses.graph_node import product_node

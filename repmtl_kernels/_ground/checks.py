@@ -5,26 +5,34 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 LARGEST_INT = 2**63 - 1
-# Tensors by type, without a shape or without most operations.
-NO_PLAIN_TENSORS = (torch.nn.parameter.UninitializedTensorMixin, torch.masked.MaskedTensor)
-# The smallest and the largest.
+# Kinds of tensors without a shape or without most operations.
+NO_PLAIN_TENSORS = (
+    torch.nn.parameter.UninitializedTensorMixin,  # type: ignore[attr-defined]
+    torch.masked.MaskedTensor,
+)
+# The smallest and the largest normal number.
 NORMAL_NUMBERS = {
     dtype: (torch.finfo(dtype).tiny, torch.finfo(dtype).max)
     for dtype in (torch.float32, torch.float64)
 }
 
 
-def is_dtensor(value: object) -> bool:
-    """Without loading ``torch.distributed.tensor``."""
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    """Return whether this is a DTensor, without loading ``torch.distributed.tensor``."""
     return hasattr(value, "device_mesh") and hasattr(value, "placements")
 
 
 def check_plain(name: str, value: Tensor) -> None:
+    """Raise if the tensor has no plain values of its own, with a shape and all operations."""
     if is_dtensor(value):
         raise TypeError(
             f"{name}: expected a plain Tensor, got a DTensor, spread as {value.placements}. Where "
@@ -40,11 +48,13 @@ def check_plain(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected a plain Tensor, got {type(value).__name__}")
 
 
-def size_text(value: object) -> str:
+def attribute_text(value: object) -> str:
+    """Return how messages show an attribute of a tensor: its shape, dtype, device or layout."""
     return str(tuple(value)) if isinstance(value, torch.Size) else str(value)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise if ``value`` is not one of the choices."""
     # A value of another type may not be comparable: an array is equal element by element.
     if not isinstance(value, str) or value not in choices:
         expected = ", ".join(map(repr, choices))
@@ -52,9 +62,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def shown(value: object) -> str:
-    """For messages: Python refuses to write very long ints, and arrays take many lines."""
+    """Return a short text for messages. Very long ints have none, and arrays many lines."""
     if isinstance(value, numbers.Rational):
-        longest = max(abs(value.numerator), value.denominator)
+        longest = max(abs(int(value.numerator)), int(value.denominator))
         if longest > LARGEST_INT:
             return f"{type(value).__name__} of {longest.bit_length()} bits"
     if not isinstance(value, numbers.Real | str | None):
@@ -64,21 +74,30 @@ def shown(value: object) -> str:
 
 def check_number(
     name: str,
-    value: float,
+    value: object,
     *,
     minimum: float,
     exclusive: bool = False,
     dtype: torch.dtype = torch.float32,
     normal: bool = False,
 ) -> float:
-    """``value`` as a float, finite in ``dtype`` and at least (or above) ``minimum``.
+    """Return ``value`` as a float. Raise if it is not a number that the caller can use.
 
-    normal: what ``dtype`` holds only as zero or as a subnormal number, which GPUs take for zero, is
-    refused; else its limit at 0 has to be what the caller computes.
+    Args:
+        name: what messages call it.
+        value: the number, of any real type.
+        minimum: the smallest number that is allowed.
+        exclusive: ``minimum`` itself is not allowed.
+        dtype: the number must be finite in it.
+        normal: refuse a number that ``dtype`` holds only as zero or as a subnormal number, which
+            GPUs take for zero. Without it, the caller computes the limit at 0 for such a number.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, float):
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    number = value if isinstance(value, float) else _as_float(value)
+    else:
+        number = _as_float(value)
     smallest, largest = NORMAL_NUMBERS[dtype]
     # NaN fails too.
     if not minimum <= number < math.inf or (exclusive and number == minimum):
@@ -99,20 +118,21 @@ def _as_float(value: numbers.Real) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
-def check_int(name: str, value: int, *, minimum: int) -> None:
+def check_int(name: str, value: object, *, minimum: int) -> int:
+    """Return ``value``. Raise if it is not an int of at least ``minimum``, below 2^63."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not minimum <= value <= LARGEST_INT:
         bound = f"of at least {minimum}" if value < minimum else "below 2^63"
         raise ValueError(f"{name}: expected an int {bound}; got {shown(value)}")
+    return value
 
 
-def checked_step(step: int) -> int:
-    """The user's counter, NumPy's perhaps, as an int of at least 0."""
+def checked_step(step: object) -> int:
+    """Return the user's counter as an int of at least 0. It may be one of NumPy's."""
     if isinstance(step, numbers.Integral) and not isinstance(step, bool):
         step = int(step)
-    check_int("step", step, minimum=0)
-    return step
+    return check_int("step", step, minimum=0)

@@ -1,7 +1,7 @@
-"""The private names of PyTorch that this package uses: no other module has one.
+"""The private names of PyTorch that this package uses. No other module uses one.
 
-A name that is gone in a new release of PyTorch is found, and replaced, here. Nothing is imported
-before it is needed: some of these modules are slow to load, or absent from some builds.
+If a new release of PyTorch renames one, it is replaced here. Modules that are slow to load, or
+absent from some builds, are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils import _pytree
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "backward_hooks",
@@ -49,23 +50,23 @@ __all__ = [
 
 
 def is_functorch_wrapped(x: Tensor) -> bool:
-    """Whether ``x`` lives inside a transform of ``torch.func``."""
+    """Return whether ``x`` lives inside a transform of ``torch.func``."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def is_legacy_batched(x: Tensor) -> bool:
-    """Whether ``x`` is a batch of gradients, as ``is_grads_batched=True`` sends them."""
+    """Return whether ``x`` is a batch of gradients, as ``is_grads_batched=True`` sends them."""
     return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def backward_hooks(x: Tensor) -> MutableMapping[int, Callable]:
-    """The hooks of ``x``; changes of a mapping that is not empty count."""
+    """Return the hooks of ``x``. Changes to them take effect, unless there are none."""
     hooks = x._backward_hooks
     return {} if hooks is None else hooks
 
 
 def register_tuple(kind: type, flatten: Callable, unflatten: Callable, name: str) -> None:
-    """Makes a subclass of tuple known to vmap, export and other users of PyTorch's trees."""
+    """Make a subclass of tuple known to vmap, export and other users of PyTorch's trees."""
     _pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=name)
 
 
@@ -73,7 +74,7 @@ def register_tuple(kind: type, flatten: Callable, unflatten: Callable, name: str
 
 
 def is_transform_active() -> bool:
-    """Whether a ``torch.func`` transform runs, or ``vmap`` of the older kind."""
+    """Return whether a ``torch.func`` transform runs, or ``vmap`` of the older kind."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
@@ -81,17 +82,17 @@ def is_transform_active() -> bool:
 
 
 def forward_mode_level() -> int:
-    """The level of forward-mode differentiation; below 0 outside of it."""
+    """Return the level of forward-mode differentiation; below 0 outside of it."""
     return torch.autograd.forward_ad._current_level
 
 
 def without_transforms() -> AbstractContextManager:
-    """Operations inside of it are not part of a transform of ``torch.func``."""
+    """Return a context whose operations are not part of a transform of ``torch.func``."""
     return torch._C._DisableFuncTorch()
 
 
 def without_dispatch_modes() -> AbstractContextManager:
-    """Operations inside of it are not seen by fake tensors and tracers."""
+    """Return a context whose operations fake tensors and tracers don't see."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
@@ -101,38 +102,38 @@ def without_dispatch_modes() -> AbstractContextManager:
 
 
 def running_backward() -> bool:
-    """Whether this is called in a backward pass."""
+    """Return whether this is called in a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def will_be_executed(node: Node) -> bool:
-    """Whether the backward pass that is running will come to ``node``."""
+    """Return whether the backward pass that is running will come to ``node``."""
     return torch._C._will_engine_execute_node(node)
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass that is running has ``retain_graph=True``."""
+    """Return whether the backward pass that is running has ``retain_graph=True``."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def saved_tensor_hooks() -> tuple[Callable, Callable] | None:
-    """The innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
+    """Return the innermost (pack, unpack) of ``torch.autograd.graph.saved_tensors_hooks``."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def sequence_number(node: Node) -> int:
-    """The number of ``node``: nodes that were made later have a larger one."""
+    """Return the number of ``node``: nodes that were made later have a larger one."""
     return node._sequence_nr()
 
 
 def next_sequence_number() -> int:
-    """The number that the next node of this thread gets."""
+    """Return the number that the next node of this thread gets."""
     return torch.autograd._get_sequence_nr()
 
 
 def defined_function(node: Node) -> type[torch.autograd.Function]:
-    """The ``autograd.Function`` that made ``node``."""
-    return node._forward_cls
+    """Return the ``autograd.Function`` that made ``node``."""
+    return node._forward_cls  # type: ignore[attr-defined]
 
 
 # --- operations and libraries ---
@@ -148,7 +149,7 @@ def batch_norm_forward(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Result, mean and inverse standard deviation; the last two are empty outside of training."""
+    """Return result, mean and inverse standard deviation, the last two empty outside training."""
     result, mean, invstd, *_ = torch._batch_norm_impl_index(
         x, weight, bias, running_mean, running_var,
         training, momentum, eps, torch.backends.cudnn.enabled,
@@ -157,7 +158,7 @@ def batch_norm_forward(
 
 
 def binary_of_torch() -> str:
-    """The path of a library of PyTorch that is loaded, and so is for this machine."""
+    """Return the path of a library of PyTorch that is loaded, and so is for this machine."""
     return torch._C.__file__
 
 
@@ -165,29 +166,29 @@ def binary_of_torch() -> str:
 
 
 def process_group_named(name: str) -> ProcessGroup:
-    """The group that has this ``group_name``."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    """Return the group that has this ``group_name``."""
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def wrapped_module(node: Node) -> nn.Module:
-    """The ``DistributedDataParallel`` that a ``_DDPSink`` node belongs to."""
-    return node.ddp_weakref()
+def wrapped_module(node: Node) -> DistributedDataParallel:
+    """Return the ``DistributedDataParallel`` that a ``_DDPSink`` node belongs to."""
+    return node.ddp_weakref()  # type: ignore[attr-defined]
 
 
 def ddp_waits_for_static_graph(wrapper: nn.Module) -> bool:
-    """Whether DDP takes the next backward pass for the one that it learns its static graph from."""
-    return wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued
+    """Return whether DDP will learn its static graph from the next backward pass."""
+    return bool(wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued)
 
 
 def is_flat_parameter(parameter: Tensor) -> bool:
-    """Whether it is one of FullyShardedDataParallel (FSDP1)."""
+    """Return whether it is one of FullyShardedDataParallel (FSDP1)."""
     return getattr(parameter, "_is_flat_param", False)
 
 
 def unsharded_parameters(hook: Any) -> Iterator[Tensor]:
-    """The parameters that computations see, of all modules that go with a hook of fully_shard."""
+    """Return the parameters as computations see them, for all modules of a fully_shard hook."""
     state = getattr(hook, "__self__", None)
-    if not hasattr(state, "_state_ctx"):
+    if state is None or not hasattr(state, "_state_ctx"):
         return
     for other in state._state_ctx.all_states:
         for group in _parameter_groups(other):
@@ -197,7 +198,7 @@ def unsharded_parameters(hook: Any) -> Iterator[Tensor]:
 
 
 def _parameter_groups(state: Any) -> Iterable[Any]:
-    """Newer versions of PyTorch have a list of groups, older ones have one or none."""
+    """Return the groups: newer versions of PyTorch have a list, older ones have one or none."""
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
     return [g for g in [state._fsdp_param_group] if g is not None]

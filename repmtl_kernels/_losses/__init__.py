@@ -1,1 +1,1 @@
-"""From checked arguments to values and gradients."""
+"""The losses: checks of their arguments, values and gradients."""

@@ -1,37 +1,41 @@
-"""The checks of each loss's arguments, for the public functions, modules and reference."""
+"""The checks of what a call of the losses is given, for all public functions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from repmtl_kernels._distributed import Group, check_group
 from repmtl_kernels._ground.checks import (
     LARGEST_INT,
-    check_choice,
-    check_number,
+    attribute_text,
     check_plain,
     shown,
-    size_text,
 )
-from repmtl_kernels._ground.saliency import DTYPES, NORMALIZERS, OVER, accumulation_dtype
-
-MEMORY = ("auto", "save", "recompute")
+from repmtl_kernels._ground.saliency import DTYPES, accumulation_dtype
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 
 
 def check_saliencies(
-    saliencies: Tensor | Sequence[Tensor],
+    saliencies: object,
     channel_dim: int,
     name: str = "saliencies",
     names: Sequence[str] = (),
 ) -> tuple[Tensor, ...]:
-    """The operands: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
+    """Return the operands: T tensors ``(B, C, *spatial)``, or one stacked ``(T, B, C, *spatial)``.
 
-    ``name`` is what messages call the argument, ``names`` its T tensors where not by their index.
-    Raises ``TypeError`` or ``ValueError`` for anything that the losses are not defined on.
+    Args:
+        saliencies: a sequence of T tensors, or one stacked tensor.
+        channel_dim: dimension of the channels within one task's saliency.
+        name: what messages call ``saliencies``.
+        names: what messages call the T tensors; by default their index in ``name``.
+
+    Raises:
+        ValueError, TypeError: the losses are not defined on these saliencies.
     """
+    operands: tuple[Tensor, ...]
     if isinstance(saliencies, Tensor):
         check_plain(name, saliencies)
         if not 3 <= saliencies.ndim <= 6:
@@ -51,11 +55,12 @@ def check_saliencies(
             check_plain(name_of_s, s)
         first = operands[0]
         for name_of_s, s in zip(names, operands, strict=True):
-            for what in ("shape", "dtype", "device", "layout"):
-                if getattr(s, what) != getattr(first, what):
+            for attribute in ("shape", "dtype", "device", "layout"):
+                if getattr(s, attribute) != getattr(first, attribute):
                     raise ValueError(
-                        f"{name_of_s}: every task must have the {what} of {names[0]}, "
-                        f"{size_text(getattr(first, what))}; got {size_text(getattr(s, what))}"
+                        f"{name_of_s}: every task must have the {attribute} of {names[0]}, "
+                        f"{attribute_text(getattr(first, attribute))}; "
+                        f"got {attribute_text(getattr(s, attribute))}"
                     )
         if not 2 <= first.ndim <= 5:
             raise ValueError(
@@ -89,8 +94,8 @@ def check_saliencies(
     return operands
 
 
-def check_channel_dim(channel_dim: int) -> None:
-    """What can be told of it without the saliencies."""
+def check_channel_dim(channel_dim: object) -> None:
+    """Raise if no saliencies have this dimension for their channels."""
     if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
         raise TypeError(f"channel_dim: expected an int, got {type(channel_dim).__name__}")
     if not -LARGEST_INT <= channel_dim <= LARGEST_INT:
@@ -102,6 +107,7 @@ def check_channel_dim(channel_dim: int) -> None:
 
 
 def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.device) -> None:
+    """Raise if ``present`` is neither None nor a bool tensor (T, B) on this device."""
     if present is None:
         return
     if not isinstance(present, Tensor):
@@ -123,7 +129,14 @@ def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.
 def check_positions(
     positions: Tensor | None, saliency: Tensor, channel_dim: int, name: str = "positions"
 ) -> None:
-    """``saliency``: one task's, checked."""
+    """Raise if ``positions`` is neither None nor a bool tensor (B, *spatial).
+
+    Args:
+        positions: the mask.
+        saliency: one task's, checked.
+        channel_dim: dimension of its channels.
+        name: what messages call the mask.
+    """
     if positions is None:
         return
     if not isinstance(positions, Tensor):
@@ -145,49 +158,6 @@ def check_positions(
         raise ValueError(f"{name}: expected device {saliency.device}; got {positions.device}")
 
 
-def check_tsr_options(
-    *,
-    over: str,
-    normalizer: str,
-    temperature: float,
-    floor: float,
-    eps: float,
-    prefix: str = "",
-    dtype: torch.dtype = torch.float64,
-) -> None:
-    """``dtype``: the one that the losses are computed in; of unknown saliencies, the widest."""
-    check_choice("over", over, OVER)
-    check_choice("normalizer", normalizer, NORMALIZERS)
-    check_number(
-        f"{prefix}temperature", temperature, minimum=0, exclusive=True, dtype=dtype, normal=True
-    )
-    check_number(f"{prefix}floor", floor, minimum=0, dtype=dtype, normal=True)
-    if floor != 0 and normalizer != "abs":
-        raise ValueError(
-            f"{prefix}floor: it is a share of the mean of |x|, for normalizer='abs'; expected 0 "
-            f"with normalizer={normalizer!r}, got {floor!r}"
-        )
-    check_number("eps", eps, minimum=0, dtype=dtype)
-
-
-def check_csa_options(
-    *,
-    temperature: float,
-    eps: float,
-    group: Group | None,
-    memory: str = "auto",
-    prefix: str = "",
-    dtype: torch.dtype = torch.float64,
-) -> None:
-    """``dtype`` as for :func:`check_tsr_options`."""
-    check_number(
-        f"{prefix}temperature", temperature, minimum=0, exclusive=True, dtype=dtype, normal=True
-    )
-    check_number("eps", eps, minimum=0, dtype=dtype)
-    check_group(group)
-    check_choice("memory", memory, MEMORY)
-
-
 ONE_SAMPLE = (
     "CSA contrasts a sample with the other samples of the batch and needs at least 2; "
     "got B = 1. Use a larger batch, drop the last short batch (DataLoader(drop_last=True)), or use "
@@ -202,7 +172,10 @@ def check_csa_batch(
     group: str,
     name: str = "saliencies",
 ) -> None:
-    """``group``: the name of the one whose other ranks may have samples; empty without."""
+    """Raise if CSA has no other samples to contrast with, or ``present`` does not fit.
+
+    ``group`` is the name of a process group whose other ranks may have samples; empty without one.
+    """
     shape = operands[0].shape
     tasks, batch = (shape[0], shape[1]) if stacked else (len(operands), shape[0])
     if batch == 1 and not group:
@@ -210,56 +183,36 @@ def check_csa_batch(
     check_present(present, tasks, batch, operands[0].device)
 
 
-def tsr_arguments(
-    saliencies: Tensor | Sequence[Tensor],
-    *,
-    over: str,
-    normalizer: str,
-    temperature: float,
-    floor: float,
-    eps: float,
-    positions: Tensor | None,
-    channel_dim: int,
-) -> tuple[tuple[Tensor, ...], bool]:
-    """Checked operands of TSR and whether they are one stacked tensor."""
-    operands = check_saliencies(saliencies, channel_dim)
-    check_tsr_options(
-        over=over,
-        normalizer=normalizer,
-        temperature=temperature,
-        floor=floor,
-        eps=eps,
-        dtype=accumulation_dtype(operands[0].dtype),
-    )
-    stacked = isinstance(saliencies, Tensor)
-    if positions is not None:
-        check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
-    return operands, stacked
+class Call(NamedTuple):
+    """Checked arguments."""
+
+    operands: tuple[Tensor, ...]
+    stacked: bool  # the only operand has the tasks in its first dimension
+    tsr: TsrOptions | None
+    csa: CsaOptions | None
 
 
-def csa_arguments(
+def checked_call(
     saliencies: Tensor | Sequence[Tensor],
-    *,
-    temperature: float,
-    eps: float,
+    tsr: TsrOptions | None,
+    csa: CsaOptions | None,
     present: Tensor | None,
     positions: Tensor | None,
     channel_dim: int,
     group: str,
-    memory: str = "auto",
-    prefix: str = "",
-) -> tuple[tuple[Tensor, ...], bool]:
-    """Checked operands of CSA and whether they are one stacked tensor. ``group`` is a name."""
+) -> Call:
+    """Return the arguments of one or both losses. Raise if one is not as documented.
+
+    Options that are None: without this loss. ``group`` is a name.
+    """
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
-    check_csa_options(
-        temperature=temperature,
-        eps=eps,
-        group=None,
-        memory=memory,
-        prefix=prefix,
-        dtype=accumulation_dtype(operands[0].dtype),
-    )
-    check_csa_batch(operands, stacked, present, group)
+    dtype = accumulation_dtype(operands[0].dtype)
+    both = tsr is not None and csa is not None
+    if csa is not None:
+        csa = csa.check(csa.prefix if both else "", dtype)
+        check_csa_batch(operands, stacked, present, group)
+    if tsr is not None:
+        tsr = tsr.check(tsr.prefix if both else "", dtype)
     if positions is not None:
         check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
-    return operands, stacked
+    return Call(operands, stacked, tsr, csa)

@@ -9,23 +9,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._ground.record import Saved
 from repmtl_kernels._ground.saliency import (
     canonical_mask,
     canonical_tasks,
     positions_to_saliency,
     without_autocast,
 )
-from repmtl_kernels._losses.forward import in_one_call
+from repmtl_kernels._losses.config import Config
+from repmtl_kernels._losses.forward import fused_operators
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram
+from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram, Stages
 
-# Elements of the Gram matrices that a backward with ``recompute`` has at a time, unless those of
-# one sample are more: enough work to fill a GPU.
+# A backward that makes the Gram matrices again makes as many as have this many elements at a time,
+# and at least one sample's: enough work to fill a GPU.
 RECOMPUTE_BLOCK = 1 << 23
 
 
-def backward(
+def run_backward(
     config: Config,
     wanted: Sequence[bool],
     grad_tsr: Tensor | None,
@@ -34,7 +35,7 @@ def backward(
     operands: Sequence[Tensor],
     saved: Saved,
 ) -> list[Tensor]:
-    """The gradients of the wanted operands."""
+    """Return the gradients of the wanted operands."""
     stages = choice.load(config.backend)
     tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
     mask = canonical_mask(positions)
@@ -44,22 +45,23 @@ def backward(
         if mask is not None:  # NaN elsewhere, or an infinite gradient, must not spread to padding
             position_grad = position_grad.masked_fill_(~mask, 0)
     if grad_csa is None:
+        assert position_grad is not None
         return expanded_grads(config, wanted, position_grad, operands)
     grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
     outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
-        if (operators := in_one_call(stages, config, tasks)) is not None:
-            _run_in_one_call(operators, grad_csa, position_grad, mask, tasks, outputs, saved)
-            return [g for g in grads if g is not None]
-        csa = _csa_gradient(grad_csa, saved)
-        if config.recompute:
-            _recompute(stages, config, tasks, outputs, csa, position_grad, mask)
+        if (operators := fused_operators(stages, config, tasks)) is not None:
+            _run_fused(operators, grad_csa, position_grad, mask, tasks, outputs, saved)
+        elif config.csa is not None and config.recompute:
+            csa = csa_gradient(grad_csa, saved)
+            _recompute(stages, config.csa.eps, tasks, outputs, csa, position_grad, mask)
         else:
+            csa = csa_gradient(grad_csa, saved)
             stages.saliency_grad(tasks, outputs, csa, position_grad, mask=mask)
     return [g for g in grads if g is not None]
 
 
-def _run_in_one_call(
+def _run_fused(
     operators: ModuleType,
     grad_csa: Tensor,
     position_grad: Tensor | None,
@@ -69,53 +71,53 @@ def _run_in_one_call(
     saved: Saved,
 ) -> None:
     numbers = [t for t, output in enumerate(outputs) if output is not None]
-    some = [outputs[t] for t in numbers]
+    wanted = [outputs[t] for t in numbers]
     operators.losses_backward(
-        grad_csa.resolve_neg(), position_grad, mask, tasks, some, numbers, list(saved)
+        grad_csa.resolve_neg(), position_grad, mask, tasks, wanted, numbers, list(saved)
     )
 
 
 def _recompute(
-    stages: ModuleType,
-    config: Config,
+    stages: Stages,
+    eps: float,
     tasks: list[Tensor],
     outputs: list[Tensor | None],
     csa: CSAGradient,
     position_grad: Tensor | None,
     mask: Tensor | None,
 ) -> None:
-    """``saliency_grad`` of a few samples at a time, their Gram matrices made again before it.
+    """Make the Gram matrices of a few samples again and write their gradient, block by block.
 
-    Samples, not tasks: both stages treat them one by one, while the gradient of an anchor is a sum
-    over the tasks.
+    Blocks of samples, not of tasks: the gradient of an anchor is a sum over the tasks.
     """
     step = samples_at_a_time(tasks[0].shape, len(tasks))
     csa = csa._replace(gram=csa.gram._replace(projection=None, matrix=None))  # empty tensors
     for first in range(0, len(tasks[0]), step):
-        some = slice(first, first + step)
-        part = csa.of_samples(some)
-        saliencies = [s[some] for s in tasks]
-        kept = None if mask is None else mask[some]
-        gram = stages.gram(
-            saliencies, part.scale, part.anchors.unit, eps=config.eps, with_grad=True, mask=kept
+        samples = slice(first, first + step)
+        part = csa.of_samples(samples)
+        saliencies = [s[samples] for s in tasks]
+        mask_part = None if mask is None else mask[samples]
+        made = stages.gram(
+            saliencies, part.scale, part.anchors.unit, eps=eps, with_grad=True, mask=mask_part
         )
-        made = part.gram._replace(projection=gram.projection, matrix=gram.matrix)
+        gram = part.gram._replace(projection=made.projection, matrix=made.matrix)
         stages.saliency_grad(
             saliencies,
-            [None if output is None else output[some] for output in outputs],
-            part._replace(gram=made),
-            None if position_grad is None else position_grad[:, some].contiguous(),
-            mask=kept,
+            [None if output is None else output[samples] for output in outputs],
+            part._replace(gram=gram),
+            None if position_grad is None else position_grad[:, samples].contiguous(),
+            mask=mask_part,
         )
 
 
 def samples_at_a_time(shape: Sequence[int], tasks: int) -> int:
-    """Whose Gram matrices the backward makes together; ``shape``: (B, C, *spatial)."""
+    """Return how many samples' Gram matrices are made together; ``shape`` is (B, C, *spatial)."""
     side = min(shape[1], math.prod(shape[2:]))
     return max(1, RECOMPUTE_BLOCK // (tasks * side * side))
 
 
-def _csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
+def csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
+    """Return what the last stage needs of CSA, from the incoming gradient and the forward."""
     ds = 2 * grad_csa * saved.weight
     anchor_weight = ds * saved.inverse
     return CSAGradient(
@@ -133,7 +135,10 @@ def _csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
 def expanded_grads(
     config: Config, wanted: Sequence[bool], position_grad: Tensor, operands: Sequence[Tensor]
 ) -> list[Tensor]:
-    """TSR's gradient is constant along the channels: a stride-0 view, no write of size C."""
+    """Return TSR's gradient of the wanted operands, expanded along the channels.
+
+    It is constant there, so this is a view with stride 0: nothing of size C is written.
+    """
     per_operand = [position_grad] if config.stacked else position_grad.unbind(0)
     return [
         positions_to_saliency(g.to(s.dtype, copy=True), s, config.channel_dim)

@@ -1,4 +1,4 @@
-"""The way into the losses: the ``autograd.Function``, or under a compiler its graph node."""
+"""The entry to the losses: the ``autograd.Function``, or under a compiler its graph node."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from repmtl_kernels._ground.record import Config
 from repmtl_kernels._ground.torch_private import is_fake
+from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.function import Losses
 
 
@@ -18,12 +18,12 @@ def evaluate(
     present: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``(tsr, csa)`` of checked operands; a loss that ``config`` leaves out is an empty tensor."""
+    """Return ``(tsr, csa)``, a tensor without elements for a loss that is left out."""
     if torch.compiler.is_compiling():
         # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
         from repmtl_kernels._losses.graph_node import graph_node
 
-        return graph_node(present, positions, tuple(config), *operands)
-    # Tensors of a dry run have no values that a backend could look at.
+        return graph_node(present, positions, config.flat(), *operands)
+    # Fake tensors have no values that a backend could read.
     tsr, csa, *_ = Losses.apply(is_fake(operands[0]), config, present, positions, *operands)
     return tsr, csa

@@ -7,9 +7,11 @@ import inspect
 import torch
 from torch import Tensor
 
-from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._ground.record import Saved
 from repmtl_kernels._ground.torch_private import is_legacy_batched
-from repmtl_kernels._losses import backward, forward
+from repmtl_kernels._losses.backward import run_backward
+from repmtl_kernels._losses.config import Config
+from repmtl_kernels._losses.forward import run_forward
 
 NO_SECOND_DERIVATIVE = (
     "repmtl_kernels: a second derivative of tsr_loss, csa_loss or rep_mtl_loss was asked for; the "
@@ -34,8 +36,10 @@ NO_BATCHED_GRADIENTS = (
 def _one_by_one(
     function: type[torch.autograd.Function], size: int, in_dims: tuple, inputs: tuple
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The batching rule of ``vmap``. CSA contrasts the samples of one call, so what is mapped over
-    can't be folded into the batch."""
+    """Return the results of one call for each index that ``vmap`` maps over.
+
+    CSA contrasts the samples of one call, so the mapped dimension can't be folded into the batch.
+    """
     runs = [
         function.apply(
             *(
@@ -50,11 +54,10 @@ def _one_by_one(
 
 
 class Losses(torch.autograd.Function):
-    """``(traced, config, present, positions, *operands) -> (tsr, csa, *saved)``; the losses
-    differentiable.
+    """The function from the operands to ``(tsr, csa, *saved)``; the losses are differentiable.
 
-    traced: by a compiler, which is to see operators; not in every part of it does PyTorch 2.11
-    know that it is compiling.
+    ``traced``: a compiler traces this, and must see operators. PyTorch 2.11 does not know in all of
+    its parts that it is compiling.
     """
 
     @staticmethod
@@ -66,8 +69,8 @@ class Losses(torch.autograd.Function):
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:
         if traced:
-            return tuple(torch.ops.repmtl.losses(operands, present, positions, *config))
-        return forward.forward(config, operands, present, positions)
+            return tuple(torch.ops.repmtl.losses(operands, present, positions, *config.flat()))
+        return run_forward(config, operands, present, positions)
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -97,9 +100,10 @@ class Losses(torch.autograd.Function):
             raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
         saved = ctx.saved_tensors
         traced = ctx.traced or torch.compiler.is_compiling()
-        given = traced, ctx.config, wanted, ctx.operands, grad_tsr, grad_csa
-        found = iter(Gradient.apply(*given, *saved))
-        return None, None, None, None, *(next(found) if w else None for w in wanted)
+        grads = iter(
+            Gradient.apply(traced, ctx.config, wanted, ctx.operands, grad_tsr, grad_csa, *saved)
+        )
+        return None, None, None, None, *(next(grads) if w else None for w in wanted)
 
 
 class Gradient(torch.autograd.Function):
@@ -111,12 +115,10 @@ class Gradient(torch.autograd.Function):
         if traced:
             return tuple(
                 torch.ops.repmtl.losses_backward(
-                    grad_tsr, grad_csa, positions, operands, saved, wanted, *config
+                    grad_tsr, grad_csa, positions, operands, saved, wanted, *config.flat()
                 )
             )
-        return tuple(
-            backward.backward(config, wanted, grad_tsr, grad_csa, positions, operands, saved)
-        )
+        return tuple(run_backward(config, wanted, grad_tsr, grad_csa, positions, operands, saved))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -135,7 +137,7 @@ class Gradient(torch.autograd.Function):
         raise RuntimeError(NO_SECOND_DERIVATIVE.format(backend=ctx.backend))
 
 
-# PyTorch asks for the signature of `forward` at every call; found afresh, it takes longer than most
-# kernels.
-for _function in (Losses, Gradient):
-    _function.forward.__signature__ = inspect.signature(_function.forward)
+# PyTorch asks for the signature of `forward` at every call. To inspect it takes longer than most
+# kernels, so it is kept.
+for _forward in (Losses.forward, Gradient.forward):
+    vars(_forward)["__signature__"] = inspect.signature(_forward)

@@ -1,26 +1,35 @@
-"""The losses, and products of the reference, as nodes of a compiler's graph. Importing this module
-loads TorchDynamo."""
+"""The losses, and products of the reference, as nodes of a compiler's graph.
+
+Importing this module loads TorchDynamo.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from repmtl_kernels._ground.record import Config
+from repmtl_kernels._losses.config import Config, Constant
 from repmtl_kernels._losses.function import Losses
 from repmtl_kernels._losses.product import Product
 
 
 @torch.compiler.allow_in_graph
 def graph_node(
-    present: Tensor | None, positions: Tensor | None, config: tuple, *operands: Tensor
+    present: Tensor | None,
+    positions: Tensor | None,
+    config: tuple[Constant, ...],
+    *operands: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``Losses`` traced below the compiler's front end, which can't trace an ``autograd.Function``
-    inside ``torch.func.grad``; autograd and function transforms see an ordinary one here."""
-    tsr, csa, *_ = Losses.apply(True, Config(*config), present, positions, *operands)
+    """Return ``(tsr, csa)``, traced below the compiler's front end.
+
+    The front end can't trace an ``autograd.Function`` inside ``torch.func.grad``. Autograd and
+    function transforms see an ordinary one here.
+    """
+    tsr, csa, *_ = Losses.apply(True, Config.from_flat(config), present, positions, *operands)
     return tsr, csa
 
 
 @torch.compiler.allow_in_graph
 def product_node(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``, traced in the same way."""
     return Product.apply(a, b)

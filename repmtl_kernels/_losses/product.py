@@ -9,7 +9,7 @@ from repmtl_kernels._ground.saliency import without_autocast
 
 
 class Product(torch.autograd.Function):
-    """Products are what autocast computes in 16 bits, those of PyTorch's own backward included."""
+    """``a @ b``. Autocast would compute it, and the products of its backward, in 16 bits."""
 
     generate_vmap_rule = True
 

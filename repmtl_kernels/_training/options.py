@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels._distributed import Group
+from repmtl_kernels._distributed import Fact, Group, check_group
 from repmtl_kernels._ground.checks import check_int, check_number
 from repmtl_kernels._ground.saliency import accumulation_dtype, is_transformed
-from repmtl_kernels._losses.arguments import check_csa_options, check_tsr_options
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions, facts
 from repmtl_kernels._training.arguments import Weights
 
 # Each rank has its own.
@@ -68,23 +68,9 @@ class CriterionOptions:
         check_number("lambda_csa", self.lambda_csa, minimum=0)
         if self.strength is not None:
             check_number("strength", self.strength, minimum=0)
-        check_tsr_options(
-            over=self.over,
-            normalizer=self.normalizer,
-            temperature=self.tsr_temperature,
-            floor=self.tsr_floor,
-            eps=self.eps,
-            prefix="tsr_",
-            dtype=torch.float32,
-        )
-        check_csa_options(
-            temperature=self.csa_temperature,
-            eps=self.eps,
-            group=self.group,
-            memory=self.memory,
-            prefix="csa_",
-            dtype=torch.float32,
-        )
+        self.tsr.check(TsrOptions.prefix, torch.float32)
+        self.csa.check(CsaOptions.prefix, torch.float32)
+        check_group(self.group)
         if not isinstance(self.log_losses, bool):
             raise TypeError(f"log_losses: expected a bool, got {type(self.log_losses).__name__}")
         log_offset = check_number("log_offset", self.log_offset, minimum=0)
@@ -102,6 +88,18 @@ class CriterionOptions:
         check_int("start", self.start, minimum=0)
         check_int("ramp", self.ramp, minimum=0)
         check_int("every", self.every, minimum=1)
+
+    @property
+    def tsr(self) -> TsrOptions:
+        """The options of TSR."""
+        return TsrOptions(
+            self.over, self.normalizer, self.tsr_temperature, self.tsr_floor, self.eps
+        )
+
+    @property
+    def csa(self) -> CsaOptions:
+        """The options of CSA."""
+        return CsaOptions(self.csa_temperature, self.eps, self.memory)
 
     def turn(self, number: int) -> Turn:
         """Return what the schedule gives the training call of this number."""
@@ -144,6 +142,17 @@ class CriterionOptions:
                 "lose; expected both to be None there. Compile the encoder alone, or use lambdas"
             )
 
-    def compared(self) -> dict[str, object]:
-        """Return the options that all ranks of a group must have alike."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata is not _OWN}
+    def facts(self, calls: int) -> list[Fact]:
+        """Return what all ranks of a group must share; ``calls``: the training calls so far."""
+        count = Fact(
+            calls,
+            "the same number of training calls before this one",
+            remedy=". Load the checkpoint on every rank, not on one, and skip a batch on all",
+        )
+        of_losses = facts(self.tsr, self.csa)
+        own = [
+            Fact(getattr(self, option.name), f"the same {option.name}")
+            for option in fields(self)
+            if option.name not in of_losses and option.metadata.get("compared", True)
+        ]
+        return [count, *of_losses.values(), *own]

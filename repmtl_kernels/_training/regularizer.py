@@ -15,6 +15,7 @@ from repmtl_kernels._ground.saliency import (
     is_float16,
     is_transformed,
 )
+from repmtl_kernels._losses.options import Lambdas
 from repmtl_kernels._training.clip import clipped
 from repmtl_kernels._training.norms import share_below_float16
 from repmtl_kernels._training.options import CriterionOptions, Turn
@@ -27,7 +28,7 @@ from repmtl_kernels._training.strength import (
     is_measured,
 )
 from repmtl_kernels._training.tasks import Level, Tasks
-from repmtl_kernels.functional import csa_loss, rep_mtl_loss, tsr_loss
+from repmtl_kernels.functional import evaluate_losses
 
 Parts = tuple[Tensor | None, Tensor | None]
 
@@ -91,49 +92,22 @@ class Regularizer(NamedTuple):
 
     def _losses_of_level(self, level: Level) -> tuple[Tensor, Tensor | None, Tensor | None]:
         options, (lambda_tsr, lambda_csa) = self.options, self.turn.weighted
-        if lambda_csa == 0:
-            tsr = tsr_loss(
-                level.saliencies,
-                over=options.over,
-                normalizer=options.normalizer,
-                temperature=options.tsr_temperature,
-                floor=options.tsr_floor,
-                eps=options.eps,
-                positions=level.positions,
-                channel_dim=options.channel_dim,
-                backend=options.backend,
-            )
-            return lambda_tsr * tsr, tsr, None
-        if lambda_tsr == 0:
-            csa = csa_loss(
-                level.saliencies,
-                temperature=options.csa_temperature,
-                eps=options.eps,
-                present=level.present,
-                positions=level.positions,
-                channel_dim=options.channel_dim,
-                group=options.group,
-                memory=options.memory,
-                backend=options.backend,
-            )
-            return lambda_csa * csa, None, csa
-        return rep_mtl_loss(
+        tsr, csa = evaluate_losses(
             level.saliencies,
-            lambda_tsr=lambda_tsr,
-            lambda_csa=lambda_csa,
-            over=options.over,
-            normalizer=options.normalizer,
-            tsr_temperature=options.tsr_temperature,
-            tsr_floor=options.tsr_floor,
-            csa_temperature=options.csa_temperature,
-            eps=options.eps,
-            present=level.present,
+            tsr=options.tsr if lambda_tsr else None,
+            csa=options.csa if lambda_csa else None,
+            lambdas=Lambdas(lambda_tsr, lambda_csa) if lambda_tsr and lambda_csa else None,
+            present=level.present if lambda_csa else None,
             positions=level.positions,
             channel_dim=options.channel_dim,
-            group=options.group,
-            memory=options.memory,
+            group=options.group if lambda_csa else None,
             backend=options.backend,
         )
+        if lambda_csa == 0:
+            return lambda_tsr * tsr, tsr, None
+        if lambda_tsr == 0:
+            return lambda_csa * csa, None, csa
+        return lambda_tsr * tsr + lambda_csa * csa, tsr, csa
 
     def _measured_ratio(self, value: Tensor) -> Tensor | None:
         """Return the ratio of the gradients without ``strength``, where it is this call's turn."""

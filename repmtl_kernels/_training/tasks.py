@@ -31,6 +31,7 @@ from repmtl_kernels._training.arguments import (
     per_task,
 )
 from repmtl_kernels._training.levels import Levels
+from repmtl_kernels._training.options import CriterionOptions
 
 
 @dataclass(eq=False)
@@ -166,9 +167,7 @@ class Tasks(list[Task]):
         self,
         present: Tensor | None,
         positions: Positions | None,
-        *,
-        channel_dim: int,
-        contrasted: bool,
+        options: CriterionOptions,
         group: str,
     ) -> None:
         """Take the masks, and raise if a batch is none that the losses are defined on.
@@ -179,8 +178,7 @@ class Tasks(list[Task]):
         Args:
             present: as the user gave it.
             positions: as the user gave them.
-            channel_dim: that of the criterion.
-            contrasted: whether CSA is on, which needs two samples.
+            options: the criterion's, which say where the channels are and whether CSA is on.
             group: the name of the group whose other ranks may have samples; empty without.
         """
         masks = masks_of_levels(positions, self._level_names)
@@ -188,15 +186,15 @@ class Tasks(list[Task]):
         batch = places[0][1].shape[:1]
         for level, ((_, first), (name, mask)) in enumerate(zip(places, masks, strict=True)):
             names, tensors = zip(*(task.places[level] for task in self), strict=True)
-            check_saliencies(tensors, channel_dim, "representation", names)
+            check_saliencies(tensors, options.channel_dim, "representation", names)
             if first.shape[:1] != batch:
                 raise ValueError(
                     f"{names[0]}: expected the batch of {places[0][0]}, {batch[0]}; got "
                     f"{first.shape[0]}"
                 )
             check_present(present, len(self.losses), first.shape[0], first.device)
-            check_positions(mask, first, channel_dim, name)
-            if contrasted:
+            check_positions(mask, first, options.channel_dim, name)
+            if options.lambda_csa:
                 check_csa_batch(tensors, False, None, group, "representation")
         self.present, self.positions = present, [mask for _, mask in masks]
 

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ class RepMTLWeighting(nn.Module):
                     representations.append(z)
                     grads.append(copy.grad)
         torch.autograd.backward(representations, grads)
-        weights = criterion.task_weights
+        weights = cast("Mapping[str, float] | None", criterion.task_weights)  # as the losses are
         return np.array([1.0 if weights is None else weights[task] for task in self.task_name])
 
     def _criterion(self, options: dict[str, Any]) -> RepMTL:

@@ -12,7 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, jacrev, jvp, vmap
 
 from repmtl_kernels import RepMTL, RepMTLLoss, csa_loss, rep_mtl_loss, tsr_loss
-from repmtl_kernels._ground.record import Config, Saved
+from repmtl_kernels._ground.record import Saved
+from repmtl_kernels._losses.config import Config
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels.backends.availability import refusal
 from repmtl_kernels.backends.native import library as native_library
 
@@ -400,20 +402,17 @@ def test_export_of_saliencies_is_refused(backend: str, refused):
 
 
 def _config(backend: str, **changes) -> Config:
-    config = Config(
-        backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True, "", False
-    )
-    return config._replace(**changes)
+    return Config(backend, False, 1, True, TsrOptions(), CsaOptions())._replace(**changes)
 
 
 CONFIGS = {
     "both": {},
-    "tsr": {"csa": False},
-    "floor": {"csa": False, "tsr_floor": 0.1},
-    "csa": {"tsr": False},
+    "tsr": {"csa": None},
+    "floor": {"csa": None, "tsr": TsrOptions(floor=0.1)},
+    "csa": {"tsr": None},
     "stacked": {"stacked": True},
     "without gradient": {"with_grad": False},
-    "recompute": {"recompute": True},
+    "recompute": {"csa": CsaOptions(memory="recompute")},
 }
 
 
@@ -425,10 +424,10 @@ def test_operators(backend: str, name: str):
     operands = [t.detach() for t in CASE.make(dtype)]
     if config.stacked:
         operands = [torch.stack(operands)]
-    torch.library.opcheck(torch.ops.repmtl.losses.default, (operands, None, None, *config))
+    torch.library.opcheck(torch.ops.repmtl.losses.default, (operands, None, None, *config.flat()))
     if not config.with_grad:
         return
-    _, _, *saved = torch.ops.repmtl.losses(operands, None, None, *config)
+    _, _, *saved = torch.ops.repmtl.losses(operands, None, None, *config.flat())
     assert len(saved) == len(Saved._fields)
     one = torch.ones((), dtype=dtype, device=DEVICE)
     wanted = [True] if config.stacked else [False, True]
@@ -438,7 +437,7 @@ def test_operators(backend: str, name: str):
     for grad_tsr, grad_csa in grads:
         torch.library.opcheck(
             torch.ops.repmtl.losses_backward.default,
-            (grad_tsr, grad_csa, None, operands, saved, wanted, *config),
+            (grad_tsr, grad_csa, None, operands, saved, wanted, *config.flat()),
         )
 
 
@@ -446,5 +445,5 @@ def test_operators(backend: str, name: str):
 def test_operator_takes_the_mask(backend: str):
     operands = [t.detach() for t in CASE.make(torch.float32)]
     present = torch.tensor([[True, False, True], [True, True, False]], device=DEVICE)
-    given = operands, present, None, *_config(backend)
+    given = operands, present, None, *_config(backend).flat()
     torch.library.opcheck(torch.ops.repmtl.losses.default, given)

@@ -41,8 +41,9 @@ from repmtl_kernels import (
     rep_mtl_loss,
     tsr_loss,
 )
-from repmtl_kernels._ground.record import Config
 from repmtl_kernels._losses import backward
+from repmtl_kernels._losses.config import Config
+from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.eager import operand, statistics
 
@@ -709,28 +710,26 @@ def test_export(backend: str):
 
 CONFIGS = {
     "both": {},
-    "tsr": {"csa": False},
-    "csa": {"tsr": False},
-    "recompute": {"recompute": True},
+    "tsr": {"csa": None},
+    "csa": {"tsr": None},
+    "recompute": {"csa": CsaOptions(memory="recompute")},
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_operators(backend: str, name: str):
-    config = Config(
-        backend, True, True, False, 1, "tasks", "abs", 1.0, 0.0, 0.5, 0.0, True, "", False
-    )._replace(**CONFIGS[name])
+    config = Config(backend, False, 1, True, TsrOptions(), CsaOptions())._replace(**CONFIGS[name])
     dtype = torch.float64 if supports(backend, torch.float64) else torch.float32
     operands = [t.detach() for t in CASE.make(dtype)]
     mask = mask_of(CASE, "random")
     ops = torch.ops.repmtl
-    torch.library.opcheck(ops.losses.default, (operands, None, mask, *config))
-    _, _, *saved = ops.losses(operands, None, mask, *config)
+    torch.library.opcheck(ops.losses.default, (operands, None, mask, *config.flat()))
+    _, _, *saved = ops.losses(operands, None, mask, *config.flat())
     one = torch.ones((), dtype=dtype, device=DEVICE)
     for grads in ((one, one), (one, None), (None, one)):
         if (config.tsr or grads[0] is None) and (config.csa or grads[1] is None):
-            given = (*grads, mask, operands, saved, [False, True], *config)
+            given = (*grads, mask, operands, saved, [False, True], *config.flat())
             torch.library.opcheck(ops.losses_backward.default, given)
 
 

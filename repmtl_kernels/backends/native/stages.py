@@ -166,7 +166,8 @@ def gram(
 @functools.cache
 def small_positions() -> range:
     """Numbers of positions for which own products on the CPU beat the library's: few, but not a
-    vector's padding."""
+    vector's padding.
+    """
     return range(16, 65) if native_library.load("cpu").small_products_are_fast() else range(0)
 
 
