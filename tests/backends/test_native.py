@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 from repmtl_kernels import csa_loss, reference, tsr_loss
 from repmtl_kernels._ground.saliency import canonical_tasks
 from repmtl_kernels.backends import eager
-from repmtl_kernels.backends.native import files
 from repmtl_kernels.backends.native import library as native_library
+from repmtl_kernels.backends.native.files import damage
 
 if native_library.status("cpu") != "ok":
     pytest.skip(native_library.status("cpu"), allow_module_level=True)
@@ -84,11 +84,11 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
 
 def test_blocks_of_the_contrast_give_the_same(monkeypatch):
     case = Case(2, 17, 24, (3,))
-    expected = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
+    whole = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
     monkeypatch.setattr(eager, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
     value, grads = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
-    torch.testing.assert_close(value, expected[0], rtol=1e-14, atol=0)
-    torch.testing.assert_close(grads, expected[1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(value, whole[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)
 
 
 def _damaged(library: Path) -> dict[str, tuple[bytes, str]]:
@@ -173,8 +173,8 @@ def test_a_library_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    damage = files.damage(Path(native_library.__file__), None)
-    assert damage == "cannot be read (Permission denied)"
+    fault = damage(Path(native_library.__file__), None)
+    assert fault == "cannot be read (Permission denied)"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="an ELF library")
@@ -188,7 +188,7 @@ def test_a_library_without_damage(tmp_path: Path, options: list[str]):
         shutil.copy(library, copy)
         if options and shutil.which("strip"):
             subprocess.run(["strip", *options, str(copy)], check=True)
-        assert files.damage(copy, Path(torch._C.__file__)) is None
+        assert damage(copy, Path(torch._C.__file__)) is None
 
 
 GOOD = torch.ones(2, 3, 4)

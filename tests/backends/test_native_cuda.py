@@ -86,11 +86,11 @@ def test_contrast_in_several_blocks():
 def test_contrast_of_the_stages_in_several_blocks(monkeypatch):
     monkeypatch.setattr(native, "in_one_call", lambda saliency: None)
     case = Case(2, 17, 24, (3,))
-    expected = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
+    whole = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
     monkeypatch.setattr(eager, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
     value, grads = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
-    torch.testing.assert_close(value, expected[0], rtol=1e-14, atol=0)
-    torch.testing.assert_close(grads, expected[1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(value, whole[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("case", [ANY[0], ANY[2], ANY[4]], ids=str)
