@@ -20,6 +20,7 @@ using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 using Tensors = std::vector<Tensor>;
 
+// Returns the type of the sums, similarities and losses for saliencies.
 inline ScalarType accumulation_type(const Tensor& saliency) {
   const ScalarType type = saliency.scalar_type();
   return type == ScalarType::Double ? type : ScalarType::Float;
@@ -29,6 +30,7 @@ inline bool on_one_device(const Tensor& x, const Tensor& y) {
   return x.is_cuda() == y.is_cuda() && x.get_device_index() == y.get_device_index();
 }
 
+// Checks that x is contiguous, with these sizes and this type, on the device of `like`.
 inline void check_contiguous(const char* name, const Tensor& x, const Sizes& sizes,
                              const Tensor& like, ScalarType type) {
   bool right = on_one_device(x, like) && x.is_contiguous() && x.scalar_type() == type &&

@@ -231,9 +231,8 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
   const std::unique_ptr<A[]> largest(new A[units]);
 
   const auto chunk = [&](int64_t begin, int64_t end) {
-    auto task = std::upper_bound(plan.begin(), plan.end(), begin,
-                                 [](int64_t u, const Task& k) { return u < k.unit; }) -
-                1;
+    const auto is_before = [](int64_t u, const Task& k) { return u < k.unit; };
+    auto task = std::upper_bound(plan.begin(), plan.end(), begin, is_before) - 1;
     for (int64_t u = begin; u < end; ++u) {
       while (task + 1 != plan.end() && u >= (task + 1)->unit) ++task;
       const int64_t unit = u - task->unit, b = unit / task->chunks, k = unit % task->chunks;
@@ -251,7 +250,8 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
       largest[u] = add_chunk(rows, first, count, task->length, sums, sums_of_rows);
     }
   };
-  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);  // about
+  // Approximately; units of different tasks may have different sizes.
+  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);
   parallel_for(units, grain_of(unit_size), chunk);
 
   const auto finish = [&](int64_t begin, int64_t end) {

@@ -1,6 +1,4 @@
 // Stage `entropy`.
-#include <limits>
-
 #include "device.cuh"
 
 namespace repmtl::cuda {
@@ -91,6 +89,7 @@ struct Input {
   __device__ A at(int64_t i, A offset) const { return parts ? magnitude(x[i]) + offset : x[i]; }
 };
 
+// parts (blocks): sums of x (size), or of |x| if `absolute`.
 template <typename A>
 REPMTL_KERNEL sum_kernel(const A* x, int64_t size, bool absolute, A* parts) {
   __shared__ A shared[kWarps];
@@ -136,7 +135,8 @@ REPMTL_KERNEL over_tasks_kernel(Input<A> input, Distribution<A> distribution,
   if (threadIdx.x == 0) parts[blockIdx.x] = h;
 }
 
-// A block for each task and sample, which has N adjacent values.
+// A block for each task and sample, which has N adjacent values. grad (T, B, N) or null; parts
+// (blocks): entropies.
 template <typename A>
 REPMTL_KERNEL over_space_kernel(Input<A> input, Distribution<A> distribution, int64_t N, A* grad,
                                 A* parts) {

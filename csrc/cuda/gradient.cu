@@ -6,6 +6,7 @@
 namespace repmtl::cuda {
 namespace {
 
+// `Coefficients` and `Outer` with the type of accumulators.
 template <typename A>
 struct Terms {
   const A *scale, *anchor_weight, *affinity_weight;  // (T, B)
@@ -27,6 +28,7 @@ Terms<A> terms_of(const Coefficients& c, const Outer& o) {
           cast(o.right)};
 }
 
+// A thread for each sample. grad (), radial_weight (B), the other arrays (T, B).
 template <typename A>
 REPMTL_KERNEL coefficients_kernel(const A* grad, const A* weight, const A* similarity,
                                   const A* inverse, const A* slope, int64_t tasks, int64_t batch,
@@ -44,12 +46,13 @@ REPMTL_KERNEL coefficients_kernel(const A* grad, const A* weight, const A* simil
   radial_weight[b] = sum;
 }
 
+// `AnchorGradient` with the type of accumulators.
 template <typename A>
 struct AnchorTerms {
   const A *negatives, *grad, *factor, *anchor_weight, *y, *radial_weight, *radial;
 };
 
-// Grid: (anchor and sample, tile of channels).
+// Writes da (T, B, C). Grid: (anchor and sample, tile of channels).
 template <typename A>
 REPMTL_KERNEL anchor_gradient_kernel(
     const __grid_constant__ AnchorTerms<A> terms, Shape shape, unsigned blocks, A* da,

@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2)
   if (threadIdx.x == 0) finish(sample, square, positive);
 }
 
-// Grid: (sample, tile of rows and columns). Each thread copies a vector of elements.
+// scale (B) or null, to (B, rows, columns). Grid: (sample, tile of rows and columns). Each thread
+// copies a vector of elements.
 template <typename S, int kVector, bool kMasked>
 REPMTL_KERNEL scaled_copy_kernel(const __grid_constant__ View view,
                                  const __grid_constant__ Axes axes, unsigned blocks,

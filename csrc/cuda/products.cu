@@ -16,6 +16,7 @@ struct Plan {
   unsigned chunks, tiles, groups;  // chunks of rows, tiles of columns, groups of vectors
 };
 
+// `Vectors` with the type of accumulators.
 template <typename A>
 struct Columns {
   const A* data;

@@ -135,7 +135,7 @@ REPMTL_KERNEL finish_kernel(
   if (threadIdx.x == 0) scale[sample] = power_of_two(top);
 }
 
-// A block for each sample.
+// Writes counts (B). A block for each sample.
 template <typename A>
 REPMTL_KERNEL count_kernel(const unsigned char* valid,  // (B, N)
                            int64_t positions, A* counts) {
