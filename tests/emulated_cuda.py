@@ -1,4 +1,4 @@
-"""The CUDA kernels of ``csrc/cuda`` on the CPU: compiled with headers that emulate CUDA."""
+"""Compiles the CUDA kernels of ``csrc/cuda`` for the CPU, with headers that emulate CUDA."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from repmtl_kernels.backends.native import library as native_library
-from repmtl_kernels.backends.native.sources import digest
+from repmtl_kernels.backends.native.files import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -16,16 +16,23 @@ HEADERS = ROOT / "tests" / "emulation"
 
 
 def build(folder: Path, *flags: str) -> Path:
-    """The library, whose operators take CPU tensors."""
+    """Compile the library, whose operators take CPU tensors, and return its path."""
     torch_folder = Path(torch.__file__).parent
     compiler = os.environ.get("CXX", "c++")
     common = ["-std=c++17", "-O2", "-fPIC", "-Wall", *flags]
     kernels = [*common, "-Wno-unknown-pragmas", "-x", "c++", "-I", str(HEADERS)]
-    binding = [*common, "-Wno-psabi", "-isystem", str(torch_folder / "include")]
+    binding = [
+        *common,
+        "-Wno-psabi",
+        "-fvisibility=hidden",
+        "-isystem",
+        str(torch_folder / "include"),
+    ]
     binding += ["-DREPMTL_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     binding.append(f'-DREPMTL_SOURCES="{digest(ROOT / "csrc")}"')
     jobs = [(kernels, source) for source in sorted(SOURCES.glob("*.cu"))]
-    jobs += [(binding, path) for path in (SOURCES / "operators.cpp", HEADERS / "torch_cuda.cpp")]
+    jobs += [(binding, path) for path in sorted(SOURCES.glob("*.cpp"))]
+    jobs.append((binding, HEADERS / "torch_cuda.cpp"))
 
     def compile_one(job: tuple[list[str], Path]) -> str:
         options, source = job
@@ -37,9 +44,7 @@ def build(folder: Path, *flags: str) -> Path:
         objects = list(pool.map(compile_one, jobs))
     library = folder / "librepmtl_emulated.so"
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run(
-        compiler, *flags, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(library)
-    )  # fmt: skip
+    _run(compiler, *flags, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(library))
     return library
 
 
@@ -49,17 +54,17 @@ def _run(*command: str) -> None:
 
 
 def install(library: str) -> None:
-    """From here on the native backend takes CPU tensors for CUDA ones."""
+    """Make the native backend take CPU tensors for CUDA tensors, from here on."""
     torch.ops.load_library(library)
-    # PyTorch has it for CUDA alone.
+    # PyTorch has this operator for CUDA only.
     implementations = torch.library.Library("aten", "IMPL")
     implementations.impl("bmm.dtype", _bmm, "CPU")
-    install.implementations = implementations  # which end with it
+    install.implementations = implementations  # they last as long as this object
     native_library.library_of = lambda x: "cuda"
     native_library.status = lambda library: "ok"
 
 
 def _bmm(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # What PyTorch has on CUDA, and no more.
+    # PyTorch accepts only these types on CUDA.
     assert a.dtype == b.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
     return torch.bmm(a.to(dtype), b.to(dtype))

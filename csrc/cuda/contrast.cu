@@ -1,3 +1,4 @@
+// Stages `anchors` and `contrast`, and the value of CSA.
 #include "device.cuh"
 
 namespace repmtl::cuda {
@@ -5,13 +6,12 @@ namespace {
 
 // A block for each sample.
 template <typename A>
-REPMTL_KERNEL unit_anchors_kernel(
-    const A* a,  // (T, B, C)
-    int64_t tasks, int64_t batch, int64_t channels, double eps,
-    A* products,  // (B, T, T): scratch
-    A* u,  // (T, B, C)
-    A* factor,  // (B)
-    A* radial) {  // (T, B, C) or null
+REPMTL_KERNEL unit_anchors_kernel(const A* a,  // (T, B, C)
+                                  int64_t tasks, int64_t batch, int64_t channels, double eps,
+                                  A* products,  // (B, T, T): scratch
+                                  A* u,         // (T, B, C)
+                                  A* factor,    // (B)
+                                  A* radial) {  // (T, B, C) or null
   __shared__ A shared[kWarps];
   const int64_t b = blockIdx.x;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -54,8 +54,9 @@ REPMTL_KERNEL unit_anchors_kernel(
   }
 }
 
-// r_k = sum_tv dots^2 of sample m of a block and sample k. What each addition rounds off is taken from
-// the next term (Kahan's sum): T^2 of them would add up.
+// Returns r_mk = sum_tv dots^2 for sample m of a block and sample k. The error of each addition is
+// taken from the next term (Kahan's sum), since T^2 errors would add up.
+// dots (T, M, T, B).
 template <typename A>
 __device__ A similarity(const A* dots, int64_t tasks, int64_t batch, int64_t samples, int64_t m,
                         int64_t k) {
@@ -71,8 +72,8 @@ __device__ A similarity(const A* dots, int64_t tasks, int64_t batch, int64_t sam
   return r;
 }
 
-// The largest r, and the sum of exp((r - largest) / temperature). Similarities are not negative, so 0
-// is a lower bound of their maximum, and finite.
+// The largest similarity r, and the sum of exp((r - largest) / temperature). Similarities are not
+// negative, so 0 is a finite lower bound of the largest.
 template <typename A>
 struct Peaks {
   A largest, sum;
@@ -82,7 +83,7 @@ struct Peaks {
     sum = sum * exp((largest - raised) / temperature) + exp((r - raised) / temperature);
     largest = raised;
   }
-  // Sums over all threads; every thread gets the result.
+  // Joins the peaks of all threads. Every thread gets the result.
   __device__ void join(A temperature, A* shared) {
     const A top = block_max(largest, shared);
     sum = block_sum(sum * exp((largest - top) / temperature), shared);
@@ -92,12 +93,11 @@ struct Peaks {
 
 // A block for each sample of dots.
 template <typename A>
-REPMTL_KERNEL log_sum_exp_kernel(
-    const A* dots,  // (T, M, T, B)
-    int64_t tasks, int64_t batch, int64_t first, A temperature,
-    A* logsumexp,  // (M)
-    A* rows,  // (2, M)
-    A* similarities) {  // (M, B) or null: r
+REPMTL_KERNEL log_sum_exp_kernel(const A* dots,  // (T, M, T, B)
+                                 int64_t tasks, int64_t batch, int64_t first, A temperature,
+                                 A* logsumexp,       // (M)
+                                 A* rows,            // (2, M)
+                                 A* similarities) {  // (M, B) or null: r
   __shared__ A shared[kWarps];
   const int64_t m = blockIdx.x, samples = gridDim.x;
   Peaks<A> peaks{0, 0};
@@ -113,12 +113,12 @@ REPMTL_KERNEL log_sum_exp_kernel(
   rows[samples + m] = peaks.sum;
 }
 
-// A block for each of all samples.
+// A block for each sample of the batch.
 template <typename A>
 REPMTL_KERNEL column_peaks_kernel(
     const A* similarities,  // (M, B)
     int64_t first, int64_t samples, A temperature,
-    A* columns) {  // (2, B): those before, and then with these
+    A* columns) {  // (2, B): peaks of earlier blocks, to which these are added
   __shared__ A shared[kWarps];
   const int64_t k = blockIdx.x, batch = gridDim.x;
   Peaks<A> peaks{0, 0};
@@ -132,23 +132,23 @@ REPMTL_KERNEL column_peaks_kernel(
   columns[batch + k] = peaks.sum;
 }
 
-// A thread for each pair of samples: m of dots and k of all. Both weights are taken from r_mk: r_km is
-// another sum, and at low temperatures its rounding would be all that is seen.
+// A thread for each pair of samples: m of dots and k of the batch. Both weights are computed from
+// r_mk: r_km is another sum, and at low temperatures the difference in rounding would dominate.
 template <typename A>
-REPMTL_KERNEL weigh_dots_kernel(
-    A* dots,  // (T, M, T, B)
-    const A* rows,  // (2, M)
-    const A* columns,  // (2, B)
-    int64_t tasks, int64_t batch, int64_t first, int64_t samples, A temperature) {
+REPMTL_KERNEL weigh_dots_kernel(A* dots,           // (T, M, T, B)
+                                const A* rows,     // (2, M)
+                                const A* columns,  // (2, B)
+                                int64_t tasks, int64_t batch, int64_t first, int64_t samples,
+                                A temperature) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= samples * batch) return;
   const int64_t m = i / batch, k = i % batch;
   A weight = 0;
   if (k != first + m) {
     const A r = similarity(dots, tasks, batch, samples, m, k);
-    const A of_row = exp((r - rows[m]) / temperature) / rows[samples + m];
-    const A of_column = exp((r - columns[k]) / temperature) / columns[batch + k];
-    weight = (of_row + of_column) * 2 / (temperature * static_cast<A>(batch));
+    const A row_weight = exp((r - rows[m]) / temperature) / rows[samples + m];
+    const A column_weight = exp((r - columns[k]) / temperature) / columns[batch + k];
+    weight = (row_weight + column_weight) * 2 / (temperature * static_cast<A>(batch));
   }
   for (int64_t t = 0; t < tasks; ++t) {
     for (int64_t v = 0; v < tasks; ++v) {
@@ -159,16 +159,18 @@ REPMTL_KERNEL weigh_dots_kernel(
 
 // A block for each sample.
 template <typename A>
-REPMTL_KERNEL through_normalisation_kernel(
-    const A* u,  // (T, B, C), as radial and du
-    const A* factor,  // (B)
-    const A* radial, int64_t tasks, int64_t batch, int64_t channels, A* du) {
+REPMTL_KERNEL through_normalisation_kernel(const A* u,       // (T, B, C), as radial and du
+                                           const A* factor,  // (B)
+                                           const A* radial, int64_t tasks, int64_t batch,
+                                           int64_t channels, A* du) {
   __shared__ A shared[kWarps];
   const int64_t b = blockIdx.x;
   A radial_weight = 0;
   for (int64_t t = 0; t < tasks; ++t) {
     const int64_t row = (t * batch + b) * channels;
-    for (int64_t c = row + threadIdx.x; c < row + channels; c += kThreads) radial_weight += du[c] * u[c];
+    for (int64_t c = row + threadIdx.x; c < row + channels; c += kThreads) {
+      radial_weight += du[c] * u[c];
+    }
   }
   radial_weight = block_sum(radial_weight, shared);
   for (int64_t t = 0; t < tasks; ++t) {
@@ -179,13 +181,14 @@ REPMTL_KERNEL through_normalisation_kernel(
   }
 }
 
-// One block: weights and the loss.
+// One block: writes the weights and the loss.
 template <typename A>
-REPMTL_KERNEL csa_value_kernel(
-    const A* logsumexp,  // (B)
-    const A* similarity,  // (T, B)
-    const unsigned char* present, int64_t tasks, int64_t batch, A temperature,
-    A* weight, A* value) {
+REPMTL_KERNEL csa_value_kernel(const A* logsumexp,            // (B)
+                               const A* similarity,           // (T, B)
+                               const unsigned char* present,  // (T, B) or null
+                               int64_t tasks, int64_t batch, A temperature,
+                               A* weight,   // (T, B)
+                               A* value) {  // ()
   __shared__ A shared[kWarps];
   A negatives = 0, positives = 0;
   for (int64_t b = threadIdx.x; b < batch; b += kThreads) {
@@ -214,9 +217,9 @@ void unit_anchors(const Context& on, Type type, int64_t tasks, int64_t batch, in
                   const void* a, double eps, void* u, void* factor, void* radial) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
-    launch(on, unit_anchors_kernel<A>, batch, static_cast<const A*>(a), tasks, batch, channels,
-           eps, scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u),
-           static_cast<A*>(factor), static_cast<A*>(radial));
+    launch(on, unit_anchors_kernel<A>, batch, static_cast<const A*>(a), tasks, batch, channels, eps,
+           scratch<A>(on, batch * tasks * tasks), static_cast<A*>(u), static_cast<A*>(factor),
+           static_cast<A*>(radial));
   });
 }
 

@@ -1,4 +1,4 @@
-// What the kernels share: number types, places of elements, reductions, launches.
+// Number types, places of elements, reductions and launches, for all kernels.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,23 +12,13 @@
 #include <string>
 #include <type_traits>
 
+#include "../common/numbers.h"
 #include "kernels.h"
 
 namespace repmtl::cuda {
 
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
-
-template <typename S>
-struct Accumulation {
-  using type = float;
-};
-template <>
-struct Accumulation<double> {
-  using type = double;
-};
-template <typename S>
-using acc_t = typename Accumulation<S>::type;
 
 template <typename S>
 constexpr bool kIs16Bit = sizeof(S) == 2;
@@ -43,7 +33,7 @@ __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 __device__ __forceinline__ void narrow(float x, bfloat16& to) { to = __float2bfloat16(x); }
 __device__ __forceinline__ void narrow(float x, float16& to) { to = __float2half(x); }
 
-// f(S{}) for the type of saliencies; f(A{}) for that of accumulators.
+// Calls f(S{}) for the type of saliencies.
 template <typename F>
 void dispatch(Type type, const F& f) {
   switch (type) {
@@ -53,6 +43,8 @@ void dispatch(Type type, const F& f) {
     case Type::kHalf: return f(float16{});
   }
 }
+
+// Calls f(A{}) for the type of accumulators.
 template <typename F>
 void dispatch_accumulation(Type type, const F& f) {
   if (type == Type::kDouble) return f(double{});
@@ -62,12 +54,10 @@ void dispatch_accumulation(Type type, const F& f) {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-// Left without a number of blocks, ptxas spills a few registers of some kernels for more of them.
+// Without the number of blocks, ptxas spills a few registers of some kernels, to fit more blocks.
 #define REPMTL_KERNEL __global__ void __launch_bounds__(kThreads, 1)
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Elements of one load of 16 bytes.
+// The elements of one load of 16 bytes.
 template <typename S>
 constexpr int kWide = 16 / static_cast<int>(sizeof(S));
 
@@ -76,7 +66,8 @@ struct alignas(kCount * sizeof(S)) Pack {
   S x[kCount];
 };
 
-// To memory aligned as the pack. Left to itself, the compiler stores 4 bytes at a time.
+// Writes a pack to memory that is aligned as the pack. Otherwise the compiler stores 4
+// bytes at a time.
 template <typename S, int kCount>
 __device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* to) {
   if constexpr (sizeof pack == 16) {
@@ -88,7 +79,7 @@ __device__ __forceinline__ void store(const Pack<S, kCount>& pack, S* to) {
   }
 }
 
-// `kCount` adjacent accumulators, from an address that is a multiple of 16 bytes if kCount > 1.
+// Reads `kCount` adjacent accumulators. The address is a multiple of 16 bytes if kCount > 1.
 template <int kCount, typename A>
 __device__ __forceinline__ void load(const A* from, A (&to)[kCount]) {
   constexpr int kStep = kCount < kWide<A> ? kCount : kWide<A>;
@@ -100,10 +91,10 @@ __device__ __forceinline__ void load(const A* from, A (&to)[kCount]) {
   }
 }
 
-// Blocks that fill a large GPU: eight for each multiprocessor.
+// The blocks that fill a large GPU: eight for each multiprocessor.
 constexpr int64_t kFill = 1056;
 
-// Tasks of one launch.
+// The largest number of tasks of one launch.
 constexpr int kTasks = 8;
 
 struct Tasks {
@@ -117,8 +108,8 @@ __device__ __forceinline__ int64_t position_offset(const View& view, int64_t n) 
          n % view.size[1] * view.stride[2];
 }
 
-// Saliencies of one task and sample as a matrix whose columns lie along memory where any do: rows are
-// channels and columns positions, or the reverse.
+// Saliencies of one task and sample as a matrix whose columns lie along memory, if either channels
+// or positions do. Rows are channels and columns positions, or the reverse.
 struct Axes {
   bool rows_are_channels;
   bool wide;  // columns may be read 16 bytes at a time
@@ -128,7 +119,8 @@ struct Axes {
 __device__ __forceinline__ int64_t row_offset(const View& view, const Axes& axes, int64_t row) {
   return axes.rows_are_channels ? row * view.channel : position_offset(view, row);
 }
-__device__ __forceinline__ int64_t column_offset(const View& view, const Axes& axes, int64_t column) {
+__device__ __forceinline__ int64_t column_offset(const View& view, const Axes& axes,
+                                                 int64_t column) {
   return axes.rows_are_channels ? position_offset(view, column) : column * view.channel;
 }
 
@@ -138,41 +130,43 @@ Axes axes_of(const View& view, const Shape& shape) {
   axes.rows_are_channels = !channels_are_adjacent(view, shape);
   axes.rows = axes.rows_are_channels ? shape.channels : shape.positions;
   axes.columns = axes.rows_are_channels ? shape.positions : shape.channels;
-  const auto whole = [](int64_t stride) { return stride % kWide<S> == 0; };
+  const auto is_multiple = [](int64_t stride) { return stride % kWide<S> == 0; };
   const int64_t step = axes.rows_are_channels ? view.stride[0] : view.channel;
   const bool unit = step == 1 && (view.has_single_stride() || !axes.rows_are_channels);
   const bool rows = axes.rows_are_channels
-                        ? whole(view.channel)
-                        : whole(view.stride[0]) && whole(view.stride[1]) && whole(view.stride[2]);
-  axes.wide = unit && rows && whole(view.batch) && whole(axes.columns) &&
+                        ? is_multiple(view.channel)
+                        : is_multiple(view.stride[0]) && is_multiple(view.stride[1]) &&
+                              is_multiple(view.stride[2]);
+  axes.wide = unit && rows && is_multiple(view.batch) && is_multiple(axes.columns) &&
               reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
   return axes;
 }
 
-// f(std::true_type{}) with a mask, else f(std::false_type{}): loops without one are not burdened.
+// Calls f(std::true_type{}) with a mask, and f(std::false_type{}) without one, so that loops
+// without a mask don't pay for it.
 template <typename F>
 void dispatch_mask(const Mask& mask, const F& f) {
   if (mask.valid) return f(std::true_type{});
   f(std::false_type{});
 }
 
-// Bit j: whether position j of `kVector` is there.
+// Returns bits: bit j says whether position j of `kVector` is present.
 template <int kVector>
-__device__ __forceinline__ unsigned there(const unsigned char* valid) {
+__device__ __forceinline__ unsigned present_bits(const unsigned char* valid) {
   unsigned bits = 0;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) bits |= (valid[j] ? 1u : 0u) << j;
   return bits;
 }
 
-// The same for elements (row, column + j) of a sample, whose mask is `valid` (N).
+// The same for elements (row, column + j) of a sample with the mask `valid` (N).
 template <int kVector>
-__device__ __forceinline__ unsigned there(const unsigned char* valid, const Axes& axes, int64_t row,
-                                          int64_t column) {
-  return axes.rows_are_channels ? there<kVector>(valid + column) : valid[row] ? ~0u : 0u;
+__device__ __forceinline__ unsigned present_bits(const unsigned char* valid, const Axes& axes,
+                                                 int64_t row, int64_t column) {
+  return axes.rows_are_channels ? present_bits<kVector>(valid + column) : valid[row] ? ~0u : 0u;
 }
 
-// Elements without a bit become 0, NaN included.
+// Sets elements without a bit to 0, even NaN.
 template <typename S, int kVector>
 __device__ __forceinline__ void keep(Pack<S, kVector>& pack, unsigned bits) {
 #pragma unroll
@@ -185,7 +179,7 @@ __device__ __forceinline__ int64_t positions_of(const Axes& axes) {
   return axes.rows_are_channels ? axes.columns : axes.rows;
 }
 
-// f(first, count, tasks, axes) of each run of tasks that one launch takes.
+// Calls f(first, count, tasks, axes) for each run of tasks that one launch takes.
 template <typename S, typename F>
 void for_runs_of_tasks(const Shape& shape, const View* views, const F& f) {
   for (int64_t first = 0; first < shape.tasks;) {
@@ -203,7 +197,7 @@ void for_runs_of_tasks(const Shape& shape, const View* views, const F& f) {
   }
 }
 
-// NaN counts for nothing in these.
+// The maximum ignores NaN.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
@@ -220,7 +214,8 @@ __device__ __forceinline__ A warp_max(A x) {
   return x;
 }
 
-// Of one value a thread, to all threads; `shared` (kWarps) is free again afterwards.
+// Reduces one value of each thread, and returns the result to all threads. `shared` (kWarps) may be
+// used again afterwards.
 template <typename A>
 __device__ A block_sum(A x, A* shared) {
   x = warp_sum(x);
@@ -242,7 +237,7 @@ __device__ A block_max(A x, A* shared) {
   return top;
 }
 
-// The sum of `count` values, to all threads, in a fixed order.
+// Returns the sum of `count` values to all threads. The order of additions is fixed.
 template <typename A>
 __device__ A sum_of(const A* values, int64_t count, A* shared) {
   A sum = 0;
@@ -250,8 +245,8 @@ __device__ A sum_of(const A* values, int64_t count, A* shared) {
   return block_sum(sum, shared);
 }
 
-// 2^e with |largest| * 2^e in [0.5, 1), or as near as normal numbers come; 1 for 0. What is not
-// finite gives the least.
+// Returns 2^e such that |largest| * 2^e is in [0.5, 1), or as near as normal numbers come. Returns
+// 1 for 0, and the least power where `largest` is not finite.
 __device__ __forceinline__ float power_of_two(float largest) {
   const int exponent = __float_as_int(largest) >> 23 & 255;
   return largest == 0 ? 1.0f : __int_as_float(min(max(253 - exponent, 1), 253) << 23);
@@ -261,20 +256,6 @@ __device__ __forceinline__ double power_of_two(double largest) {
   return largest == 0 ? 1.0 : __longlong_as_double(min(max(2045 - exponent, 1ll), 2045ll) << 52);
 }
 
-// 1 / max(norm, eps scale^2), 0 for a norm of 0; norm is that of products of scaled operands. In
-// double, which has numbers for the eps that float holds only as zero.
-template <typename A>
-struct Guarded {
-  A inverse;
-  bool clamped;
-};
-template <typename A>
-__device__ __forceinline__ Guarded<A> guarded_inverse(A norm, A scale, double eps) {
-  const A least = static_cast<A>(eps * scale * scale);  // in this order: scale^2 may overflow
-  if (norm == 0) return {A(0), true};
-  return norm < least ? Guarded<A>{1 / least, true} : Guarded<A>{1 / norm, false};
-}
-
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") +
@@ -282,11 +263,12 @@ inline void check(cudaError_t error) {
   }
 }
 
-// On blocks of kThreads threads; nothing where there are none.
+// Launches a kernel on blocks of kThreads threads, if there are any blocks.
 template <typename... P, typename... X>
 void launch(const Context& on, void (*kernel)(P...), int64_t blocks, X... arguments) {
   if (blocks == 0) return;
-  if (blocks > 0x7fffffff) throw std::runtime_error("a CUDA kernel needs more than 2^31 - 1 blocks");
+  if (blocks > 0x7fffffff)
+    throw std::runtime_error("a CUDA kernel needs more than 2^31 - 1 blocks");
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);

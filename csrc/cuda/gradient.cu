@@ -1,3 +1,4 @@
+// Stage `saliency_grad`.
 #include <type_traits>
 
 #include "tile.cuh"
@@ -5,25 +6,33 @@
 namespace repmtl::cuda {
 namespace {
 
+// `Coefficients` and `Outer` with the type of accumulators.
 template <typename A>
 struct Terms {
   const A *scale, *anchor_weight, *affinity_weight;  // (T, B)
-  const A *da, *dx;                 // (T, B, C), (T, B, N) or null
-  int64_t vectors;
-  const A *left, *right;  // (K, B, C), (T, B, K, N)
+  const A *da, *dx;                                  // (T, B, C), (T, B, N) or null
+  int64_t vectors;                                   // K
+  const A *left, *right;                             // (K, B, C), (T, B, K, N)
 };
 
 template <typename A>
 Terms<A> terms_of(const Coefficients& c, const Outer& o) {
   const auto cast = [](const void* x) { return static_cast<const A*>(x); };
-  return {cast(c.scale), cast(c.anchor_weight), cast(c.affinity_weight), cast(o.da),
-          cast(o.dx),    o.vectors,       cast(o.left), cast(o.right)};
+  return {cast(c.scale),
+          cast(c.anchor_weight),
+          cast(c.affinity_weight),
+          cast(o.da),
+          cast(o.dx),
+          o.vectors,
+          cast(o.left),
+          cast(o.right)};
 }
 
+// A thread for each sample. grad (), radial_weight (B), the other arrays (T, B).
 template <typename A>
-REPMTL_KERNEL coefficients_kernel(
-    const A* grad, const A* weight, const A* similarity, const A* inverse,
-    const A* slope, int64_t tasks, int64_t batch, A* anchor_weight, A* affinity_weight, A* radial_weight) {
+REPMTL_KERNEL coefficients_kernel(const A* grad, const A* weight, const A* similarity,
+                                  const A* inverse, const A* slope, int64_t tasks, int64_t batch,
+                                  A* anchor_weight, A* affinity_weight, A* radial_weight) {
   const int64_t b = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (b >= batch) return;
   A sum = 0;
@@ -37,16 +46,17 @@ REPMTL_KERNEL coefficients_kernel(
   radial_weight[b] = sum;
 }
 
+// `AnchorGradient` with the type of accumulators.
 template <typename A>
 struct AnchorTerms {
   const A *negatives, *grad, *factor, *anchor_weight, *y, *radial_weight, *radial;
 };
 
-// Grid: (anchor and sample, tile of channels).
+// Writes da (T, B, C). Grid: (anchor and sample, tile of channels).
 template <typename A>
 REPMTL_KERNEL anchor_gradient_kernel(
     const __grid_constant__ AnchorTerms<A> terms, Shape shape, unsigned blocks, A* da,
-    const A* counts) {  // (B): positions of a sample; null: all are there
+    const A* counts) {  // (B): present positions of a sample; null: all are present
   const int64_t sample = blockIdx.x / blocks, v = sample / shape.batch, b = sample % shape.batch;
   const int64_t c = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (c >= shape.channels) return;
@@ -61,11 +71,11 @@ REPMTL_KERNEL anchor_gradient_kernel(
   da[i] = (*terms.negatives * terms.grad[i] + through) / count;
 }
 
-constexpr int kChannels = 64;  // of a block
+constexpr int kChannels = 64;  // channels of a block
 constexpr int kRowTiles = kChannels / kSide;
 constexpr int kDepth = 32;  // positions of one step
 
-// Tasks of one launch whose gradients are wanted.
+// The tasks of one launch whose gradients are wanted.
 struct Outputs {
   View from[kTasks], to[kTasks];
   int task[kTasks];
@@ -73,11 +83,11 @@ struct Outputs {
 
 // Grid: (task and sample, chunk of channels); N <= 16 kTiles.
 template <typename S, int kTiles, bool kMasked>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) small_gradient_kernel(
-    const __grid_constant__ Outputs views, Shape shape, unsigned chunks,
-    const S* matrix,  // (T, B, N, N)
-    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms,
-    const unsigned char* valid) {  // (B, N)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2)
+    small_gradient_kernel(const __grid_constant__ Outputs views, Shape shape, unsigned chunks,
+                          const S* matrix,  // (T, B, N, N)
+                          acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms,
+                          const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   using Operand = std::conditional_t<kIs16Bit<S>, S, A>;
   constexpr int kStride = kSide * kTiles + 8, kLeftStride = kChannels + 8;
@@ -126,25 +136,26 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
     units.template elements<kStride>(products, g);
   }
 
-  const A affinity_weight = terms.affinity_weight[sample] / multiple, anchor_weight = terms.anchor_weight[sample];
+  const A affinity_weight = terms.affinity_weight[sample] / multiple;
+  const A anchor_weight = terms.anchor_weight[sample];
   const int64_t c0 = first + threadIdx.x / kSide, n0 = threadIdx.x % kSide;
   Elements<A, kRowTiles, kTiles> outer{};
   for (int64_t k = 0; k < terms.vectors; ++k) {
-    A of_channels[kRowTiles], of_positions[kTiles];
+    A channel_factors[kRowTiles], position_factors[kTiles];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       const int64_t c = min(c0 + i * kSide, C - 1);
-      of_channels[i] = terms.left[(k * shape.batch + b) * C + c];
+      channel_factors[i] = terms.left[(k * shape.batch + b) * C + c];
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       const int64_t n = min(n0 + j * kSide, N - 1);
-      of_positions[j] = terms.right[(sample * terms.vectors + k) * N + n];
+      position_factors[j] = terms.right[(sample * terms.vectors + k) * N + n];
     }
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) outer.x[i][j] += of_channels[i] * of_positions[j];
+      for (int j = 0; j < kTiles; ++j) outer.x[i][j] += channel_factors[i] * position_factors[j];
     }
   }
   S* output = static_cast<S*>(to.data) + b * to.batch;
@@ -154,27 +165,26 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
     if (n >= N) break;
     const A dx = terms.dx ? terms.dx[sample * N + n] : A(0);
     S* column = output + position_offset(to, n);
-    const bool is_there = !kMasked || valid[n];
+    const bool is_present = !kMasked || valid[n];
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       const int64_t c = c0 + i * kSide;
       if (c >= C) break;
       const A x = scale * (affinity_weight * g.x[i][j] + anchor_weight * outer.x[i][j]);
-      narrow(is_there ? x + terms.da[sample * C + c] + dx : A(0), column[c * to.channel]);
+      narrow(is_present ? x + terms.da[sample * C + c] + dx : A(0), column[c * to.channel]);
     }
   }
 }
 
-constexpr int kRows = 4;  // of a thread of add_outer, which share what belongs to its columns
+constexpr int kRows = 4;  // rows of a thread of add_outer, which share the terms of its columns
 
 // Rows and columns are those of the output's axes. Grid: (sample, tile of rows, tile of columns).
 template <typename S, int kVector, bool kMasked>
-REPMTL_KERNEL add_outer_kernel(
-    const __grid_constant__ View to, const __grid_constant__ Axes axes, Shape shape, int64_t task,
-    unsigned row_tiles, unsigned column_tiles,
-    const acc_t<S>* product,  // (B, rows, columns)
-    acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms,
-    const unsigned char* valid) {  // (B, N)
+REPMTL_KERNEL add_outer_kernel(const __grid_constant__ View to, const __grid_constant__ Axes axes,
+                               Shape shape, int64_t task, unsigned row_tiles, unsigned column_tiles,
+                               const acc_t<S>* product,  // (B, rows, columns)
+                               acc_t<S> multiple, const __grid_constant__ Terms<acc_t<S>> terms,
+                               const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   const int64_t b = blockIdx.x / column_tiles / row_tiles;
   const int64_t row_tile = blockIdx.x / column_tiles % row_tiles;
@@ -191,13 +201,13 @@ REPMTL_KERNEL add_outer_kernel(
   for (int64_t k = 0; k < terms.vectors; ++k) {
     const A* left = terms.left + (k * shape.batch + b) * C;
     const A* right = terms.right + (sample * terms.vectors + k) * N;
-    A of_columns[kVector];
-    load((axes.rows_are_channels ? right : left) + column, of_columns);
+    A column_factors[kVector];
+    load((axes.rows_are_channels ? right : left) + column, column_factors);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const A of_row = axes.rows_are_channels ? left[row_of(i)] : right[row_of(i)];
+      const A row_factor = axes.rows_are_channels ? left[row_of(i)] : right[row_of(i)];
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) x[i][j] += of_row * of_columns[j];
+      for (int j = 0; j < kVector; ++j) x[i][j] += row_factor * column_factors[j];
     }
   }
   const A scale = terms.scale[sample], anchor_weight = terms.anchor_weight[sample];
@@ -215,15 +225,15 @@ REPMTL_KERNEL add_outer_kernel(
     if (row >= axes.rows) break;
     A from[kVector];
     load(product + (b * axes.rows + row) * axes.columns + column, from);
-    const A of_row = along_rows ? along_rows[row] : A(0);
+    const A row_term = along_rows ? along_rows[row] : A(0);
     Pack<S, kVector> pack;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       // In this order: scale^2 may overflow.
       const A value = scale * (affinity_weight * (scale * from[j]) + anchor_weight * x[i][j]);
-      narrow(value + of_row + rest[j], pack.x[j]);
+      narrow(value + row_term + rest[j], pack.x[j]);
     }
-    if constexpr (kMasked) keep(pack, there<kVector>(valid + b * N, axes, row, column));
+    if constexpr (kMasked) keep(pack, present_bits<kVector>(valid + b * N, axes, row, column));
     store(pack, target + row_offset(to, axes, row));
   }
 }
@@ -232,13 +242,15 @@ REPMTL_KERNEL add_outer_kernel(
 
 void coefficients(const Context& on, Type type, int64_t tasks, int64_t batch, const void* grad,
                   const void* weight, const void* similarity, const void* inverse,
-                  const void* slope, void* anchor_weight, void* affinity_weight, void* radial_weight) {
+                  const void* slope, void* anchor_weight, void* affinity_weight,
+                  void* radial_weight) {
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     launch(on, coefficients_kernel<A>, ceil_div(batch, kThreads), static_cast<const A*>(grad),
            static_cast<const A*>(weight), static_cast<const A*>(similarity),
            static_cast<const A*>(inverse), static_cast<const A*>(slope), tasks, batch,
-           static_cast<A*>(anchor_weight), static_cast<A*>(affinity_weight), static_cast<A*>(radial_weight));
+           static_cast<A*>(anchor_weight), static_cast<A*>(affinity_weight),
+           static_cast<A*>(radial_weight));
   });
 }
 
@@ -247,8 +259,9 @@ void anchor_gradient(const Context& on, Type type, const Shape& shape, const Mas
   dispatch_accumulation(type, [&](auto example) {
     using A = decltype(example);
     const auto cast = [](const void* x) { return static_cast<const A*>(x); };
-    const AnchorTerms<A> typed{cast(terms.negatives), cast(terms.grad), cast(terms.factor),
-                               cast(terms.anchor_weight),      cast(terms.y),    cast(terms.radial_weight),
+    const AnchorTerms<A> typed{cast(terms.negatives), cast(terms.grad),
+                               cast(terms.factor),    cast(terms.anchor_weight),
+                               cast(terms.y),         cast(terms.radial_weight),
                                cast(terms.radial)};
     const int64_t blocks = ceil_div(shape.channels, kThreads);
     launch(on, anchor_gradient_kernel<A>, shape.tasks * shape.batch * blocks, typed, shape,
@@ -257,17 +270,17 @@ void anchor_gradient(const Context& on, Type type, const Shape& shape, const Mas
 }
 
 void small_gradient(const Context& on, Type type, const Shape& shape, int64_t count,
-                    const int64_t* tasks, const View* views, const View* outputs,
-                    const Mask& mask, const void* matrix, double multiple, const Coefficients& coefficients,
+                    const int64_t* tasks, const View* views, const View* outputs, const Mask& mask,
+                    const void* matrix, double multiple, const Coefficients& coefficients,
                     const Outer& outer) {
   dispatch(type, [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
     const int64_t chunks = ceil_div(shape.channels, kChannels);
     for (int64_t first = 0; first < count; first += kTasks) {
-      const int64_t some = std::min<int64_t>(kTasks, count - first);
+      const int64_t group_size = std::min<int64_t>(kTasks, count - first);
       Outputs group{};
-      for (int64_t i = 0; i < some; ++i) {
+      for (int64_t i = 0; i < group_size; ++i) {
         group.from[i] = views[first + i];
         group.to[i] = outputs[first + i];
         group.task[i] = static_cast<int>(tasks[first + i]);
@@ -277,7 +290,7 @@ void small_gradient(const Context& on, Type type, const Shape& shape, int64_t co
         launch(on,
                shape.positions <= kSide ? small_gradient_kernel<S, 1, kMasked>
                                         : small_gradient_kernel<S, 4, kMasked>,
-               some * shape.batch * chunks, group, shape, static_cast<unsigned>(chunks),
+               group_size * shape.batch * chunks, group, shape, static_cast<unsigned>(chunks),
                static_cast<const S*>(matrix), static_cast<A>(multiple),
                terms_of<A>(coefficients, outer), mask.valid);
       });
@@ -286,8 +299,8 @@ void small_gradient(const Context& on, Type type, const Shape& shape, int64_t co
 }
 
 void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, const View& output,
-               const Mask& mask, const void* product, double multiple, const Coefficients& coefficients,
-               const Outer& outer) {
+               const Mask& mask, const void* product, double multiple,
+               const Coefficients& coefficients, const Outer& outer) {
   dispatch(type, [&](auto example) {
     using S = decltype(example);
     using A = acc_t<S>;
@@ -297,7 +310,8 @@ void add_outer(const Context& on, Type type, const Shape& shape, int64_t task, c
     const int64_t column_tiles = ceil_div(axes.columns, kWarp * vector);
     dispatch_mask(mask, [&](auto masked) {
       constexpr bool kMasked = decltype(masked)::value;
-      launch(on, axes.wide ? add_outer_kernel<S, kWide<S>, kMasked> : add_outer_kernel<S, 1, kMasked>,
+      launch(on,
+             axes.wide ? add_outer_kernel<S, kWide<S>, kMasked> : add_outer_kernel<S, 1, kMasked>,
              shape.batch * row_tiles * column_tiles, output, axes, shape, task,
              static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
              static_cast<const A*>(product), static_cast<A>(multiple),

@@ -1,3 +1,4 @@
+// Stage `gram`.
 #include <type_traits>
 
 #include "tile.cuh"
@@ -7,10 +8,11 @@ namespace {
 
 constexpr int kDepth = 32;  // channels of one step
 
-// similarity, its divisor and slope from the norm of the scaled Gram matrix and p of scaled operands.
+// Computes similarity, the inverse of its divisor, and slope, from `square`, the squared norm of
+// the scaled Gram matrix, and `positive`, the similarity of scaled operands before the division.
 template <typename A>
 struct Finish {
-  const A* scale;  // (T, B), as the outputs
+  const A* scale;  // (T, B), like the outputs
   double eps;
   A *similarity, *inverse, *slope;
 
@@ -31,14 +33,14 @@ Finish<A> finish_of(const void* scale, double eps, const Similarities& out) {
 
 // A block for each task and sample: N <= 16 kTiles.
 template <typename S, int kTiles, bool kMasked>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) small_gram_kernel(
-    const __grid_constant__ Tasks views, const __grid_constant__ Axes axes,
-    int64_t first, int64_t tasks, int64_t batch,
-    const acc_t<S>* u,  // (T, B, C)
-    acc_t<S> multiple, const __grid_constant__ Finish<acc_t<S>> finish,
-    acc_t<S>* projection,  // (T, B, T, N) or null
-    S* matrix,  // (T, B, N, N) or null
-    const unsigned char* valid) {  // (B, N)
+__global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2)
+    small_gram_kernel(const __grid_constant__ Tasks views, const __grid_constant__ Axes axes,
+                      int64_t first, int64_t tasks, int64_t batch,
+                      const acc_t<S>* u,  // (T, B, C)
+                      acc_t<S> multiple, const __grid_constant__ Finish<acc_t<S>> finish,
+                      acc_t<S>* projection,          // (T, B, T, N) or null
+                      S* matrix,                     // (T, B, N, N) or null
+                      const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   using Operand = std::conditional_t<kIs16Bit<S>, S, A>;
   constexpr int kSize = kSide * kTiles, kStride = kSize + 8;
@@ -61,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
   const int n = axes.rows_are_channels ? thread % kSize : thread / kDepth;
   const int dc = axes.rows_are_channels ? kThreads / kSize : 0;
   const int dn = axes.rows_are_channels ? 0 : kThreads / kDepth;
-  unsigned bits = ~0u;  // bit i: whether position n + i dn is there
+  unsigned bits = ~0u;  // bit i: whether position n + i dn is present
   if constexpr (kMasked) {
     bits = 0;
 #pragma unroll
@@ -70,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
       if (m < positions && valid[b * positions + m]) bits |= 1u << i;
     }
   }
-  const auto load = [&](int64_t step, A (&x)[kLoads]) {
+  const auto load = [&](int64_t step, A(&x)[kLoads]) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int64_t channel = step + c + i * dc;
@@ -140,21 +142,22 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<S, double> ? 1 : 2) s
   if (threadIdx.x == 0) finish(sample, square, positive);
 }
 
-// Grid: (sample, tile of rows and columns), a vector of elements a thread.
+// scale (B) or null, to (B, rows, columns). Grid: (sample, tile of rows and columns). Each thread
+// copies a vector of elements.
 template <typename S, int kVector, bool kMasked>
-REPMTL_KERNEL scaled_copy_kernel(
-    const __grid_constant__ View view, const __grid_constant__ Axes axes,
-    unsigned blocks, const acc_t<S>* scale, S* to,
-    const unsigned char* valid) {  // (B, N)
+REPMTL_KERNEL scaled_copy_kernel(const __grid_constant__ View view,
+                                 const __grid_constant__ Axes axes, unsigned blocks,
+                                 const acc_t<S>* scale, S* to,
+                                 const unsigned char* valid) {  // (B, N)
   const int64_t b = blockIdx.x / blocks;
   const int64_t i = (blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x) * kVector;
   if (i >= axes.rows * axes.columns) return;
   const int64_t row = i / axes.columns, column = i % axes.columns;
-  const S* from = static_cast<const S*>(view.data) + b * view.batch +
-                  row_offset(view, axes, row) + column_offset(view, axes, column);
+  const S* from = static_cast<const S*>(view.data) + b * view.batch + row_offset(view, axes, row) +
+                  column_offset(view, axes, column);
   Pack<S, kVector> pack = *reinterpret_cast<const Pack<S, kVector>*>(from);
   if constexpr (kMasked) {
-    keep(pack, there<kVector>(valid + b * positions_of(axes), axes, row, column));
+    keep(pack, present_bits<kVector>(valid + b * positions_of(axes), axes, row, column));
   }
   if (!kMasked || scale) {
 #pragma unroll
@@ -165,13 +168,12 @@ REPMTL_KERNEL scaled_copy_kernel(
 
 // Grid: (sample, tile of rows, tile of columns). See gram_block.
 template <typename S>
-REPMTL_KERNEL gram_block_kernel(
-    const acc_t<S>* block,  // (B, rows, columns)
-    int64_t side, int64_t first, int64_t rows, unsigned row_tiles,
-    unsigned column_tiles, acc_t<S> multiple,
-    S* matrix,  // (B, R, R) or null
-    acc_t<S>* squares,  // (B, parts), from the first part on
-    int64_t parts) {
+REPMTL_KERNEL gram_block_kernel(const acc_t<S>* block,  // (B, rows, columns)
+                                int64_t side, int64_t first, int64_t rows, unsigned row_tiles,
+                                unsigned column_tiles, acc_t<S> multiple,
+                                S* matrix,          // (B, R, R) or null
+                                acc_t<S>* squares,  // (B, parts), from the first part on
+                                int64_t parts) {
   using A = acc_t<S>;
   constexpr int kTile = static_cast<int>(kGramTile);
   __shared__ A tile[kTile][kTile + 1];
@@ -210,11 +212,10 @@ REPMTL_KERNEL gram_block_kernel(
 
 // A block for each task and sample.
 template <typename A>
-REPMTL_KERNEL gram_finish_kernel(
-    const A* squares,  // (T, B, parts)
-    int64_t parts,
-    const A* w,  // (T, B, length)
-    int64_t length, const __grid_constant__ Finish<A> finish) {
+REPMTL_KERNEL gram_finish_kernel(const A* squares,  // (T, B, parts)
+                                 int64_t parts,
+                                 const A* w,  // (T, B, length)
+                                 int64_t length, const __grid_constant__ Finish<A> finish) {
   __shared__ A reduced[kWarps];
   const int64_t sample = blockIdx.x;
   const A square = sum_of(squares + sample * parts, parts, reduced);
@@ -238,12 +239,13 @@ void small_gram(const Context& on, Type type, const Shape& shape, const View* vi
       constexpr bool kMasked = decltype(masked)::value;
       const auto kernel = shape.positions <= kSide ? small_gram_kernel<S, 1, kMasked>
                                                    : small_gram_kernel<S, 4, kMasked>;
-      for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
-                                             const Axes& axes) {
-        launch(on, kernel, count * shape.batch, tasks, axes, first, shape.tasks, shape.batch,
-               static_cast<const A*>(u), static_cast<A>(multiple), finish_of<A>(scale, eps, out),
-               static_cast<A*>(projection), static_cast<S*>(matrix), mask.valid);
-      });
+      for_runs_of_tasks<S>(
+          shape, views, [&](int64_t first, int64_t count, const Tasks& tasks, const Axes& axes) {
+            launch(on, kernel, count * shape.batch, tasks, axes, first, shape.tasks, shape.batch,
+                   static_cast<const A*>(u), static_cast<A>(multiple),
+                   finish_of<A>(scale, eps, out), static_cast<A*>(projection),
+                   static_cast<S*>(matrix), mask.valid);
+          });
     });
   });
 }
@@ -257,10 +259,11 @@ void scaled_copy(const Context& on, Type type, const Shape& shape, const View& v
     const int64_t blocks = ceil_div(axes.rows * axes.columns / vector, kThreads);
     dispatch_mask(mask, [&](auto masked) {
       constexpr bool kMasked = decltype(masked)::value;
-      launch(on,
-             axes.wide ? scaled_copy_kernel<S, kWide<S>, kMasked> : scaled_copy_kernel<S, 1, kMasked>,
-             shape.batch * blocks, view, axes, static_cast<unsigned>(blocks),
-             static_cast<const acc_t<S>*>(scale), static_cast<S*>(to), mask.valid);
+      launch(
+          on,
+          axes.wide ? scaled_copy_kernel<S, kWide<S>, kMasked> : scaled_copy_kernel<S, 1, kMasked>,
+          shape.batch * blocks, view, axes, static_cast<unsigned>(blocks),
+          static_cast<const acc_t<S>*>(scale), static_cast<S*>(to), mask.valid);
     });
   });
 }
@@ -277,10 +280,10 @@ void gram_block(const Context& on, Type type, int64_t batch, int64_t side, int64
     using A = acc_t<S>;
     const int64_t row_tiles = ceil_div(rows, kGramTile);
     const int64_t column_tiles = ceil_div(first + rows, kGramTile);
-    launch(on, gram_block_kernel<S>, batch * row_tiles * column_tiles,
-           static_cast<const A*>(block), side, first, rows, static_cast<unsigned>(row_tiles),
-           static_cast<unsigned>(column_tiles), static_cast<A>(multiple), static_cast<S*>(matrix),
-           static_cast<A*>(squares) + part, parts);
+    launch(on, gram_block_kernel<S>, batch * row_tiles * column_tiles, static_cast<const A*>(block),
+           side, first, rows, static_cast<unsigned>(row_tiles), static_cast<unsigned>(column_tiles),
+           static_cast<A>(multiple), static_cast<S*>(matrix), static_cast<A*>(squares) + part,
+           parts);
   });
 }
 

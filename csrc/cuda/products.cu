@@ -1,21 +1,22 @@
-// Products of the saliencies with few vectors: one read of them for every four.
+// Products of the saliencies with few vectors. Four vectors share one read of the saliencies.
 #include "device.cuh"
 
 namespace repmtl::cuda {
 namespace {
 
-// A sum along positions leaves out those that are not there; a sum for one of those is 0.
+// A sum over positions leaves out absent ones. The sum for an absent position is 0.
 
-constexpr int kGroup = 4;  // vectors of one read
-constexpr int kRows = 4;   // rows of a warp that share a read of the vectors
-constexpr int64_t kMinRows = 64;  // of a chunk
+constexpr int kGroup = 4;         // vectors of one read
+constexpr int kRows = 4;          // rows of a warp that share a read of the vectors
+constexpr int64_t kMinRows = 64;  // the least rows of a chunk
 
 struct Plan {
   Axes axes;
-  int64_t first, batch, chunk;       // the first task; rows of a chunk
-  unsigned chunks, tiles, groups;    // of rows, of columns, of vectors
+  int64_t first, batch, chunk;     // the first task; samples; rows of a chunk
+  unsigned chunks, tiles, groups;  // chunks of rows, tiles of columns, groups of vectors
 };
 
+// `Vectors` with the type of accumulators.
 template <typename A>
 struct Columns {
   const A* data;
@@ -29,10 +30,10 @@ struct Columns {
 // parts (tasks, B, chunks, columns of v, columns) = sum over a chunk of rows, of S v.
 // Grid: (task and sample, chunk of rows, tile of columns, group of vectors).
 template <typename S, int kVector, bool kMasked>
-REPMTL_KERNEL over_rows_kernel(
-    const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
-    const __grid_constant__ Columns<acc_t<S>> vectors, acc_t<S>* parts,
-    const unsigned char* valid) {  // (B, N)
+REPMTL_KERNEL over_rows_kernel(const __grid_constant__ Tasks tasks,
+                               const __grid_constant__ Plan plan,
+                               const __grid_constant__ Columns<acc_t<S>> vectors, acc_t<S>* parts,
+                               const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   constexpr int kColumns = kWarp * kVector;
   const int64_t columns = plan.axes.columns;
@@ -105,8 +106,8 @@ REPMTL_KERNEL over_rows_kernel(
 
 // out (samples, length) = scale (samples) times the sum of parts (samples, chunks, length).
 template <typename A>
-REPMTL_KERNEL add_chunks_kernel(
-    const A* parts, const A* scale, int64_t chunks, int64_t length, unsigned blocks, A* out) {
+REPMTL_KERNEL add_chunks_kernel(const A* parts, const A* scale, int64_t chunks, int64_t length,
+                                unsigned blocks, A* out) {
   const int64_t sample = blockIdx.x / blocks;
   const int64_t i = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= length) return;
@@ -115,13 +116,15 @@ REPMTL_KERNEL add_chunks_kernel(
   out[sample * length + i] = sum * scale[sample];
 }
 
-// out (tasks, B, columns of v, rows) = scale S v. Grid: (task and sample, tile of rows, group). With a
-// mask a few registers would be too many for two blocks on a multiprocessor.
+// out (tasks, B, columns of v, rows) = scale S v. Grid: (task and sample, tile of rows, group).
+// With a mask the kernel takes a few registers too many for two blocks on a multiprocessor, unless
+// the launch bounds ask for two.
 template <typename S, int kVector, bool kMasked>
-__global__ void __launch_bounds__(kThreads, kMasked && kIs16Bit<S> ? 2 : 1) over_columns_kernel(
-    const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
-    const __grid_constant__ Columns<acc_t<S>> vectors, const acc_t<S>* scale, acc_t<S>* out,
-    const unsigned char* valid) {  // (B, N)
+__global__ void __launch_bounds__(kThreads, kMasked&& kIs16Bit<S> ? 2 : 1)
+    over_columns_kernel(const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
+                        const __grid_constant__ Columns<acc_t<S>> vectors, const acc_t<S>* scale,
+                        acc_t<S>* out,
+                        const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
   unsigned block = blockIdx.x;
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kMasked && kIs16Bit<S> ? 2 : 1) over
     }
     if constexpr (kMasked) {
       if (!rows_are_masked) {
-        const unsigned bits = there<kVector>(valid + column);
+        const unsigned bits = present_bits<kVector>(valid + column);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) keep(x[i], bits);
       }
@@ -187,47 +190,46 @@ __global__ void __launch_bounds__(kThreads, kMasked && kIs16Bit<S> ? 2 : 1) over
 
 template <typename S, bool kMasked>
 void run(const Context& on, const Shape& shape, const View* views, const unsigned char* valid,
-         bool over_channels,
-         const Columns<acc_t<S>>& vectors, const acc_t<S>* scale, acc_t<S>* out) {
+         bool over_channels, const Columns<acc_t<S>>& vectors, const acc_t<S>* scale,
+         acc_t<S>* out) {
   using A = acc_t<S>;
-  for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
-                                         const Axes& axes) {
-    const int64_t samples = count * shape.batch, before = first * shape.batch;
-    const int64_t groups = ceil_div(vectors.count, kGroup);
-    Plan plan{axes, first, shape.batch, 0, 0, 0, static_cast<unsigned>(groups)};
-    const bool over_rows = axes.rows_are_channels == over_channels;
-    const int64_t length = over_rows ? axes.columns : axes.rows;
-    A* to = out + before * vectors.count * length;
-    if (!over_rows) {
-      const int64_t tiles = ceil_div(axes.rows, kWarps * kRows);
-      plan.tiles = static_cast<unsigned>(tiles);
-      launch(on,
-             axes.wide ? over_columns_kernel<S, kWide<S>, kMasked>
-                       : over_columns_kernel<S, 1, kMasked>,
-             samples * tiles * groups, tasks, plan, vectors, scale + before, to, valid);
-      return;
-    }
-    const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
-    const int64_t wanted = ceil_div(kFill, samples * tiles);
-    plan.chunk = std::max(kMinRows, ceil_div(axes.rows, wanted));
-    const int64_t chunks = ceil_div(axes.rows, plan.chunk);
-    plan.tiles = static_cast<unsigned>(tiles);
-    plan.chunks = static_cast<unsigned>(chunks);
-    A* parts = scratch<A>(on, samples * chunks * vectors.count * length);
-    launch(on,
-           axes.wide ? over_rows_kernel<S, kWide<S>, kMasked> : over_rows_kernel<S, 1, kMasked>,
-           samples * chunks * tiles * groups, tasks, plan, vectors, parts, valid);
-    const int64_t blocks = ceil_div(vectors.count * length, kThreads);
-    launch(on, add_chunks_kernel<A>, samples * blocks, parts, scale + before, chunks,
-           vectors.count * length, static_cast<unsigned>(blocks), to);
-  });
+  for_runs_of_tasks<S>(
+      shape, views, [&](int64_t first, int64_t count, const Tasks& tasks, const Axes& axes) {
+        const int64_t samples = count * shape.batch, before = first * shape.batch;
+        const int64_t groups = ceil_div(vectors.count, kGroup);
+        Plan plan{axes, first, shape.batch, 0, 0, 0, static_cast<unsigned>(groups)};
+        const bool over_rows = axes.rows_are_channels == over_channels;
+        const int64_t length = over_rows ? axes.columns : axes.rows;
+        A* to = out + before * vectors.count * length;
+        if (!over_rows) {
+          const int64_t tiles = ceil_div(axes.rows, kWarps * kRows);
+          plan.tiles = static_cast<unsigned>(tiles);
+          launch(on,
+                 axes.wide ? over_columns_kernel<S, kWide<S>, kMasked>
+                           : over_columns_kernel<S, 1, kMasked>,
+                 samples * tiles * groups, tasks, plan, vectors, scale + before, to, valid);
+          return;
+        }
+        const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
+        const int64_t wanted = ceil_div(kFill, samples * tiles);
+        plan.chunk = std::max(kMinRows, ceil_div(axes.rows, wanted));
+        const int64_t chunks = ceil_div(axes.rows, plan.chunk);
+        plan.tiles = static_cast<unsigned>(tiles);
+        plan.chunks = static_cast<unsigned>(chunks);
+        A* parts = scratch<A>(on, samples * chunks * vectors.count * length);
+        launch(on,
+               axes.wide ? over_rows_kernel<S, kWide<S>, kMasked> : over_rows_kernel<S, 1, kMasked>,
+               samples * chunks * tiles * groups, tasks, plan, vectors, parts, valid);
+        const int64_t blocks = ceil_div(vectors.count * length, kThreads);
+        launch(on, add_chunks_kernel<A>, samples * blocks, parts, scale + before, chunks,
+               vectors.count * length, static_cast<unsigned>(blocks), to);
+      });
 }
 
 }  // namespace
 
-void products(const Context& on, Type type, const Shape& shape, const View* views,
-              const Mask& mask, bool over_channels, const Vectors& vectors, const void* scale,
-              void* out) {
+void products(const Context& on, Type type, const Shape& shape, const View* views, const Mask& mask,
+              bool over_channels, const Vectors& vectors, const void* scale, void* out) {
   dispatch(type, [&](auto example) {
     using A = acc_t<decltype(example)>;
     const Columns<A> columns{static_cast<const A*>(vectors.data), vectors.count, vectors.task,

@@ -1,25 +1,26 @@
+// Stage `statistics`, and the number of present positions.
 #include "device.cuh"
 
 namespace repmtl::cuda {
 namespace {
 
-constexpr int kUnroll = 4;        // rows of a warp whose loads are under way together
-constexpr int64_t kMaxRows = 512;  // of a chunk: partial sums are then 1 % of the bytes
+constexpr int kUnroll = 4;         // rows of a warp whose loads are under way together
+constexpr int64_t kMaxRows = 512;  // rows of a chunk; partial sums are then 1 % of the bytes
 
 struct Plan {
   Axes axes;
-  int64_t batch, chunk;     // rows of a chunk
-  unsigned chunks, tiles;  // of rows, of columns
+  int64_t batch, chunk;    // samples; rows of a chunk
+  unsigned chunks, tiles;  // chunks of rows, tiles of columns
 };
 
 // Grid: (task and sample, chunk of rows, tile of columns), the last running fastest.
 template <typename S, int kVector, bool kMasked>
-REPMTL_KERNEL statistics_kernel(
-    const __grid_constant__ Tasks tasks, const __grid_constant__ Plan plan,
-    acc_t<S>* column_parts,  // (tasks, B, chunks, columns) or null
-    acc_t<S>* row_parts,  // (tasks, B, tiles, rows) or null
-    acc_t<S>* max_parts,  // (tasks, B, chunks, tiles) or null
-    const unsigned char* valid) {  // (B, N)
+REPMTL_KERNEL statistics_kernel(const __grid_constant__ Tasks tasks,
+                                const __grid_constant__ Plan plan,
+                                acc_t<S>* column_parts,  // (tasks, B, chunks, columns) or null
+                                acc_t<S>* row_parts,     // (tasks, B, tiles, rows) or null
+                                acc_t<S>* max_parts,     // (tasks, B, chunks, tiles) or null
+                                const unsigned char* valid) {  // (B, N)
   using A = acc_t<S>;
   constexpr int kColumns = kWarp * kVector;
   const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
@@ -33,10 +34,10 @@ REPMTL_KERNEL statistics_kernel(
   const S* base = static_cast<const S*>(view.data) + sample % plan.batch * view.batch +
                   (inside ? column_offset(view, plan.axes, column) : 0);
   const bool rows_are_masked = kMasked && !plan.axes.rows_are_channels;
-  unsigned bits = ~0u;  // of columns
+  unsigned bits = ~0u;  // which columns are present
   if constexpr (kMasked) {
     valid += sample % plan.batch * positions_of(plan.axes);
-    if (inside && !rows_are_masked) bits = there<kVector>(valid + column);
+    if (inside && !rows_are_masked) bits = present_bits<kVector>(valid + column);
   }
 
   A sums[kVector] = {}, top = 0;
@@ -90,15 +91,15 @@ REPMTL_KERNEL statistics_kernel(
   }
 }
 
-// Grid: (task and sample, block of columns and then rows): adds the parts in a fixed order.
+// Adds the parts in a fixed order. Grid: (task and sample, block of columns and then rows).
 template <typename A>
 REPMTL_KERNEL finish_kernel(
-    const __grid_constant__ Plan plan, unsigned blocks, const A* column_parts,
-    const A* row_parts, const A* max_parts,
-    A* column_means,  // (tasks, B, columns) or null
-    A* row_means,  // (tasks, B, rows) or null
-    A* scale,  // (tasks, B) or null
-    const A* counts) {  // (B): positions of a sample; null: all are there
+    const __grid_constant__ Plan plan, unsigned blocks, const A* column_parts, const A* row_parts,
+    const A* max_parts,
+    A* column_means,    // (tasks, B, columns) or null
+    A* row_means,       // (tasks, B, rows) or null
+    A* scale,           // (tasks, B) or null
+    const A* counts) {  // (B): present positions of a sample; null: all are present
   const int64_t rows = plan.axes.rows, columns = plan.axes.columns;
   const int64_t sample = blockIdx.x / blocks;
   int64_t i = blockIdx.x % blocks * static_cast<int64_t>(kThreads) + threadIdx.x;
@@ -134,11 +135,10 @@ REPMTL_KERNEL finish_kernel(
   if (threadIdx.x == 0) scale[sample] = power_of_two(top);
 }
 
-// A block for each sample.
+// Writes counts (B). A block for each sample.
 template <typename A>
-REPMTL_KERNEL count_kernel(
-    const unsigned char* valid,  // (B, N)
-    int64_t positions, A* counts) {
+REPMTL_KERNEL count_kernel(const unsigned char* valid,  // (B, N)
+                           int64_t positions, A* counts) {
   __shared__ A shared[kWarps];
   int64_t count = 0;
   for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
@@ -152,34 +152,36 @@ template <typename S>
 void run(const Context& on, const Shape& shape, const View* views, const Mask& mask,
          acc_t<S>* positions, acc_t<S>* channels, acc_t<S>* scale) {
   using A = acc_t<S>;
-  for_runs_of_tasks<S>(shape, views, [&](int64_t first, int64_t count, const Tasks& tasks,
-                                         const Axes& axes) {
-    const int64_t samples = count * shape.batch, before = first * shape.batch;
-    Plan plan{axes, shape.batch, 0, 0, 0};
-    const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
-    const int64_t wanted = ceil_div(kFill, samples * tiles);
-    plan.chunk = std::clamp<int64_t>(ceil_div(axes.rows, wanted), kWarps * kUnroll, kMaxRows);
-    const int64_t chunks = ceil_div(axes.rows, plan.chunk);
-    plan.tiles = static_cast<unsigned>(tiles);
-    plan.chunks = static_cast<unsigned>(chunks);
-    A* column_means = axes.rows_are_channels ? positions : channels;
-    A* row_means = axes.rows_are_channels ? channels : positions;
-    if (column_means) column_means += before * axes.columns;
-    if (row_means) row_means += before * axes.rows;
-    A* column_parts = scratch<A>(on, column_means ? samples * chunks * axes.columns : 0);
-    A* row_parts = scratch<A>(on, row_means ? samples * tiles * axes.rows : 0);
-    A* max_parts = scratch<A>(on, scale ? samples * chunks * tiles : 0);
-    dispatch_mask(mask, [&](auto masked) {
-      constexpr bool kMasked = decltype(masked)::value;
-      launch(on,
-             axes.wide ? statistics_kernel<S, kWide<S>, kMasked> : statistics_kernel<S, 1, kMasked>,
-             samples * chunks * tiles, tasks, plan, column_parts, row_parts, max_parts, mask.valid);
-    });
-    const int64_t blocks = ceil_div(axes.columns + axes.rows, kThreads);
-    launch(on, finish_kernel<A>, samples * blocks, plan, static_cast<unsigned>(blocks), column_parts, row_parts,
-           max_parts, column_means, row_means, scale ? scale + before : nullptr,
-           static_cast<const A*>(mask.counts));
-  });
+  for_runs_of_tasks<S>(
+      shape, views, [&](int64_t first, int64_t count, const Tasks& tasks, const Axes& axes) {
+        const int64_t samples = count * shape.batch, before = first * shape.batch;
+        Plan plan{axes, shape.batch, 0, 0, 0};
+        const int64_t tiles = ceil_div(axes.columns, kWarp * (axes.wide ? kWide<S> : 1));
+        const int64_t wanted = ceil_div(kFill, samples * tiles);
+        plan.chunk = std::clamp<int64_t>(ceil_div(axes.rows, wanted), kWarps * kUnroll, kMaxRows);
+        const int64_t chunks = ceil_div(axes.rows, plan.chunk);
+        plan.tiles = static_cast<unsigned>(tiles);
+        plan.chunks = static_cast<unsigned>(chunks);
+        A* column_means = axes.rows_are_channels ? positions : channels;
+        A* row_means = axes.rows_are_channels ? channels : positions;
+        if (column_means) column_means += before * axes.columns;
+        if (row_means) row_means += before * axes.rows;
+        A* column_parts = scratch<A>(on, column_means ? samples * chunks * axes.columns : 0);
+        A* row_parts = scratch<A>(on, row_means ? samples * tiles * axes.rows : 0);
+        A* max_parts = scratch<A>(on, scale ? samples * chunks * tiles : 0);
+        dispatch_mask(mask, [&](auto masked) {
+          constexpr bool kMasked = decltype(masked)::value;
+          launch(on,
+                 axes.wide ? statistics_kernel<S, kWide<S>, kMasked>
+                           : statistics_kernel<S, 1, kMasked>,
+                 samples * chunks * tiles, tasks, plan, column_parts, row_parts, max_parts,
+                 mask.valid);
+        });
+        const int64_t blocks = ceil_div(axes.columns + axes.rows, kThreads);
+        launch(on, finish_kernel<A>, samples * blocks, plan, static_cast<unsigned>(blocks),
+               column_parts, row_parts, max_parts, column_means, row_means,
+               scale ? scale + before : nullptr, static_cast<const A*>(mask.counts));
+      });
 }
 
 }  // namespace
@@ -193,7 +195,7 @@ std::string why_not() {
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel<float>);
   if (error == cudaSuccess) return "";
-  cudaGetLastError();  // else a later call would report it
+  cudaGetLastError();  // otherwise a later call would report it
   return cudaGetErrorString(error);
 }
 

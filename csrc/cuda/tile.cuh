@@ -1,4 +1,4 @@
-// Products of small tiles in shared memory: 16-bit operands through the matrix units.
+// Products of small tiles in shared memory. The matrix units multiply 16-bit operands.
 #pragma once
 
 #include <mma.h>
@@ -7,7 +7,7 @@
 
 namespace repmtl::cuda {
 
-// kThreads threads as 16 x 16, of which each has kRows x kColumns elements, 16 apart.
+// The threads of a block form a square of 16 x 16. Each has kRows x kColumns elements, 16 apart.
 constexpr int kSide = 16;
 
 template <typename A, int kRows, int kColumns>
@@ -15,9 +15,10 @@ struct Elements {
   A x[kRows][kColumns];
 };
 
-// Adds a^T b to elements: a (kDepth, 16 kRows), b (kDepth, 16 kColumns) rows of shared memory.
+// Adds a^T b to elements, with a (kDepth, 16 kRows) and b (kDepth, 16 kColumns) in shared memory.
 template <int kDepth, int kAStride, int kBStride, typename A, int kRows, int kColumns>
-__device__ __forceinline__ void multiply(const A* a, const A* b, Elements<A, kRows, kColumns>& sums) {
+__device__ __forceinline__ void multiply(const A* a, const A* b,
+                                         Elements<A, kRows, kColumns>& sums) {
   const int y = threadIdx.x / kSide, x = threadIdx.x % kSide;
 #pragma unroll 4
   for (int k = 0; k < kDepth; ++k) {
@@ -34,7 +35,7 @@ __device__ __forceinline__ void multiply(const A* a, const A* b, Elements<A, kRo
   }
 }
 
-// The same for 16-bit operands: each warp has tiles of 16 x 16, kRows kColumns over all warps.
+// The same for 16-bit operands. Each warp has some of the kRows x kColumns tiles of 16 x 16.
 template <typename S, int kRows, int kColumns>
 struct MatrixUnits {
   static constexpr int kTiles = (kRows * kColumns + kWarps - 1) / kWarps;
@@ -66,7 +67,8 @@ struct MatrixUnits {
     }
   }
 
-  // Through shared memory (16 kRows, kStride), whose use before ends with a barrier.
+  // Moves the sums to elements through shared memory (16 kRows, kStride). Its use before must end
+  // with a barrier.
   template <int kStride>
   __device__ __forceinline__ void elements(float* shared, Elements<float, kRows, kColumns>& to) {
     using namespace nvcuda::wmma;

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: capture, streams, devices, no synchronisation, large sizes."""
+"""Tests that need a CUDA device: capture, streams, devices, no synchronisation, large sizes."""
 
 import fcntl
 import os
@@ -74,7 +74,7 @@ def test_capture_in_a_cuda_graph(backend: str, dtype: torch.dtype, case: Case):
 @pytest.mark.parametrize("backend", [*KERNELS, "eager", "reference"])
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=["float32", "float16 autocast"])
 def test_capture_of_a_training_step(backend: str, dtype: torch.dtype | None):
-    """Parameters after replays are those of eager steps, and so is what the criterion shows."""
+    """Replays give the parameters of eager steps, and the criterion shows the same values."""
     batches = torch.randn(5, 4, 3, 9, 9, device="cuda")
     labels = torch.randn(5, 2, 4, 2, 7, 7, device="cuda")
     x, y = batches[0].clone(), labels[0].clone()
@@ -103,12 +103,12 @@ def test_capture_of_a_training_step(backend: str, dtype: torch.dtype | None):
         y.copy_(new_y)
         replay()
         runs["eager"][2]()
-        found, expected = (runs[how][1].last for how in ("captured", "eager"))
+        captured, eager = (runs[how][1].last for how in ("captured", "eager"))
         for name in ("total", "tsr", "csa", "regularizer", "ratio"):
-            value, exact = getattr(found, name), getattr(expected, name)
+            value, exact = getattr(captured, name), getattr(eager, name)
             torch.testing.assert_close(value, exact, rtol=1e-3, atol=1e-6, msg=name)
         if dtype:
-            torch.testing.assert_close(found.underflow, expected.underflow)
+            torch.testing.assert_close(captured.underflow, eager.underflow)
     tolerance = {"rtol": 1e-2, "atol": 1e-3} if dtype else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(runs["captured"][0], runs["eager"][0], **tolerance)
 
@@ -133,7 +133,7 @@ def _train(encoder, heads, criterion, scaler, optimizer, x, y, dtype) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_runs_on_the_current_stream(backend: str):
-    """Behind a long kernel of the same stream the losses see what it wrote."""
+    """The losses see what a long kernel wrote before them on the same stream."""
     case = Case(2, 8, 256, (16, 16))
     tensors = case.make(torch.float32)
     expected, _ = _step(tensors, backend)
@@ -145,9 +145,9 @@ def test_runs_on_the_current_stream(backend: str):
         for t, s in zip(target, tensors, strict=True):
             t.copy_(s)
     with torch.cuda.stream(stream):
-        found, grads = _step(target, backend)
+        total, grads = _step(target, backend)
     stream.synchronize()
-    assert torch.equal(found, expected)
+    assert torch.equal(total, expected)
     assert all(torch.isfinite(g).all() for g in grads)
 
 
@@ -168,7 +168,7 @@ def test_another_device_than_the_current_one(backend: str, current: int):
 
 @pytest.fixture
 def most_of_the_memory(tmp_path_factory):
-    """For one test at a time: all processes of pytest-xdist share the device."""
+    """Serve one test at a time, since all processes of pytest-xdist share the device."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -181,7 +181,7 @@ def most_of_the_memory(tmp_path_factory):
 @pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_more_than_2_to_the_31_elements(backend: str):
-    """Offsets are int64: samples beyond 2^31 elements are read and written as the first."""
+    """Samples beyond 2^31 elements are read and written like the first: offsets are int64."""
     shape = (2, 64, 3 << 23)
     # Two tasks, gradients, and both swapped; three float32 samples of one task.
     needed = 2 * 4 * 2 * (2 * 64 * (3 << 23)) + 20 * GIB
@@ -215,7 +215,7 @@ def test_more_than_2_to_the_31_elements(backend: str):
     ],
 )
 def test_compute_sanitizer(backend: str, check: str):
-    """Small shapes, where the tool is installed and can attach."""
+    """Small shapes give no error, where the tool is installed and can attach."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         pytest.skip("compute-sanitizer is not installed")
@@ -245,7 +245,7 @@ def test_compute_sanitizer(backend: str, check: str):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_large_maps_agree_with_eager(backend: str, layout: str):
-    """Sizes that fill the device: many tiles, many programs."""
+    """The sizes fill the device: many tiles, many programs."""
     case = Case(2, 4, 512, (30, 33), layout)
     tensors = case.make(torch.bfloat16)
     value, grads = value_and_grads(LOSSES[2].public, case, tensors, backend=backend)

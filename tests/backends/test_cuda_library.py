@@ -1,4 +1,4 @@
-"""The compiled CUDA library, without a GPU: architectures, registers, spills, wide loads."""
+"""Looks at the compiled CUDA library, without a GPU: architectures, registers, wide loads."""
 
 import os
 import re
@@ -32,17 +32,17 @@ def cuobjdump(*arguments: str) -> str:
 
 @cache
 def usage() -> dict[str, dict[str, dict[str, int]]]:
-    """architecture -> kernel -> REG, STACK, SHARED, LOCAL."""
-    found: dict[str, dict[str, dict[str, int]]] = {}
+    """Return REG, STACK, SHARED and LOCAL of each kernel, by architecture and kernel."""
+    usage: dict[str, dict[str, dict[str, int]]] = {}
     for line in cuobjdump("--dump-resource-usage").splitlines():
         if match := re.search(r"arch = (sm_\w+)", line):
-            kernels = found.setdefault(match[1], {})
+            kernels = usage.setdefault(match[1], {})
         elif match := re.search(r"Function (\S+):", line):
             name = match[1]
         elif "REG:" in line:
             pairs = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)
             kernels[name] = {key: int(value) for key, value in pairs}
-    return found
+    return usage
 
 
 @pytest.mark.skipif("TORCH_CUDA_ARCH_LIST" in os.environ, reason="others were asked for")
@@ -59,14 +59,14 @@ def test_no_kernel_spills(architecture: str):
         assert any(f"{stage}_cu_" in kernel for kernel in kernels), stage
     for kernel, use in kernels.items():
         assert use["STACK"] == use["LOCAL"] == 0, kernel
-        # Two blocks on a multiprocessor; of the double precision of a whole tile one.
+        # Two blocks fit a multiprocessor, or one in double precision.
         assert use["REG"] <= (255 if "EdL" in kernel or "IdL" in kernel else 128), kernel
         assert use["SHARED"] <= 48 * 1024, kernel
 
 
 @cache
 def instructions(architecture: str) -> dict[str, str]:
-    """kernel -> its machine code."""
+    """Return the machine code of each kernel."""
     if shutil.which("nvdisasm", path=str(CUOBJDUMP.parent)) is None:
         pytest.skip("needs nvdisasm")
     listing = cuobjdump("--dump-sass", "-arch", architecture)
@@ -79,9 +79,9 @@ def test_saliencies_are_read_and_written_16_bytes_at_a_time(architecture: str):
     # Template arguments: the type, and how many elements a load takes.
     readers = "statistics|over_rows|over_columns|scaled_copy|add_outer"
     wide = re.compile(rf"({readers})_kernelI.*Li(8|4|2)E")
-    found = {k: v for k, v in instructions(architecture).items() if wide.search(k)}
-    assert len(found) == 2 * 5 * 4  # of each type, without a mask and with one
-    for kernel, code in found.items():
+    readers_code = {k: v for k, v in instructions(architecture).items() if wide.search(k)}
+    assert len(readers_code) == 2 * 5 * 4  # four types, without a mask and with one
+    for kernel, code in readers_code.items():
         assert re.search(r"\bLDG\.\S*128", code), kernel
         if "scaled_copy" in kernel or "add_outer" in kernel:
             stores = re.findall(r"\bSTG\.\S*", code)

@@ -1,7 +1,7 @@
-"""The CUDA kernels of the native backend, executed without a GPU: same sources, emulated CUDA.
+"""Runs the CUDA kernels of the native backend without a GPU: same sources, emulated CUDA.
 
-The emulation runs the threads of a block one after the other between barriers, in an order of
-choice; what depends on it is a race.
+Between barriers the emulation runs the threads of a block one after the other, in a chosen order.
+A result that depends on the order shows a race.
 """
 
 import os
@@ -23,7 +23,7 @@ CUDA = "backends/test_native_cuda"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.slow_cpu,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for them"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them"),
     pytest.mark.skipif(
         not emulated_cuda.SOURCES.exists() or native_library.status("cpu") != "ok",
         reason="needs the source tree and what compiles it",
@@ -67,7 +67,7 @@ def test_the_tests_of_the_native_backend_in_any_order_of_threads(tmp_path: Path)
 
 
 def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tmp_path: Path):
-    """Of kernels, in shared and global memory."""
+    """The sanitizers watch the kernels' shared and global memory."""
     libraries = [
         subprocess.run(
             [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True
@@ -79,15 +79,15 @@ def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tmp_path: 
     flags = ["-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
     library = emulated_cuda.build(tmp_path, *flags, "-fno-sanitize-recover=all")
     preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
-    some = "every_way and (dtype1 or dtype2) or anywhere or some_tasks"
-    run(library, *sources(CUDA), "-k", some, **preload)
+    selection = "every_way and (dtype1 or dtype2) or anywhere or some_tasks"
+    run(library, *sources(CUDA), "-k", selection, **preload)
 
 
 def test_the_emulation_itself(tmp_path: Path):
     program = tmp_path / "self_test"
-    source = emulated_cuda.HEADERS / "self_test.cpp"
+    files = map(str, emulated_cuda.HEADERS.glob("self_test*.cpp"))
     command = [COMPILER, "-std=c++17", "-O1", "-Wall", "-Wextra", "-pthread"]
-    command += ["-I", str(emulated_cuda.HEADERS), str(source), "-o", str(program)]
+    command += ["-I", str(emulated_cuda.HEADERS), *files, "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
     for order in ("forward", "reverse", "1"):

@@ -1,4 +1,4 @@
-"""What only the compiled operators for the CPU have: units of work, threads, argument checks."""
+"""Tests that only the operators for the CPU need: units of work, threads, argument checks."""
 
 import gc
 import json
@@ -19,6 +19,7 @@ from repmtl_kernels._ground.saliency import canonical_tasks
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.eager import stages as eager
 from repmtl_kernels.backends.native import library as native_library
+from repmtl_kernels.backends.native.files import damage
 
 if native_library.status("cpu") != "ok":
     pytest.skip(native_library.status("cpu"), allow_module_level=True)
@@ -44,13 +45,13 @@ SEVERAL_UNITS = [
 @pytest.mark.parametrize("case", SEVERAL_UNITS, ids=str)
 def test_several_units_of_work(case: Case, dtype: torch.dtype):
     saliencies = canonical_tasks([t.detach() for t in case.make(dtype)], False, case.channel_dim)
-    found = native.statistics(saliencies, positions=True, channels=True)
+    result = native.statistics(saliencies, positions=True, channels=True)
     exact = eager.statistics([s.double() for s in saliencies], positions=True, channels=True)
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
     for name in ("positions", "channels"):
-        error = (getattr(found, name).double() - getattr(exact, name)).abs().max()
+        error = (getattr(result, name).double() - getattr(exact, name)).abs().max()
         assert error <= tolerance * 4, name
-    assert torch.equal(found.scale.double(), exact.scale)
+    assert torch.equal(result.scale.double(), exact.scale)
     judge(LOSSES[2], case, dtype, "native")
 
 
@@ -64,7 +65,7 @@ def test_products_of_few_positions_by_own_code_and_by_the_library(monkeypatch, c
 @pytest.mark.parametrize("case", [SEVERAL_UNITS[0], Case(2, 40, 30, (4, 5))], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(case: Case):
     saliencies = [t.detach() for t in case.make(torch.float32)]
-    threads, found = torch.get_num_threads(), []
+    threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
@@ -75,11 +76,11 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
             )  # fmt: skip
             anchors = ops.unit_anchors(statistics.channels, 0.0, True)
             gram = native.gram(saliencies, statistics.scale, anchors[0], eps=0.0, with_grad=True)
-            found.append([*statistics, *entropy, *anchors, *gram])
+            runs.append([*statistics, *entropy, *anchors, *gram])
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 def test_blocks_of_the_contrast_give_the_same(monkeypatch):
@@ -92,22 +93,22 @@ def test_blocks_of_the_contrast_give_the_same(monkeypatch):
 
 
 def _damaged(library: Path) -> dict[str, tuple[bytes, str]]:
-    """Contents of a library's file, and what the report says of it."""
-    whole = library.read_bytes()
-    foreign = bytearray(whole)
+    """Return contents of a library's file, each with what the report says about it."""
+    content = library.read_bytes()
+    foreign = bytearray(content)
     foreign[18:20] = (243).to_bytes(2, "little")  # RISC-V
-    narrow = bytearray(whole)
+    narrow = bytearray(content)
     narrow[4] = 1  # 32 bits
-    half = len(whole) // 2
+    half = len(content) // 2
     cut = r"cut off at \d+ bytes"
     return {
-        "half": (whole[:half], cut),
-        "a tenth": (whole[: len(whole) // 10], cut),
-        "all but a page": (whole[:-4096], cut),
-        "all but a byte": (whole[:-1], cut),
-        "its header": (whole[:64], cut),
-        "part of its header": (whole[:40], "is not a library"),
-        "half, and zeros": (whole[:half] + bytes(len(whole) - half), "is damaged"),
+        "half": (content[:half], cut),
+        "a tenth": (content[: len(content) // 10], cut),
+        "all but a page": (content[:-4096], cut),
+        "all but a byte": (content[:-1], cut),
+        "its header": (content[:64], cut),
+        "part of its header": (content[:40], "is not a library"),
+        "half, and zeros": (content[:half] + bytes(len(content) - half), "is damaged"),
         "nothing": (b"", "is not a library"),
         "text": (b"version https://git-lfs.github.com/spec/v1\n" * 9, "is not a library"),
         "of another machine": (bytes(foreign), "for another machine .number 243"),
@@ -124,7 +125,7 @@ import json, pathlib, sys, torch
 import repmtl_kernels
 from repmtl_kernels.backends.native import library as native_library
 from repmtl_kernels.backends import availability, choice
-found = {}
+answers = {}
 for folder in map(pathlib.Path, sys.argv[1:]):
     native_library.PACKAGE = folder
     native_library.status.cache_clear(), availability.refusal.cache_clear()
@@ -136,8 +137,8 @@ for folder in map(pathlib.Path, sys.argv[1:]):
         by_name = "no error"
     except ValueError as error:
         by_name = str(error)
-    found[folder.name] = reason, choice.resolve("auto", saliencies[0]), by_name
-print(json.dumps(found))
+    answers[folder.name] = reason, choice.resolve("auto", saliencies[0]), by_name
+print(json.dumps(answers))
 """
 
 
@@ -160,9 +161,9 @@ def test_a_library_that_cannot_be_used_is_a_reason_and_no_crash(tmp_path: Path):
     os.mkfifo(tmp_path / "a pipe" / library.name)
     messages = {name: message for name, (_, message) in cases.items()}
     messages |= dict.fromkeys(("a folder", "a pipe"), "is not a file")
-    found = _ask(*(tmp_path / name for name in messages))
+    answers = _ask(*(tmp_path / name for name in messages))
     for name, message in messages.items():
-        reason, chosen, by_name = found[name]
+        reason, chosen, by_name = answers[name]
         assert re.search(message, reason) and "nstall the package again" in reason, (name, reason)
         assert chosen == "eager"
         assert by_name.startswith("backend: 'native' cannot run here: ") and reason in by_name
@@ -173,15 +174,13 @@ def test_a_library_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert (
-        native_library._damage(Path(native_library.__file__))
-        == "cannot be read (Permission denied)"
-    )
+    fault = damage(Path(native_library.__file__), None)
+    assert fault == "cannot be read (Permission denied)"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="an ELF library")
 @pytest.mark.parametrize("options", [[], ["--strip-all"]], ids=["as built", "stripped"])
-def test_a_library_that_is_whole(tmp_path: Path, options: list[str]):
+def test_a_library_without_damage(tmp_path: Path, options: list[str]):
     for name in native_library.LIBRARIES.values():
         library = native_library.PACKAGE / name
         if not library.exists():
@@ -190,7 +189,7 @@ def test_a_library_that_is_whole(tmp_path: Path, options: list[str]):
         shutil.copy(library, copy)
         if options and shutil.which("strip"):
             subprocess.run(["strip", *options, str(copy)], check=True)
-        assert native_library._damage(copy) is None
+        assert damage(copy, Path(torch._C.__file__)) is None
 
 
 GOOD = torch.ones(2, 3, 4)
@@ -263,7 +262,7 @@ def test_nothing_to_work_on_is_an_error_and_no_crash(call):
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS, or VmHWM, its maximum."""
+    """Return the bytes of this process that are in memory: VmRSS, or VmHWM, its maximum."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
 
@@ -289,10 +288,10 @@ def test_scratch_memory_follows_the_need(shape, positions, limit):
 def test_a_gradient_of_zero_and_a_total_below_the_normal_numbers():
     x = torch.tensor([[[1e-40, 2e-40, 0.0]]])
     options = {"over": "space", "normalizer": "abs", "temperature": 1.0, "eps": 0.0}
-    found = native.entropy(x, **options, with_grad=True)
+    result = native.entropy(x, **options, with_grad=True)
     expected = eager.entropy(x, **options, with_grad=True)
-    torch.testing.assert_close(found, expected)
-    assert not found.grad.isnan().any()
+    torch.testing.assert_close(result, expected)
+    assert not result.grad.isnan().any()
 
 
 @pytest.mark.parametrize("backend", ["native", "eager"])
@@ -306,8 +305,8 @@ def test_eps_beside_tiny_saliencies(backend):
 
 def test_strides_that_no_stage_gives():
     a = torch.randn(8, 3, 2).permute(2, 1, 0)
-    found, expected = (b.anchors(a, eps=0.0, with_grad=True) for b in (native, eager))
-    for ours, theirs in zip(found, expected, strict=True):
+    result, expected = (b.anchors(a, eps=0.0, with_grad=True) for b in (native, eager))
+    for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -339,8 +338,8 @@ def test_opcheck(name: str):
     operator = getattr(ops, name).default
     torch.library.opcheck(operator, _arguments()[name], test_utils=tests)
     if operator._schema.arguments[-1].name == "mask":
-        given = *_arguments()[name], torch.rand(3, 16) < 0.5
-        torch.library.opcheck(operator, given, test_utils=tests)
+        with_mask = *_arguments()[name], torch.rand(3, 16) < 0.5
+        torch.library.opcheck(operator, with_mask, test_utils=tests)
 
 
 def test_tsr_of_fake_tensors():

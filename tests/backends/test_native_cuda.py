@@ -1,4 +1,4 @@
-"""What only the operators for CUDA have: one call, blocks, wide loads, argument checks.
+"""Tests that only the operators for CUDA need: one call, blocks, wide loads, argument checks.
 
 Runs on a CUDA device, and on the CPU under ``test_emulated_cuda.py``.
 """
@@ -14,7 +14,6 @@ from cases import DEVICE, DTYPES, LOSSES, Case, judge, relative_error, value_and
 from repmtl_kernels import csa_loss, rep_mtl_loss
 from repmtl_kernels._ground.saliency import canonical_tasks
 from repmtl_kernels.backends.eager import contrast as eager_contrast
-from repmtl_kernels.backends.eager import stages as eager
 from repmtl_kernels.backends.native import library as native_library
 
 if not os.environ.get("REPMTL_EMULATED_CUDA") and (
@@ -30,7 +29,7 @@ ANY = [
     Case(1, 2, 700, (27, 25)),  # Gram matrix in two blocks, N side
     Case(1, 2, 650, (26, 26), "channels_last"),  # the same, C side
     Case(2, 2, 96, (7, 7)),  # small
-    Case(3, 2, 64, (8, 8)),  # small and whole, wide loads
+    Case(3, 2, 64, (8, 8)),  # small, full tiles, wide loads
     Case(2, 2, 64, (4, 4), "channels_last"),
     Case(2, 3, 24, (3, 8), "crop"),  # nothing is adjacent
     Case(2, 2, 33, (5, 3, 2), "crop"),  # three dimensions
@@ -51,7 +50,7 @@ def test_every_way_through_the_kernels(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ANY, ids=str)
 def test_every_way_with_a_mask(case: Case, dtype: torch.dtype):
-    """Positions that it leaves out hold NaN."""
+    """Positions that the mask leaves out hold NaN."""
     mask = torch.rand(case.batch, math.prod(case.spatial)) < 0.7
     mask[:, 0] = True
     mask = mask.view(case.batch, *case.spatial).to(DEVICE)
@@ -63,20 +62,20 @@ def test_every_way_with_a_mask(case: Case, dtype: torch.dtype):
         judge(loss, case, dtype, "native", positions=mask)
         run = partial(value_and_grads, loss.public, case, backend="native", positions=mask)
         value, grads = run(tensors)
-        found, again = run([t.requires_grad_() for t in spoiled])
-        assert torch.equal(found, value)
-        assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
+        masked, masked_grads = run([t.requires_grad_() for t in spoiled])
+        assert torch.equal(masked, value)
+        assert all(torch.equal(a, b) for a, b in zip(masked_grads, grads, strict=True))
 
 
 @pytest.mark.parametrize("case", ANY, ids=str)
 def test_stages_and_one_call_give_the_same(monkeypatch, case: Case):
-    """A group of processes takes the stages."""
+    """A group of processes runs the stages one by one."""
     options = {"backend": "native"}
-    whole = value_and_grads(LOSSES[2].public, case, case.make(torch.float32), **options)
+    in_one = value_and_grads(LOSSES[2].public, case, case.make(torch.float32), **options)
     monkeypatch.setattr(native, "in_one_call", lambda saliency: None)
     value, grads = value_and_grads(LOSSES[2].public, case, case.make(torch.float32), **options)
-    torch.testing.assert_close(value, whole[0], rtol=1e-6, atol=0)
-    assert relative_error(grads, [g.double() for g in whole[1]]) < 1e-6
+    torch.testing.assert_close(value, in_one[0], rtol=1e-6, atol=0)
+    assert relative_error(grads, [g.double() for g in in_one[1]]) < 1e-6
 
 
 def test_contrast_in_several_blocks():
@@ -117,7 +116,7 @@ def test_present_tasks():
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_rows_that_start_anywhere(offset: int):
-    """Loads of 16 bytes only where memory is aligned."""
+    """The kernels may load 16 bytes at a time only where memory is aligned."""
     case = Case(2, 2, 24, (4, 8))
     tensors = []
     for t in case.make(torch.float32):
@@ -248,6 +247,6 @@ def test_results_without_a_gradient():
     saliencies = canonical_tasks([t.detach() for t in case.make(torch.float32)], False, 1)
     with torch.no_grad():
         value = rep_mtl_loss(saliencies, backend="native").total
-    found = ops.losses(saliencies, None, None, True, True, True, False, 1.0, 0.0, 0.5, 0.0, False)
-    assert all(t.numel() == 0 for t in found[2:])
-    torch.testing.assert_close(value, 0.01 * found[0] + 0.01 * found[1])
+    results = ops.losses(saliencies, None, None, True, True, True, False, 1.0, 0.0, 0.5, 0.0, False)
+    assert all(t.numel() == 0 for t in results[2:])
+    torch.testing.assert_close(value, 0.01 * results[0] + 0.01 * results[1])

@@ -21,15 +21,15 @@
 
 // Vectors and indices -------------------------------------------------------------------------
 
-#define CUDA_EMULATION_VECTOR2(name, type)                           \
-  struct alignas(2 * sizeof(type)) name {                            \
-    type x, y;                                                       \
-  };                                                                 \
+#define CUDA_EMULATION_VECTOR2(name, type) \
+  struct alignas(2 * sizeof(type)) name {  \
+    type x, y;                             \
+  };                                       \
   inline name make_##name(type x, type y) { return name{x, y}; }
-#define CUDA_EMULATION_VECTOR4(name, type)                           \
-  struct alignas(4 * sizeof(type)) name {                            \
-    type x, y, z, w;                                                 \
-  };                                                                 \
+#define CUDA_EMULATION_VECTOR4(name, type) \
+  struct alignas(4 * sizeof(type)) name {  \
+    type x, y, z, w;                       \
+  };                                       \
   inline name make_##name(type x, type y, type z, type w) { return name{x, y, z, w}; }
 
 CUDA_EMULATION_VECTOR2(int2, int)
@@ -131,8 +131,8 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t count, cudaStre
 }
 
 template <typename... ExpTypes, typename... ActTypes>
-inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
-                                      void (*kernel)(ExpTypes...), ActTypes&&... args) {
+inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(ExpTypes...),
+                                      ActTypes&&... args) {
   if (const cudaError_t error = cuda_emulation::check(*config)) {
     return cuda_emulation::remember(error);
   }
@@ -147,7 +147,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
 
 // Barriers and warps --------------------------------------------------------------------------
 
-// The place of a call. Threads that meet at a barrier have to come from the same one.
+// The place of a call. All threads at a barrier have to come from the same place.
 #define CUDA_EMULATION_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 inline void __syncthreads(CUDA_EMULATION_SITE) {
@@ -163,7 +163,8 @@ inline void __syncwarp(unsigned mask = ~0u, CUDA_EMULATION_SITE) {
 
 namespace cuda_emulation {
 
-// source(lane, first, last) is a lane of those that `width` puts together, or one's own.
+// source(lane, first, last) returns one of the lanes that `width` puts together, or the lane
+// itself.
 template <typename T, typename F>
 T shuffle(unsigned mask, T value, int width, const Site& site, const F& source) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8),
@@ -265,13 +266,13 @@ To bits_as(From from) {
   return to;
 }
 
-// As the hardware: an error that grows with the argument, or near the zero of the logarithm.
+// Like the hardware's: the error grows with the argument, or where the logarithm is close to 0.
 inline float fast_exp(float x) { return exp2f(x * 1.44269504f); }
 inline float fast_log(float x) { return log2f(x) * 0.693147181f; }
 
 }  // namespace cuda_emulation
 
-// glibc declares functions of these names, which it does not have.
+// glibc declares functions of these names, but does not define them.
 #define __expf(x) ::cuda_emulation::fast_exp(x)
 #define __logf(x) ::cuda_emulation::fast_log(x)
 
@@ -297,7 +298,7 @@ inline void __stwb(T* p, T x) {
   *p = x;
 }
 
-// CUDA's overloads, so that what is ambiguous there is ambiguous here.
+// CUDA's overloads, so that a call is ambiguous here if it is ambiguous there.
 #define CUDA_EMULATION_MIN_MAX(type, a_type, b_type)               \
   inline type min(a_type a, b_type b) {                            \
     const type c = static_cast<type>(a), d = static_cast<type>(b); \

@@ -1,424 +1,33 @@
-// Runs the blocks of a kernel launch one after the other on the calling thread, the threads of a
-// block as fibers that switch at barriers only. What CUDA's own headers name is in cuda_runtime.h.
+// Runs the blocks of a kernel launch one after the other on the calling thread, and the threads of
+// a block as fibers. The names of CUDA's own headers are in cuda_runtime.h.
 //
-// CUDA_EMULATION_ORDER says who runs first: `forward` (default), `reverse`, or a number, the seed
-// of a random order of blocks and, at every barrier, of threads. Right kernels do not care.
+// CUDA_EMULATION_ORDER says which blocks and threads run first: `forward` (default), `reverse`, or
+// a number, the seed of a random order of blocks and, at every barrier, of threads. The results of
+// correct kernels do not depend on it.
 #pragma once
 
-#include <sys/mman.h>
-
-#include <cerrno>
-#include <cstdarg>
-#include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <numeric>
 #include <utility>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define CUDA_EMULATION_ASAN
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define CUDA_EMULATION_ASAN
-#endif
-#endif
-#ifdef CUDA_EMULATION_ASAN
-#include <pthread.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#if !defined(__x86_64__) && !defined(CUDA_EMULATION_UCONTEXT)
-#define CUDA_EMULATION_UCONTEXT
-#endif
-#ifdef CUDA_EMULATION_UCONTEXT
-#include <ucontext.h>
-#endif
-
-// Shared memory lies in the thread-local segment of its program or library, for that is the one
-// range which also holds variables of templates. It is filled with 0xFF before a block, so nothing
-// else may be thread-local there. The address sanitizer checks bounds of plain statics only.
-#if defined(__linux__) && !defined(CUDA_EMULATION_ASAN)
-#define CUDA_EMULATION_POISON
-#include <link.h>
-#define CUDA_EMULATION_SHARED static thread_local
-#else
-#define CUDA_EMULATION_SHARED static
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-#define CUDA_EMULATION_OPAQUE __attribute__((noinline, noipa))
-#else
-#define CUDA_EMULATION_OPAQUE __attribute__((noinline))
-#endif
-#define CUDA_EMULATION_HIDDEN __attribute__((visibility("hidden")))
-
-struct uint3 {
-  unsigned int x, y, z;
-};
+#include "fibers.h"
 
 namespace cuda_emulation {
-
-constexpr int kMaxThreads = 1024;
-constexpr int kWarp = 32;
-constexpr size_t kStack = 256 * 1024;  // address space; memory is what a kernel touches
-constexpr size_t kGuard = 64 * 1024;   // a multiple of every page size
-
-// Contexts ------------------------------------------------------------------------------------
-
-struct Context {
-#ifdef CUDA_EMULATION_UCONTEXT
-  ucontext_t registers;
-#else
-  void* stack_pointer;
-#endif
-#ifdef CUDA_EMULATION_ASAN
-  const void* bottom;
-  size_t size;
-  void* fake_stack;
-#endif
-};
-
-#ifdef CUDA_EMULATION_UCONTEXT
-
-inline void prepare(Context& context, char* bottom, char* top, void (*entry)()) {
-  getcontext(&context.registers);
-  context.registers.uc_stack.ss_sp = bottom;
-  context.registers.uc_stack.ss_size = static_cast<size_t>(top - bottom);
-  context.registers.uc_link = nullptr;
-  makecontext(&context.registers, entry, 0);
-}
-
-inline void swap_registers(Context& from, Context& to) {
-  swapcontext(&from.registers, &to.registers);
-}
-
-#else
-
-inline void prepare(Context& context, char*, char* top, void (*entry)()) {
-  void** stack = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t(15)) - 2;
-  stack[0] = reinterpret_cast<void*>(entry);
-  stack[1] = nullptr;  // where a return address would be
-  context.stack_pointer = stack;
-}
-
-// The compiler saves what the asm names, and the caller what a call may change; rbp can't be named.
-CUDA_EMULATION_OPAQUE inline void swap_registers(Context& from, Context& to) {
-  void** save = &from.stack_pointer;
-  void* load = to.stack_pointer;
-  asm volatile(
-      "leaq -128(%%rsp), %%rsp\n\t"  // the red zone may be in use
-      "pushq %%rbp\n\t"
-      "leaq 1f(%%rip), %%rax\n\t"
-      "pushq %%rax\n\t"
-      "movq %%rsp, (%%rdi)\n\t"
-      "movq %%rsi, %%rsp\n\t"
-      "popq %%rax\n\t"
-      "jmpq *%%rax\n"
-      "1:\n\t"
-      "popq %%rbp\n\t"
-      "leaq 128(%%rsp), %%rsp\n\t"
-      : "+D"(save), "+S"(load)
-      :
-      : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "memory",
-        "cc");
-}
-
-#endif
-
-inline void switch_context(Context& from, Context& to) {
-#ifdef CUDA_EMULATION_ASAN
-  __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
-#endif
-  swap_registers(from, to);
-#ifdef CUDA_EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
-#endif
-}
-
-// State ---------------------------------------------------------------------------------------
-
-enum class Operation { syncthreads, syncwarp, shuffle, vote, matrix };
-
-inline const char* name_of(Operation operation) {
-  switch (operation) {
-    case Operation::syncthreads: return "__syncthreads";
-    case Operation::syncwarp: return "__syncwarp";
-    case Operation::shuffle: return "a shuffle";
-    case Operation::vote: return "a vote";
-    default: return "a matrix load or store";
-  }
-}
-
-struct Site {
-  Operation operation;
-  const char* file;
-  int line;
-
-  bool operator==(const Site& other) const {
-    return operation == other.operation && line == other.line &&
-           (file == other.file || std::strcmp(file, other.file) == 0);
-  }
-};
-
-struct Barrier {
-  int first, size;  // its threads
-  int live;         // those that have not returned
-  int waiting;
-  uint64_t phase;  // never starts again, so values of another block are not taken for this one's
-  Site site;       // of those that wait
-};
-
-struct Slot {
-  uint64_t phase, bits;
-};
-
-struct Warp {
-  Barrier barrier;
-  Slot slots[2][kWarp];  // of the phase and of the one before, which some lanes may still read
-};
-
-using Fiber = Context;
-
-struct Thread {
-  uint3 index;
-  Fiber* fiber;  // null before the thread starts
-  Barrier* waits_at;
-};
-
-enum class Order { forward, reverse, random };
-
-struct State {
-  std::mutex launching;  // one launch at a time in a process
-  void (*call)(void*) = nullptr;
-  void* arguments = nullptr;
-  uint3 thread_index{}, block_index{}, block_dim{}, grid_dim{};
-  int current = 0;
-  Thread threads[kMaxThreads];
-  Barrier block{};
-  Warp warps[kMaxThreads / kWarp]{};
-  uint16_t ready[kMaxThreads];  // a ring: a thread is in it once at most
-  unsigned ready_head = 0, ready_count = 0;
-  Context launcher{};
-  std::vector<std::unique_ptr<Fiber>> fibers;  // they and their stacks are never given back
-  std::vector<Fiber*> idle;
-  Order order = Order::forward;
-  uint64_t random = 0;
-};
-
-CUDA_EMULATION_HIDDEN inline State state;
-
-// A cudaError_t. It also marks the segment of shared memory.
-CUDA_EMULATION_HIDDEN inline thread_local int last_error = 0;
-
-__attribute__((format(printf, 1, 2))) inline void complain(const char* format, ...) {
-  const uint3 b = state.block_index, g = state.grid_dim, d = state.block_dim;
-  std::fprintf(stderr,
-               "CUDA emulation: block (%u, %u, %u) of grid (%u, %u, %u), %ux%ux%u threads: ", b.x,
-               b.y, b.z, g.x, g.y, g.z, d.x, d.y, d.z);
-  va_list values;
-  va_start(values, format);
-  std::vfprintf(stderr, format, values);
-  va_end(values);
-  std::fputc('\n', stderr);
-}
-
-[[noreturn]] inline void fail(const Site& site, const char* what) {
-  const uint3 t = state.thread_index;
-  complain("thread (%u, %u, %u), %s at %s:%d: %s", t.x, t.y, t.z, name_of(site.operation),
-           site.file, site.line, what);
-  std::abort();
-}
-
-[[noreturn]] inline void report_deadlock() {
-  struct Group {
-    Barrier* barrier;
-    int count;
-  };
-  complain("deadlock");
-  std::vector<Group> groups;
-  for (int t = 0; t < state.block.size; ++t) {
-    Barrier* barrier = state.threads[t].waits_at;
-    if (barrier == nullptr) continue;
-    if (groups.empty() || groups.back().barrier != barrier) groups.push_back({barrier, 0});
-    ++groups.back().count;
-  }
-  for (const Group& group : groups) {
-    const Site& site = group.barrier->site;
-    std::fprintf(stderr, "  threads %d to %d: %d wait at %s, %s:%d\n", group.barrier->first,
-                 group.barrier->first + group.barrier->size - 1, group.count,
-                 name_of(site.operation), site.file, site.line);
-  }
-  std::fprintf(stderr, "  %d of %d threads have returned\n", state.block.size - state.block.live,
-               state.block.size);
-  std::abort();
-}
-
-// Order ---------------------------------------------------------------------------------------
-
-inline uint64_t random_below(uint64_t count) {  // count < 2^32
-  state.random += 0x9E3779B97F4A7C15u;          // SplitMix64
-  uint64_t z = state.random;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  return ((z ^ (z >> 31)) >> 32) * count >> 32;
-}
-
-inline void read_order() {
-  const char* text = std::getenv("CUDA_EMULATION_ORDER");
-  if (text == nullptr || *text == 0 || std::strcmp(text, "forward") == 0) {
-    state.order = Order::forward;
-  } else if (std::strcmp(text, "reverse") == 0) {
-    state.order = Order::reverse;
-  } else {
-    char* end;
-    errno = 0;
-    state.random = std::strtoull(text, &end, 10);
-    if (*text < '0' || *text > '9' || *end != 0 || errno != 0) {
-      std::fprintf(stderr, "CUDA_EMULATION_ORDER is forward, reverse or a number, not \"%s\"\n",
-                   text);
-      std::abort();
-    }
-    state.order = Order::random;
-  }
-}
-
-inline void make_ready(int thread) {
-  state.ready[(state.ready_head + state.ready_count++) % kMaxThreads] =
-      static_cast<uint16_t>(thread);
-}
-
-inline int take_ready() {
-  uint16_t& head = state.ready[state.ready_head];
-  if (state.order == Order::random) {
-    const unsigned i = static_cast<unsigned>(random_below(state.ready_count));
-    std::swap(head, state.ready[(state.ready_head + i) % kMaxThreads]);
-  }
-  state.ready_head = (state.ready_head + 1) % kMaxThreads;
-  --state.ready_count;
-  return head;
-}
-
-// Fibers --------------------------------------------------------------------------------------
-
-inline void select(int thread) {
-  state.current = thread;
-  state.thread_index = state.threads[thread].index;
-}
-
-inline void release(Barrier& barrier) {
-  barrier.waiting = 0;
-  ++barrier.phase;
-  const bool reverse = state.order == Order::reverse;
-  for (int i = 0; i < barrier.size; ++i) {
-    const int t = barrier.first + (reverse ? barrier.size - 1 - i : i);
-    if (state.threads[t].waits_at != &barrier) continue;
-    state.threads[t].waits_at = nullptr;
-    make_ready(t);
-  }
-}
-
-inline void leave(Barrier& barrier) {
-  --barrier.live;
-  if (barrier.live > 0 && barrier.waiting == barrier.live) release(barrier);
-}
-
-// A fiber runs threads from start to end, one after the other; those that were stopped by a barrier
-// have a fiber of their own to go on with.
-inline void run_fiber() {
-#ifdef CUDA_EMULATION_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
-  for (;;) {
-    Thread& started = state.threads[state.current];
-    Fiber* const self = started.fiber;
-    state.call(state.arguments);
-    started.fiber = nullptr;
-    leave(state.warps[state.current / kWarp].barrier);
-    leave(state.block);
-
-    if (state.ready_count > 0) {
-      select(take_ready());
-      Thread& next = state.threads[state.current];
-      if (next.fiber == nullptr) {
-        next.fiber = self;
-        continue;
-      }
-      state.idle.push_back(self);
-      switch_context(*self, *next.fiber);
-    } else if (state.block.live == 0) {
-      state.idle.push_back(self);
-      switch_context(*self, state.launcher);
-    } else {
-      report_deadlock();
-    }
-  }
-}
-
-inline Fiber* new_fiber() {
-  char* bottom = static_cast<char*>(
-      mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0));
-  if (bottom == MAP_FAILED || mprotect(bottom, kGuard, PROT_NONE) != 0) {
-    std::perror("CUDA emulation: the stack of a fiber");
-    std::abort();
-  }
-  // Stacks at equal offsets would compete for the same few lines of the cache.
-  char* const top = bottom + kStack - (state.fibers.size() % 64) * 1088;
-  state.fibers.push_back(std::make_unique<Fiber>());
-  Fiber* const fiber = state.fibers.back().get();
-#ifdef CUDA_EMULATION_ASAN
-  fiber->bottom = bottom + kGuard;
-  fiber->size = static_cast<size_t>(top - bottom) - kGuard;
-#endif
-  prepare(*fiber, bottom + kGuard, top, run_fiber);
-  return fiber;
-}
-
-// The fiber on which a selected thread starts or goes on.
-inline Fiber& fiber_of(Thread& thread) {
-  if (thread.fiber == nullptr) {
-    if (state.idle.empty()) {
-      thread.fiber = new_fiber();
-    } else {
-      thread.fiber = state.idle.back();
-      state.idle.pop_back();
-    }
-  }
-  return *thread.fiber;
-}
-
-CUDA_EMULATION_OPAQUE inline void wait(Barrier& barrier, const Site& site) {
-  Thread& self = state.threads[state.current];
-  if (barrier.waiting == 0) {
-    barrier.site = site;
-  } else if (!(barrier.site == site)) {
-    complain("%d threads wait at %s, %s:%d", barrier.waiting, name_of(barrier.site.operation),
-             barrier.site.file, barrier.site.line);
-    fail(site, "waits at another barrier than other threads");
-  }
-  self.waits_at = &barrier;
-  if (++barrier.waiting == barrier.live) release(barrier);
-  if (state.ready_count == 0) report_deadlock();
-  select(take_ready());
-  Thread& next = state.threads[state.current];
-  if (&next != &self) switch_context(*self.fiber, fiber_of(next));
-}
 
 // Warps ---------------------------------------------------------------------------------------
 
 inline int lane() { return state.current % kWarp; }
 
-// What the lanes of a warp gave at one barrier.
+// The values that the lanes of a warp brought to one barrier.
 struct Exchange {
   const Slot* slots;
   uint64_t phase;
 
   bool has(int lane) const { return slots[lane].phase == phase; }
-  // A lane that returned or does not exist has no value; 0xFF shows it.
+  // Returns 0xFF... for a lane that has returned or does not exist.
   uint64_t bits(int lane) const { return has(lane) ? slots[lane].bits : ~uint64_t(0); }
 };
 
@@ -441,16 +50,14 @@ inline void check_mask(unsigned mask, const Site& site) {
 
 #ifdef CUDA_EMULATION_POISON
 
-// Fills shared memory with 0xFF. As it is that of all kernels in the program, most blocks refill
-// only the range that was written by those of every 16 that got it whole.
+// Fills shared memory with 0xFF. The memory is that of all kernels in the program, so only every
+// 16th block gets all of it filled. The others get the range that such blocks wrote.
 class Poison {
  public:
   Poison() {
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* self) {
-          return static_cast<Poison*>(self)->find(*info);
-        },
-        this);
+    dl_iterate_phdr([](dl_phdr_info* info, size_t,
+                       void* self) { return static_cast<Poison*>(self)->find(*info); },
+                    this);
   }
 
   void before_block(uint64_t number) {
@@ -539,7 +146,7 @@ inline void start_block(uint3 index, int threads) {
   }
 }
 
-// The dimensions are valid. `call` runs one thread.
+// Runs a grid, whose dimensions are valid. `call` runs one thread.
 inline void launch(uint3 grid, uint3 block, void (*call)(void*), void* arguments) {
   const std::lock_guard<std::mutex> lock(state.launching);
   const int error = last_error;
@@ -578,7 +185,7 @@ inline void launch(uint3 grid, uint3 block, void (*call)(void*), void* arguments
     select(take_ready());
     switch_context(state.launcher, fiber_of(state.threads[state.current]));
   }
-  last_error = error;  // it lies among shared memory
+  last_error = error;  // it lies in shared memory, which is overwritten
 }
 
 }  // namespace cuda_emulation

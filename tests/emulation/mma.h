@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name. Lane 0 of a warp holds a whole tile and computes it;
-// the other lanes only meet it. Elements of a fragment can't be reached.
+// Stands in for CUDA's header of this name. Lane 0 of a warp holds a complete tile and computes
+// with it; the other lanes only wait for it. Kernels can't access the elements of a fragment.
 #pragma once
 
 #include "cuda_bf16.h"
@@ -19,7 +19,7 @@ struct tf32 {};
 
 enum layout_t { mem_row_major, mem_col_major };
 
-// To nearest, ties away from zero.
+// Rounds to nearest, ties away from zero.
 inline float __float_to_tf32(float x) {
   if (!isfinite(x)) return x;
   return __uint_as_float((__float_as_uint(x) + 0x1000) & ~0x1FFFu);
@@ -32,7 +32,7 @@ namespace cuda_emulation {
 
 namespace wmma = nvcuda::wmma;
 
-// What a type of elements is in memory, and as an operand.
+// How elements of a type are stored in memory, and their values as operands.
 template <typename T>
 struct Element {
   using memory = T;
@@ -45,7 +45,7 @@ struct Element<wmma::precision::tf32> {
 };
 
 template <typename Use, int m, int n, int k>
-struct TileShape {  // of an accumulator
+struct TileShape {  // the shape of an accumulator
   static constexpr int rows = m, columns = n;
 };
 template <int m, int n, int k>
@@ -89,8 +89,8 @@ struct fragment {
 
 namespace cuda_emulation {
 
-// Half of the work comes before the warp meets, half after, so that a barrier that lacks before or
-// after shows in one order of threads or the other.
+// Half of the work is done before the lanes wait for each other, and half after. So a missing
+// barrier before or after shows in one order of threads or the other.
 template <typename T, typename F>
 void move_tile(const T* memory, unsigned leading, int lines, const Site& site, const F& line) {
   if (reinterpret_cast<uintptr_t>(memory) % 32 != 0) {

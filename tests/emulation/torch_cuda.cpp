@@ -1,4 +1,4 @@
-// What a CUDA build of PyTorch has: one device, the CPU, with one stream.
+// Stands in for functions of a CUDA build of PyTorch, with one device, the CPU, and one stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 extern "C" {

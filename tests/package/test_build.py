@@ -1,5 +1,4 @@
-"""The package as it is built: wheels with and without the compiled libraries, what is left out when
-a compiler fails, and the sdist."""
+"""Builds of the package: wheels with and without the libraries, failing compilers, the sdist."""
 
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from repmtl_kernels.backends.native import files
 from repmtl_kernels.backends.native import library as native_library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ USE = (
 )
 
 
-# A compiler for each way to fail; $out is what it was asked to write.
+# A compiler for each way to fail; $out is the file that it should write.
 FAKES = {
     "fails": ('echo "unsupported GNU version" >&2; exit 1', "o could not be built: .*GNU version"),
     "crashes": ("kill -SEGV $$", r"o could not be built: \| (the compiler said nothing|.*fault)"),
@@ -47,7 +47,7 @@ FAKES = {
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A clean copy of what a build reads."""
+    """Return a clean copy of the files that a build reads."""
     copy = tmp_path / "tree"
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
@@ -59,9 +59,9 @@ def tree(tmp_path: Path) -> Path:
 
 
 def build(tree: Path, command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Without the network: PyTorch, setuptools and ninja are those of this environment.
+    """Run setup.py with the PyTorch, setuptools and ninja of this environment, without the network.
 
-    Without CUDA unless asked for, which takes a minute.
+    Leaves out CUDA, which takes a minute, unless ``environment`` says otherwise.
     """
     mine = {k: v for k, v in os.environ.items() if not k.startswith("REPMTL_REQUIRE_")}
     return subprocess.run(
@@ -75,7 +75,10 @@ def build(tree: Path, command: str, **environment: str) -> subprocess.CompletedP
 
 
 def fake(folder: Path, script: str, *, cxx: bool = True) -> dict[str, str]:
-    """The settings under which nvcc is the script, but for what it is asked first; c++ too."""
+    """Return settings under which the script is nvcc, and c++ too with ``cxx``.
+
+    Questions about the version and the architectures are answered before the script runs.
+    """
     version = torch.version.cuda or "13.0"
     first = (
         f'case "$*" in *--version*) echo "release {version}"; exit;; '
@@ -91,35 +94,35 @@ def fake(folder: Path, script: str, *, cxx: bool = True) -> dict[str, str]:
 
 
 def earlier_libraries(tree: Path) -> list[Path]:
-    """Stand-ins for those of an earlier build of the same tree, as an editable install has them."""
+    """Write stand-ins for the libraries of an earlier build, where an editable install has them."""
     build(tree, "build_ext", REPMTL_SKIP_NATIVE="1")
     (built,) = (tree / "build").glob("lib*/repmtl_kernels")
-    found = [
-        f / n for f in (built, tree / "repmtl_kernels") for n in native_library.LIBRARIES.values()
-    ]
-    for path in found:
+    folders = (built, tree / "repmtl_kernels")
+    paths = [folder / name for folder in folders for name in files.LIBRARIES.values()]
+    for path in paths:
         path.with_suffix(".txt").unlink(missing_ok=True)
         path.write_text("of an earlier build")
-    return found
+    return paths
 
 
 def status(tree: Path, library: str, monkeypatch) -> str:
-    """The reason that the package in the tree gives at run time."""
+    """Return the reason that the package in the tree gives at run time."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native_library, "PACKAGE", tree / "repmtl_kernels")
     return native_library.status.__wrapped__(library)
 
 
 def _only_names(tree: Path) -> None:
-    """Leaves of the library for the CPU what setup.py looks for: a whole build takes 8 s."""
-    for source in (tree / "csrc").glob("*.cpp"):
+    """Reduce the library for the CPU to the name that the build looks for; all of it takes 8 s."""
+    folder = tree / "csrc" / "cpu"
+    for source in folder.glob("*.cpp"):
         source.unlink()
     name = '__attribute__((visibility("default"))) extern const char name[] = "repmtl_native";'
-    (tree / "csrc" / "operators.cpp").write_text(name)
+    (folder / "operators.cpp").write_text(name)
 
 
 def use(wheel: Path, folder: Path) -> list[str]:
-    """What :data:`USE` prints with only the wheel's files, away from the source tree."""
+    """Return what :data:`USE` prints with only the wheel's files, away from the source tree."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     # A folder of its own: neither the source tree nor its editable install may be imported.
@@ -131,7 +134,7 @@ def use(wheel: Path, folder: Path) -> list[str]:
 
 
 def _only_contrast(tree: Path) -> Path:
-    """Leaves one file of the CUDA kernels: a whole build takes a minute."""
+    """Leave one file of the CUDA kernels; all of them take a minute."""
     kept = tree / "csrc" / "cuda" / "contrast.cu"
     for source in kept.parent.glob("*.cu"):
         if source != kept:
@@ -201,7 +204,7 @@ def test_skipping_in_place_leaves_no_earlier_library(tree: Path, monkeypatch, co
     earlier_libraries(tree)
     done = build(tree, command, REPMTL_SKIP_NATIVE="1")
     assert done.returncode == 0, done.stderr
-    for library, name in native_library.LIBRARIES.items():
+    for library, name in files.LIBRARIES.items():
         assert not (tree / "repmtl_kernels" / name).exists()
         assert "since REPMTL_SKIP_NATIVE is set" in status(tree, library, monkeypatch)
 
@@ -212,9 +215,9 @@ def test_sdist_has_the_sources(tree: Path):
     done = build(tree, "sdist", REPMTL_SKIP_NATIVE="1")
     assert done.returncode == 0, done.stderr
     (archive,) = (tree / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as files:
-        names = {Path(*Path(n).parts[1:]).as_posix() for n in files.getnames()}
-    sources = (path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    with tarfile.open(archive) as members:
+        names = {Path(*Path(n).parts[1:]).as_posix() for n in members.getnames()}
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".pyc"]
     assert {path.relative_to(ROOT).as_posix() for path in sources} <= names
     assert not [name for name in names if "_native_" in name and not name.endswith(".py")]
 
@@ -237,8 +240,8 @@ def test_where_nvcc_fails_the_rest_is_built(tree: Path, tmp_path: Path, monkeypa
     assert "built without the native backend for CUDA: " in done.stderr
     assert [path.name for path in earlier if path.exists()] == ["_native_cpu.so"] * 2
     assert not (tree / "repmtl_kernels" / "_native_cpu.txt").exists()
-    found = status(tree, "cuda", monkeypatch)
-    assert re.search("the package was built without it, since .*" + reason.format("cuda"), found)
+    reported = status(tree, "cuda", monkeypatch)
+    assert re.search("the package was built without it, since .*" + reason.format("cuda"), reported)
 
 
 @pytest.mark.parametrize("how", FAKES)
@@ -249,8 +252,8 @@ def test_where_the_compiler_fails_both_are_left_out(tree: Path, tmp_path: Path, 
     assert done.returncode == 0, done.stderr
     assert "built without the native backend for the CPU: " in done.stderr
     assert not [p for p in earlier if p.exists() and p.parent == tree / "repmtl_kernels"]
-    found = status(tree, "cpu", monkeypatch)
-    assert re.search("the package was built without it, since .*" + reason.format("cpu"), found)
+    reported = status(tree, "cpu", monkeypatch)
+    assert re.search("the package was built without it, since .*" + reason.format("cpu"), reported)
     assert "the package was built without it" in status(tree, "cuda", monkeypatch)
 
 
@@ -287,15 +290,15 @@ def test_a_library_that_is_built_removes_the_reason(tree: Path, tmp_path: Path):
     assert not reason.exists() and reason.with_suffix(".so").exists()
     (wheel,) = (tree / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    found = {name for name in names if "/_native_c" in name}
-    assert found == {"repmtl_kernels/_native_cpu.so", "repmtl_kernels/_native_cuda.txt"}
+    native = {name for name in names if "/_native_c" in name}
+    assert native == {"repmtl_kernels/_native_cpu.so", "repmtl_kernels/_native_cuda.txt"}
 
 
 @needs_native
 def test_a_compiler_that_turns_silent_does_not_pass_earlier_objects_for_its_own(
     tree: Path, tmp_path: Path
 ):
-    """It links in earnest, so objects of the build before would make a library."""
+    """The compiler does link, so objects of the build before would make a library."""
     _only_names(tree)
     assert build(tree, "build_ext").returncode == 0
     real = os.environ.get("CXX") or "c++"
@@ -322,10 +325,10 @@ def test_what_is_required_is_an_error(tree: Path, tmp_path: Path, required, sett
     earlier = earlier_libraries(tree)
     done = build(tree, "build_ext --inplace", **settings, **{variable: "1"})
     assert done.returncode != 0
-    found = re.search(
+    message = re.search(
         f"^{variable} is set, but built without the native backend {error}", done.stderr, re.M
     )
-    assert found, done.stderr
+    assert message, done.stderr
     assert done.stderr.count("is set, but") == 1, "the other part is not required"
     assert not [path for path in earlier if path.exists()]
 

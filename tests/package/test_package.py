@@ -237,7 +237,7 @@ def test_build_ships_every_module_and_the_type_marker_and_nothing_else(tmp_path:
     setuptools = pytest.importorskip("setuptools", minversion="77", reason="reads PEP 639 metadata")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("repmtl_kernels", "tests", "benchmarks"):
+    for name in ("repmtl_kernels", "csrc", "tests", "benchmarks"):
         ignore = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     done = subprocess.run(

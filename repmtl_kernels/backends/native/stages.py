@@ -1,8 +1,8 @@
 """The stages with the compiled operators of ``csrc``. Contract: ``contract.py``.
 
-Large matrix products are PyTorch's, those of float32 in the precision that PyTorch is set to; what
-is between them is one pass each. On CUDA the operators ``losses`` and ``losses_backward`` are all
-stages in one call.
+PyTorch computes the large matrix products, in float32 with the precision that it is set to. Each
+operator between two products reads its data once. On CUDA the operators ``losses`` and
+``losses_backward`` run all stages in one call.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ MOST_SMALL_TASKS = 64  # kSmallTasks of csrc
 
 
 def ops_of(x: Tensor) -> ModuleType:
-    """The operators for a tensor's device."""
+    """Return the operators for a tensor's device."""
     if x.dtype == torch.float16 and _on_cuda(x):
         _check_fp16_products()
     return native_library.load(native_library.library_of(x))
 
 
 def _check_fp16_products() -> None:
-    """PyTorch has no float16 products with float32 results where this is allowed."""
+    """Raise if PyTorch may add float16 products in float16: it then has no float32 results."""
     if torch.backends.cuda.matmul.allow_fp16_accumulation:
         raise ValueError(
             "torch.backends.cuda.matmul.allow_fp16_accumulation: expected False for float16 "
@@ -47,7 +47,7 @@ def _check_fp16_products() -> None:
 
 
 def in_one_call(saliency: Tensor) -> ModuleType | None:
-    """The operators ``losses`` and ``losses_backward``, where there are any."""
+    """Return the operators ``losses`` and ``losses_backward``, or None on the CPU."""
     return ops_of(saliency) if _on_cuda(saliency) else None
 
 
@@ -58,6 +58,7 @@ def _on_cuda(x: Tensor) -> bool:
 def statistics(
     saliencies: list[Tensor], *, positions: bool, channels: bool, mask: Tensor | None = None
 ) -> Statistics:
+    """Return the means that are asked for, and the scale with ``channels``."""
     x, a, scale = ops_of(saliencies[0]).statistics(saliencies, positions, channels, mask)
     return Statistics(x if positions else None, *((a, scale) if channels else (None, None)))
 
@@ -65,6 +66,7 @@ def statistics(
 def entropy(
     x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
 ) -> Entropy:
+    """Return TSR of the position means ``x`` (T, B, N), and its gradient."""
     over_tasks, softmax = over == "tasks", normalizer == "softmax"
     value, grad = ops_of(x).entropy(
         x.contiguous(), over_tasks, softmax, temperature, eps, with_grad
@@ -73,6 +75,7 @@ def entropy(
 
 
 def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
+    """Return the unit anchors of the channel means ``a`` (T, B, C)."""
     unit, factor, radial = ops_of(a).unit_anchors(a.contiguous(), eps, with_grad)
     return Anchors(unit, factor, radial if with_grad else None)
 
@@ -84,6 +87,7 @@ def contrast(
     with_grad: bool,
     all_samples: AllSamples | None = None,
 ) -> Contrast:
+    """Return the negatives' half of CSA, in blocks of samples."""
     u, ops = anchors.unit, ops_of(anchors.unit)
     others, first = (u, 0) if all_samples is None else all_samples[:2]
     tasks, batch, _ = u.shape
@@ -92,25 +96,25 @@ def contrast(
     blocks = range(0, batch, step)
 
     def dots_of(b: int) -> Tensor:
-        """(T, M, T, G): products of one block of samples with all."""
+        """Return the products (T, M, T, G) of one block of samples with all samples."""
         return _products(u[:, b : b + step], others)
 
     columns = u.new_zeros(2, total) if with_grad else None
-    found, rows = [], []
+    block_lse, rows = [], []
     for b in blocks:
         dots = dots_of(b)
         lse, peaks = ops.log_sum_exp(dots, first + b, temperature, columns)
-        found.append(lse)
+        block_lse.append(lse)
         rows.append(peaks)
-    lse = torch.cat(found)
-    if not with_grad:
+    lse = torch.cat(block_lse)
+    if columns is None:
         return Contrast(lse, None)
 
     if all_samples is not None:
         columns = all_samples.join(columns)
     du = torch.empty_like(u)
     for b, peaks in zip(blocks, rows, strict=True):
-        if len(blocks) > 1:  # else those of above are still there
+        if len(blocks) > 1:  # otherwise `dots` still holds them
             dots = dots_of(b)
         ops.weigh_dots(dots, peaks, columns, first + b, temperature)
         du[:, b : b + step] = _weighted_sums(dots, others)
@@ -119,12 +123,12 @@ def contrast(
 
 
 def _products(x: Tensor, others: Tensor) -> Tensor:
-    """(T, M, T, G): of x (T, M, C) with all of ``others`` (T, G, C)."""
+    """Return the products (T, M, T, G) of x (T, M, C) with ``others`` (T, G, C)."""
     tasks, samples, channels = x.shape
     shape = (tasks, samples, tasks, others.shape[1])
     if others.is_contiguous():
         return torch.matmul(x, others.view(-1, channels).T).view(shape)
-    # Task by task, in place: gathered anchors are too many to be copied.
+    # Task by task and in place, since gathered anchors are too large for a copy.
     products, x = x.new_empty(shape), x.reshape(-1, channels)
     for v, other in enumerate(others):
         torch.mm(x, other.T, out=products.view(-1, *shape[2:])[:, v])
@@ -132,7 +136,7 @@ def _products(x: Tensor, others: Tensor) -> Tensor:
 
 
 def _weighted_sums(weights: Tensor, others: Tensor) -> Tensor:
-    """(T, M, C): of ``others`` (T, G, C), with weights (T, M, T, G)."""
+    """Return the sums (T, M, C) of ``others`` (T, G, C) with weights (T, M, T, G)."""
     if others.is_contiguous():
         flat = others.view(-1, others.shape[2])
         return torch.matmul(weights.flatten(2), flat)
@@ -152,10 +156,13 @@ def gram(
     with_grad: bool,
     mask: Tensor | None = None,
 ) -> Gram:
+    """Return the similarity of each task's affinity with its anchor."""
     first, ops = saliencies[0], ops_of(saliencies[0])
     if _on_cuda(first):
-        *found, projection, matrix = ops.gram(saliencies, scale, anchors, eps, with_grad, mask)
-        return Gram(*found, *((projection, matrix) if with_grad else (None, None)))
+        *similarities, projection, matrix = ops.gram(
+            saliencies, scale, anchors, eps, with_grad, mask
+        )
+        return Gram(*similarities, *((projection, matrix) if with_grad else (None, None)))
     if not _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
         return eager_gram.gram(saliencies, scale, anchors, eps=eps, with_grad=with_grad, mask=mask)
     norm, positive, projection, matrix = ops.small_gram(saliencies, scale, anchors, with_grad, mask)
@@ -165,8 +172,9 @@ def gram(
 
 @functools.cache
 def small_positions() -> range:
-    """Numbers of positions for which own products on the CPU beat the library's: few, but not a
-    vector's padding.
+    """Return the numbers of positions for which our products on the CPU beat the library's.
+
+    They are small, but large enough to fill a vector.
     """
     return range(16, 65) if native_library.load("cpu").small_products_are_fast() else range(0)
 
@@ -183,15 +191,16 @@ def saliency_grad(
     position_grad: Tensor | None,
     mask: Tensor | None = None,
 ) -> None:
+    """Write the gradient of each task to ``outputs``."""
     first, ops = saliencies[0], ops_of(saliencies[0])
-    whole = None
+    operator = None
     if _on_cuda(first):
-        whole = ops.saliency_grad
+        operator = ops.saliency_grad
     elif _is_small(len(saliencies), first.shape[1], first.shape[2:].numel(), first.dtype):
-        whole = ops.small_gradient
-    if whole is not None:
+        operator = ops.small_gradient
+    if operator is not None:
         wanted = [t for t, output in enumerate(outputs) if output is not None]
-        whole(
+        operator(
             saliencies,
             [outputs[t] for t in wanted],
             wanted,

@@ -6,10 +6,11 @@
 namespace repmtl {
 namespace {
 
-// Elements of a row at a time: in the first cache, with all that is added to them.
+// Elements of a row at a time: they fit the first cache with all that is added to them.
 constexpr int64_t kBlock = 512;
 
-// What is written to one row: constant + vector + sum_k weights[k * weight_stride] * rows_k.
+// The terms of one row: constant + vector + sum_k weights[k * weight_stride] * rows_k, where rows_k
+// starts at rows + k * row_stride.
 template <typename A>
 struct Terms {
   A constant;
@@ -18,38 +19,38 @@ struct Terms {
   int64_t weight_stride, row_stride, vectors;
 };
 
-// row (count) = (kAdd ? row : 0) + constant + the kRank outer products from k on, in one loop.
-template <int kRank, bool kAdd, typename A>
-inline __attribute__((always_inline)) void add_some(const Terms<A>& terms, int64_t k, A constant,
-                                                    int64_t begin, int64_t count,
-                                                    A* __restrict row) {
-  A weights[kRank + 1];
-  const A* rows[kRank + 1];
-  for (int j = 0; j < kRank; ++j) {
+// row (count) = (kAdd ? row : 0) + constant + the kTerms outer products from k on, in one loop.
+template <int kTerms, bool kAdd, typename A>
+inline __attribute__((always_inline)) void add_terms(const Terms<A>& terms, int64_t k, A constant,
+                                                     int64_t begin, int64_t count,
+                                                     A* __restrict row) {
+  A weights[kTerms + 1];
+  const A* rows[kTerms + 1];
+  for (int j = 0; j < kTerms; ++j) {
     weights[j] = terms.weights[(k + j) * terms.weight_stride];
     rows[j] = terms.rows + (k + j) * terms.row_stride + begin;
   }
   for (int64_t i = 0; i < count; ++i) {
     A value = kAdd ? row[i] + constant : constant;
-    for (int j = 0; j < kRank; ++j) value += weights[j] * rows[j][i];
+    for (int j = 0; j < kTerms; ++j) value += weights[j] * rows[j][i];
     row[i] = value;
   }
 }
 
-// row (count) = product + terms, from element `begin` of the terms on; `product` may be null.
+// row (count) = product (count) or null + terms, from element `begin` of the terms on.
 template <typename A>
 inline __attribute__((always_inline)) void add_body(const A* __restrict product,
                                                     const Terms<A>& terms, int64_t begin,
                                                     int64_t count, A* __restrict row) {
   int64_t k = std::min<int64_t>(terms.vectors, 4);
   switch (k) {
-    case 0: add_some<0, false>(terms, 0, terms.constant, begin, count, row); break;
-    case 1: add_some<1, false>(terms, 0, terms.constant, begin, count, row); break;
-    case 2: add_some<2, false>(terms, 0, terms.constant, begin, count, row); break;
-    case 3: add_some<3, false>(terms, 0, terms.constant, begin, count, row); break;
-    default: add_some<4, false>(terms, 0, terms.constant, begin, count, row);
+    case 0: add_terms<0, false>(terms, 0, terms.constant, begin, count, row); break;
+    case 1: add_terms<1, false>(terms, 0, terms.constant, begin, count, row); break;
+    case 2: add_terms<2, false>(terms, 0, terms.constant, begin, count, row); break;
+    case 3: add_terms<3, false>(terms, 0, terms.constant, begin, count, row); break;
+    default: add_terms<4, false>(terms, 0, terms.constant, begin, count, row);
   }
-  for (; k < terms.vectors; ++k) add_some<1, true>(terms, k, A(0), begin, count, row);
+  for (; k < terms.vectors; ++k) add_terms<1, true>(terms, k, A(0), begin, count, row);
   if (const A* vector = terms.vector) {
     for (int64_t i = 0; i < count; ++i) row[i] += vector[begin + i];
   }
@@ -72,14 +73,14 @@ REPMTL_CLONES void add(const double* product, const Terms<double>& terms, int64_
 
 template <typename S>
 void add_outer(const Shape& shape, int64_t vectors, const acc_t<S>* product, bool transposed,
-               const acc_t<S>* da, const acc_t<S>* dx, const acc_t<S>* left,
-               const acc_t<S>* right, const View<S>& output, const ParallelFor& parallel_for) {
+               const acc_t<S>* da, const acc_t<S>* dx, const acc_t<S>* left, const acc_t<S>* right,
+               const View<S>& output, const ParallelFor& parallel_for) {
   using A = acc_t<S>;
   const int64_t batch = shape.batch, C = shape.channels, N = shape.positions;
   transposed = transposed || N == 1;  // the same memory, and longer rows
   const int64_t count = transposed ? N : C, length = transposed ? C : N;
-  const bool direct = std::is_same_v<S, A> && (transposed ? output.channel_stride == 1
-                                                          : output.positions_are_adjacent());
+  const bool direct = std::is_same_v<S, A> &&
+                      (transposed ? output.channel_stride == 1 : output.positions_are_adjacent());
   parallel_for(batch * count, grain_of(length), [&](int64_t begin, int64_t end) {
     A buffer[kBlock];
     for (int64_t i = begin; i < end; ++i) {
@@ -117,8 +118,8 @@ void add_outer(const Shape& shape, int64_t vectors, const acc_t<S>* product, boo
   });
 }
 
-#define INSTANTIATE(S)                                                                     \
-  template void add_outer(const Shape&, int64_t, const acc_t<S>*, bool, const acc_t<S>*,   \
+#define INSTANTIATE(S)                                                                       \
+  template void add_outer(const Shape&, int64_t, const acc_t<S>*, bool, const acc_t<S>*,     \
                           const acc_t<S>*, const acc_t<S>*, const acc_t<S>*, const View<S>&, \
                           const ParallelFor&);
 REPMTL_FOR_SALIENCY_TYPES(INSTANTIATE)

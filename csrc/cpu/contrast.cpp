@@ -86,9 +86,10 @@ void unit_anchors(int64_t tasks, int64_t batch, int64_t channels, const A* a, do
 
 namespace {
 
-// In double: of T^2 terms one after the other, float would lose digits.
+// Adds in double: float would lose digits in a sum of T^2 terms.
 template <typename A>
-inline __attribute__((always_inline)) void add_squares_body(const A* x, int64_t count, double* sums) {
+inline __attribute__((always_inline)) void add_squares_body(const A* x, int64_t count,
+                                                            double* sums) {
   for (int64_t k = 0; k < count; ++k) sums[k] += static_cast<double>(x[k]) * x[k];
 }
 
@@ -100,7 +101,8 @@ REPMTL_CLONES void add_squares(const double* x, int64_t count, double* sums) {
   add_squares_body(x, count, sums);
 }
 
-// r (B) = sum_tv dots^2 of one sample m of a block, -inf for itself. sums (B): scratch.
+// Writes r (B), the similarities sum_tv dots^2 of sample m of a block; -inf for the sample itself.
+// dots (T, M, T, B); sums (B) is scratch.
 template <typename A>
 void similarities(int64_t tasks, int64_t batch, int64_t first, int64_t samples, int64_t m,
                   const A* dots, double* sums, A* r) {
@@ -114,10 +116,11 @@ void similarities(int64_t tasks, int64_t batch, int64_t first, int64_t samples, 
   r[first + m] = -std::numeric_limits<A>::infinity();
 }
 
-// Columns of one unit of work.
+// The columns of one unit of work.
 constexpr int64_t kColumns = 64;
 
-// Peaks of columns [begin, begin + count), count <= kColumns, of r (M, B), added to those so far.
+// Adds columns [begin, begin + count) of r (M, B), count <= kColumns, to the peaks so far: largest
+// and sums (B).
 template <typename A>
 void add_column_peaks(int64_t batch, int64_t samples, const A* r, A temperature, int64_t begin,
                       int64_t count, A* largest, A* sums) {
@@ -146,12 +149,12 @@ void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, c
                  double temperature, A* logsumexp, A* rows, A* columns,
                  const ParallelFor& parallel_for) {
   const A tau = static_cast<A>(temperature);
-  std::vector<A> all(columns ? samples * batch : 0);
+  std::vector<A> similarity(columns ? samples * batch : 0);  // (M, B)
   parallel_for(samples, grain_of(tasks * tasks * batch), [&](int64_t begin, int64_t end) {
-    std::vector<A> one(columns ? 0 : batch);
+    std::vector<A> row(columns ? 0 : batch);
     std::vector<double> squares(batch);
     for (int64_t m = begin; m < end; ++m) {
-      A* r = columns ? &all[m * batch] : one.data();
+      A* r = columns ? &similarity[m * batch] : row.data();
       similarities(tasks, batch, first, samples, m, dots, squares.data(), r);
       A largest = 0;
       for (int64_t k = 0; k < batch; ++k) largest = std::max(largest, r[k]);
@@ -163,13 +166,13 @@ void log_sum_exp(int64_t tasks, int64_t batch, int64_t first, int64_t samples, c
     }
   });
   if (!columns) return;
-  parallel_for(ceil_div(batch, kColumns), grain_of(samples * kColumns),
-               [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin * kColumns; k < std::min(batch, end * kColumns); k += kColumns) {
-      add_column_peaks(batch, samples, all.data(), tau, k, std::min(kColumns, batch - k), columns,
-                       columns + batch);
-    }
-  });
+  parallel_for(
+      ceil_div(batch, kColumns), grain_of(samples * kColumns), [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin * kColumns; k < std::min(batch, end * kColumns); k += kColumns) {
+          add_column_peaks(batch, samples, similarity.data(), tau, k, std::min(kColumns, batch - k),
+                           columns, columns + batch);
+        }
+      });
 }
 
 template <typename A>
@@ -184,9 +187,9 @@ void weigh_dots(int64_t tasks, int64_t batch, int64_t first, int64_t samples, A*
     for (int64_t m = begin; m < end; ++m) {
       similarities(tasks, batch, first, samples, m, dots, squares.data(), r.data());
       for (int64_t k = 0; k < batch; ++k) {
-        const A of_row = std::exp((r[k] - rows[m]) / tau) / rows[samples + m];
-        const A of_column = std::exp((r[k] - columns[k]) / tau) / columns[batch + k];
-        r[k] = factor * (of_row + of_column);
+        const A row_weight = std::exp((r[k] - rows[m]) / tau) / rows[samples + m];
+        const A column_weight = std::exp((r[k] - columns[k]) / tau) / columns[batch + k];
+        r[k] = factor * (row_weight + column_weight);
       }
       for (int64_t t = 0; t < tasks; ++t) {
         for (int64_t v = 0; v < tasks; ++v) {
@@ -219,13 +222,13 @@ void through_normalisation(int64_t tasks, int64_t batch, int64_t channels, const
   });
 }
 
-#define INSTANTIATE(A)                                                                            \
-  template void unit_anchors(int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,             \
-                             const ParallelFor&);                                                 \
-  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,     \
-                            const ParallelFor&);                                                  \
-  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, const A*, double,    \
-                           const ParallelFor&);                                                   \
+#define INSTANTIATE(A)                                                                             \
+  template void unit_anchors(int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,              \
+                             const ParallelFor&);                                                  \
+  template void log_sum_exp(int64_t, int64_t, int64_t, int64_t, const A*, double, A*, A*, A*,      \
+                            const ParallelFor&);                                                   \
+  template void weigh_dots(int64_t, int64_t, int64_t, int64_t, A*, const A*, const A*, double,     \
+                           const ParallelFor&);                                                    \
   template void through_normalisation(int64_t, int64_t, int64_t, const A*, const A*, const A*, A*, \
                                       const ParallelFor&);
 INSTANTIATE(float)

@@ -1,4 +1,4 @@
-// What every stage shares: number types, views of saliencies, parallel loops.
+// Number types, views of saliencies and parallel loops, for every stage on the CPU.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -7,14 +7,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "shape.h"
+#include "../common/numbers.h"
+#include "../common/shape.h"
 
-// The loops of a function with this mark are compiled for several vector widths; the loader picks.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
-    defined(__GNUC__) && __GNUC__ >= 12  // the first that knows these names
+// GCC compiles the loops of a function with this mark for several vector widths, and the loader
+// picks one. GCC 12 is the first to know these names.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 12 && \
+    !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define REPMTL_HAS_CLONES
-#define REPMTL_CLONES \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define REPMTL_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define REPMTL_CLONES
 #endif
@@ -24,26 +25,14 @@ namespace repmtl {
 using bfloat16 = c10::BFloat16;
 using float16 = c10::Half;
 
-// The type that sums, similarities and losses have for saliencies of a type.
-template <typename S>
-struct Accumulation {
-  using type = float;
-};
-template <>
-struct Accumulation<double> {
-  using type = double;
-};
-template <typename S>
-using acc_t = typename Accumulation<S>::type;
-
 // One task's saliencies or their gradient (B, C, N) in memory; strides and offsets count elements.
 template <typename S>
 struct View {
-  S* data;  // (0, 0, 0)
+  S* data;  // element (0, 0, 0)
   int64_t batch_stride;
   int64_t channel_stride;
   int64_t position_stride;       // where `offsets` is empty
-  std::vector<int64_t> offsets;  // (N), of positions that have no single stride
+  std::vector<int64_t> offsets;  // (N), for positions that have no single stride
 
   bool positions_are_adjacent() const { return offsets.empty() && position_stride == 1; }
 
@@ -56,13 +45,13 @@ struct View {
 // Applies a macro to every type that saliencies have.
 #define REPMTL_FOR_SALIENCY_TYPES(macro) macro(double) macro(float) macro(bfloat16) macro(float16)
 
-// Numbers to read that are worth a thread.
+// A thread is worth its start if it reads this many numbers.
 constexpr int64_t kGrain = 16384;
 
-// How many parts of `size` numbers are worth a thread.
+// Returns how many parts of `size` numbers make a thread worth its start.
 inline int64_t grain_of(int64_t size) { return size < kGrain ? kGrain / (size > 0 ? size : 1) : 1; }
 
-// What parallelises loops: f(begin, end) over parts of [0, count), about `grain` each or more.
+// Runs loops in parallel: f(begin, end) over parts of [0, count), of about `grain` each or more.
 struct ParallelFor {
   virtual void run(int64_t count, int64_t grain, void (*f)(int64_t, int64_t, void*),
                    void* context) const = 0;
@@ -81,7 +70,5 @@ struct ParallelFor {
  protected:
   ~ParallelFor() = default;
 };
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace repmtl

@@ -8,11 +8,10 @@
 namespace repmtl {
 namespace {
 
-// Elements of a vector, whatever the machine's are; rows of a tile of accumulators.
-constexpr int64_t kWidth = 16;
-constexpr int64_t kRows = 4;
-// Channels that are multiplied at a time: their sums are rounded on their own, and the panel stays
-// in the cache.
+constexpr int64_t kWidth = 16;  // elements of a vector; the machine's may be shorter
+constexpr int64_t kRows = 4;    // rows of a tile of accumulators
+// Channels that are multiplied at a time: the sums of a panel are rounded on their own, and the
+// panel stays in the cache.
 constexpr int64_t kPanel = 256;
 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
@@ -54,7 +53,8 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t
   }
 }
 
-// Two vectors at a time, for machines with few registers: columns [first, last), multiples of kWidth.
+// The same for columns [first, last), multiples of kWidth. Two vectors at a time, since machines
+// have few registers.
 inline __attribute__((always_inline)) void multiply_rows(const float* a, int64_t row, int64_t step,
                                                          const float* b, int64_t count, float* out,
                                                          int64_t out_row, int64_t first,
@@ -66,8 +66,9 @@ inline __attribute__((always_inline)) void multiply_rows(const float* a, int64_t
   if (j < last) multiply_tile<1>(a, row, step, b + j, count, out + j, out_row);
 }
 
-// Adds a panel's products to gram (kSmall, kSmall), the part right of the diagonal and some more, and
-// to projection (rows, kSmall), rows a multiple of kRows. panel (count, kSmall), anchors (count, rows).
+// Adds a panel's products to gram (kSmall, kSmall), at least right of the diagonal, and to
+// projection (rows, kSmall), where rows is a multiple of kRows. panel (count, kSmall), anchors
+// (count, rows).
 REPMTL_CLONES void multiply_panel(const float* panel, int64_t count, int64_t columns,
                                   const float* anchors, int64_t rows, float* gram,
                                   float* projection) {
@@ -81,14 +82,14 @@ REPMTL_CLONES void multiply_panel(const float* panel, int64_t count, int64_t col
   }
 }
 
-// out (kRows, columns and padding) += a (kRows, count) b (count, kSmall)
-REPMTL_CLONES void multiply_some_rows(const float* a, int64_t row, int64_t count, const float* b,
-                                      int64_t columns, float* out, int64_t out_row) {
+// out (kRows, columns rounded up to kWidth) += a (kRows, count) b (count, kSmall)
+REPMTL_CLONES void multiply_few_rows(const float* a, int64_t row, int64_t count, const float* b,
+                                     int64_t columns, float* out, int64_t out_row) {
   const int64_t last = ceil_div(columns, kWidth) * kWidth;
   multiply_rows(a, row, 1, b, count, out, out_row, 0, last);
 }
 
-// Zeros where the mask is zero, whatever is there.
+// Writes zeros where the mask is zero, even over NaN.
 void keep(const unsigned char* mask, int64_t columns, float* row) {
   for (int64_t n = 0; n < columns; ++n) row[n] = mask[n] ? row[n] : 0.0f;
 }
@@ -99,7 +100,7 @@ struct Reader {
   int64_t columns;
   const unsigned char* mask;  // (B, columns) or null
 
-  // Channel c of sample b, times factor.
+  // Copies channel c of sample b, times factor.
   void copy(int64_t b, int64_t c, float factor, float* to) const {
     if (view.positions_are_adjacent()) {
       const float* from = view.at(b, c, 0);
@@ -170,12 +171,13 @@ void small_gram(const Shape& shape, const View<const float>* views, const float*
 
 namespace {
 
-// The rows of channels c to c + kRows of sample b, times factor, `row` apart; how many there are.
+// Copies the rows of channels c to c + kRows of sample b, times factor, to places `row` apart.
+// Returns how many of these channels exist.
 int64_t copy_rows(const Reader& reader, int64_t channels, int64_t b, int64_t c, float factor,
                   float* to, int64_t row) {
-  const int64_t some = std::min(kRows, channels - c);
-  for (int64_t r = 0; r < some; ++r) reader.copy(b, c + r, factor, to + r * row);
-  return some;
+  const int64_t copied = std::min(kRows, channels - c);
+  for (int64_t r = 0; r < copied; ++r) reader.copy(b, c + r, factor, to + r * row);
+  return copied;
 }
 
 }  // namespace
@@ -185,29 +187,32 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
                     const ParallelFor& parallel_for) {
   const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   const int64_t columns = ceil_div(tasks, kWidth) * kWidth;
-  const int64_t count = N + tasks;  // the outer products are further columns of S, rows of the matrix
-  // All tasks of a sample one after the other: their saliencies are then in the second cache when
-  // they are read again.
+  // The outer products are further columns of S and further rows of the matrix.
+  const int64_t count = N + tasks;
+  // The tasks of a sample follow each other, so that their saliencies are still in the second cache
+  // when they are read again.
   parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> factors(count * kSmall), rows(kRows * count), sums(kRows * kSmall);
     std::vector<float> positive(ceil_div(C, kRows) * kRows * columns);
     for (int64_t b = begin; b < end; ++b) {
       const unsigned char* mask = g.mask ? g.mask + b * N : nullptr;
-      const int64_t others = mask ? std::count(mask, mask + N, 0) : 0;
-      const float there = static_cast<float>(std::max<int64_t>(1, N - others));
-      std::fill(positive.begin(), positive.end(), 0.0f);  // sum_t anchor_weight_t S^_t S^_t^T u, (C, T)
+      const int64_t absent = mask ? std::count(mask, mask + N, 0) : 0;
+      const float present = static_cast<float>(std::max<int64_t>(1, N - absent));
+      // positive (C, T) = sum_t anchor_weight_t S^_t S^_t^T u
+      std::fill(positive.begin(), positive.end(), 0.0f);
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t sample = t * batch + b;
         std::fill_n(factors.begin(), N * kSmall, 0.0f);
         for (int64_t v = 0; v < tasks; ++v) {
           const float* from = g.projection + (sample * tasks + v) * N;
-          for (int64_t n = 0; n < N; ++n) factors[n * kSmall + v] = g.anchor_weight[sample] * from[n];
+          for (int64_t n = 0; n < N; ++n)
+            factors[n * kSmall + v] = g.anchor_weight[sample] * from[n];
         }
         const Reader reader{views[t], N, g.mask};
         for (int64_t c = 0; c < C; c += kRows) {
           copy_rows(reader, C, b, c, g.scale[sample], rows.data(), N);
-          multiply_some_rows(rows.data(), N, N, factors.data(), tasks, &positive[c * columns],
-                             columns);
+          multiply_few_rows(rows.data(), N, N, factors.data(), tasks, &positive[c * columns],
+                            columns);
         }
       }
       for (size_t i = 0; i < wanted.size(); ++i) {
@@ -215,32 +220,30 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
         const float affinity_weight = g.affinity_weight[sample] * g.scale[sample];
         const float anchor_weight = g.anchor_weight[sample] * g.scale[sample];
         for (int64_t k = 0; k < count; ++k) {
-          const float* from = k < N ? g.matrix + (sample * N + k) * N
-                                    : g.projection + (sample * tasks + k - N) * N;
+          const float* from =
+              k < N ? g.matrix + (sample * N + k) * N : g.projection + (sample * tasks + k - N) * N;
           const float factor = k < N ? affinity_weight : anchor_weight;
           for (int64_t n = 0; n < N; ++n) factors[k * kSmall + n] = factor * from[n];
         }
         const Reader reader{views[t], N, g.mask};
         for (int64_t c = 0; c < C; c += kRows) {
-          const int64_t some =
-              copy_rows(reader, C, b, c, g.scale[sample], rows.data(), count);
-          for (int64_t r = 0; r < some; ++r) {
+          const int64_t copied = copy_rows(reader, C, b, c, g.scale[sample], rows.data(), count);
+          for (int64_t r = 0; r < copied; ++r) {
             for (int64_t v = 0; v < tasks; ++v) {
               rows[r * count + N + v] = g.anchors[(v * batch + b) * C + c + r];
             }
             const int64_t place = sample * C + c + r;
-            const float through =
-                g.factor[b] * (positive[(c + r) * columns + t] - g.radial_weight[b] * g.radial[place]);
-            const float da =
-                (*g.negatives * g.contrast_grad[place] + through) / there;
+            const float through = g.factor[b] * (positive[(c + r) * columns + t] -
+                                                 g.radial_weight[b] * g.radial[place]);
+            const float da = (*g.negatives * g.contrast_grad[place] + through) / present;
             float* sum = &sums[r * kSmall];
             for (int64_t n = 0; n < N; ++n) {
               sum[n] = da + (g.position_grad ? g.position_grad[sample * N + n] : 0);
             }
           }
-          multiply_some_rows(rows.data(), count, count, factors.data(), N, sums.data(), kSmall);
+          multiply_few_rows(rows.data(), count, count, factors.data(), N, sums.data(), kSmall);
           const View<float>& output = outputs[i];
-          for (int64_t r = 0; r < some; ++r) {
+          for (int64_t r = 0; r < copied; ++r) {
             float* sum = &sums[r * kSmall];
             if (mask) keep(mask, N, sum);
             if (output.positions_are_adjacent()) {

@@ -4,7 +4,7 @@
 
 namespace repmtl {
 
-// Of the saliencies of all tasks.
+// The sizes of the saliencies of all tasks: `tasks` tensors (batch, channels, positions).
 struct Shape {
   int64_t tasks, batch, channels, positions;
 };

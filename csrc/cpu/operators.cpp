@@ -1,4 +1,4 @@
-// The stages as operators of PyTorch, in its stable ABI: checks, views and allocation.
+// Makes the stages operators of PyTorch, in its stable ABI: checks arguments and allocates results.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "binding.h"
+#include "../common/binding.h"
 #include "contrast.h"
 #include "entropy.h"
 #include "gradient.h"
@@ -20,15 +20,14 @@ namespace {
 struct TorchParallelFor final : ParallelFor {
   void run(int64_t count, int64_t grain, void (*f)(int64_t, int64_t, void*),
            void* context) const override {
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      f(begin, end, context);
-    });
+    torch::stable::parallel_for(0, count, grain,
+                                [&](int64_t begin, int64_t end) { f(begin, end, context); });
   }
 };
 
 const TorchParallelFor kParallelFor;
 
-// f(S{}) for the type of the saliencies.
+// Calls f(S{}) for the type of the saliencies.
 template <typename F>
 void dispatch(ScalarType type, const F& f) {
   switch (type) {
@@ -40,6 +39,7 @@ void dispatch(ScalarType type, const F& f) {
   }
 }
 
+// Calls f(A{}) for the type of accumulators.
 template <typename F>
 void dispatch_accumulation(const Tensor& x, const F& f) {
   switch (x.scalar_type()) {
@@ -49,7 +49,7 @@ void dispatch_accumulation(const Tensor& x, const F& f) {
   }
 }
 
-// Its memory, to write where A is not const: a lazy copy becomes a real one then.
+// Returns a tensor's memory. A lazy copy becomes a real one if A is not const.
 template <typename A>
 A* data(const Tensor& x) {
   if constexpr (std::is_const_v<A>) {
@@ -69,7 +69,7 @@ void check_small(const Tensor& saliency, int64_t positions) {
                   "saliencies: expected float32 and at most ", kSmall, " positions");
 }
 
-// The view (B, C, N) of a tensor (B, C, *spatial), of whatever strides.
+// Returns the view (B, C, N) of a tensor (B, C, *spatial) with any strides.
 template <typename S>
 View<S> view_of(const Tensor& x) {
   View<S> view{data<S>(x), x.stride(0), x.stride(1), 1, {}};
@@ -88,15 +88,14 @@ View<S> view_of(const Tensor& x) {
   return view;
 }
 
-std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies,
-                                                  bool with_positions, bool with_channels,
-                                                  std::optional<Tensor> mask) {
+std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies, bool with_positions,
+                                                  bool with_channels, std::optional<Tensor> mask) {
   STD_TORCH_CHECK(with_positions || with_channels, "expected positions, channels or both");
   const Shape shape = shape_of(saliencies);
   const Tensor& first = saliencies[0];
   const ScalarType type = accumulation_type(first);
   const int64_t T = shape.tasks, B = shape.batch;
-  const unsigned char* there = mask_of(mask, shape, first);
+  const unsigned char* valid = mask_of(mask, shape, first);
   Tensor positions = empty_if(with_positions, first, {T, B, shape.positions}, type);
   Tensor channels = empty_if(with_channels, first, {T, B, shape.channels}, type);
   Tensor scale = empty_if(with_channels, first, {T, B}, type);
@@ -107,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies,
     for (const Tensor& s : saliencies) views.push_back(view_of<const S>(s));
     statistics<S>(shape, views.data(), with_positions ? data<A>(positions) : nullptr,
                   with_channels ? data<A>(channels) : nullptr,
-                  with_channels ? data<A>(scale) : nullptr, there, kParallelFor);
+                  with_channels ? data<A>(scale) : nullptr, valid, kParallelFor);
   });
   return {positions, channels, scale};
 }
@@ -129,7 +128,7 @@ std::tuple<Tensor, Tensor> entropy_cpu(Tensor x, bool over_tasks, bool softmax, 
   return {value, grad};
 }
 
-// u, factor, radial (empty without a gradient)
+// Returns u (T, B, C), factor (B) and radial (T, B, C), which is empty without a gradient.
 std::tuple<Tensor, Tensor, Tensor> unit_anchors_cpu(Tensor a, double eps, bool with_grad) {
   STD_TORCH_CHECK(a.dim() == 3, "a: expected (T, B, C), got ", a.dim(), " dimensions");
   const int64_t T = a.size(0), B = a.size(1), C = a.size(2);
@@ -146,40 +145,25 @@ std::tuple<Tensor, Tensor, Tensor> unit_anchors_cpu(Tensor a, double eps, bool w
   return {u, factor, radial};
 }
 
-struct Block {
-  int64_t tasks, samples, batch;
-};
-
-Block block_of(const Tensor& dots, int64_t first) {
-  STD_TORCH_CHECK(dots.dim() == 4, "dots: expected (T, M, T, B), got ", dots.dim(), " dimensions");
-  const Block block{dots.size(0), dots.size(1), dots.size(3)};
-  const Sizes sizes{block.tasks, block.samples, block.tasks, block.batch};
-  check_contiguous("dots", dots, sizes, dots, dots.scalar_type());
-  check_not_empty("dots", dots);
-  STD_TORCH_CHECK(first >= 0 && first + block.samples <= block.batch,
-                  "first: expected samples within the batch");
-  return block;
-}
-
-// logsumexp (M), rows (2, M)
+// Returns logsumexp (M) and rows (2, M).
 std::tuple<Tensor, Tensor> log_sum_exp_cpu(Tensor dots, int64_t first, double temperature,
                                            std::optional<Tensor> columns) {
-  const Block block = block_of(dots, first);
+  const Block block = block_of(dots, first, dots.scalar_type());
   const ScalarType type = dots.scalar_type();
   if (columns) check_contiguous("columns", *columns, {2, block.batch}, dots, type);
   Tensor logsumexp = empty(dots, {block.samples}, type);
   Tensor rows = empty(dots, {2, block.samples}, type);
   dispatch_accumulation(dots, [&](auto example) {
     using A = decltype(example);
-    log_sum_exp<A>(block.tasks, block.batch, first, block.samples, data<const A>(dots),
-                   temperature, data<A>(logsumexp), data<A>(rows),
-                   columns ? data<A>(*columns) : nullptr, kParallelFor);
+    log_sum_exp<A>(block.tasks, block.batch, first, block.samples, data<const A>(dots), temperature,
+                   data<A>(logsumexp), data<A>(rows), columns ? data<A>(*columns) : nullptr,
+                   kParallelFor);
   });
   return {logsumexp, rows};
 }
 
 void weigh_dots_cpu(Tensor dots, Tensor rows, Tensor columns, int64_t first, double temperature) {
-  const Block block = block_of(dots, first);
+  const Block block = block_of(dots, first, dots.scalar_type());
   check_contiguous("rows", rows, {2, block.samples}, dots, dots.scalar_type());
   check_contiguous("columns", columns, {2, block.batch}, dots, dots.scalar_type());
   dispatch_accumulation(dots, [&](auto example) {
@@ -204,13 +188,12 @@ void through_normalisation_cpu(Tensor du, Tensor u, Tensor factor, Tensor radial
   });
 }
 
-void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, std::optional<Tensor> dx,
-                   Tensor left, Tensor right, Tensor output) {
+void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da,
+                   std::optional<Tensor> dx, Tensor left, Tensor right, Tensor output) {
   const Shape shape = shape_of({output});
   const int64_t B = shape.batch, C = shape.channels, N = shape.positions;
   const ScalarType type = accumulation_type(output);
-  const Sizes sizes = transposed ? Sizes{B, N, C}
-                                                : Sizes{B, C, N};
+  const Sizes sizes = transposed ? Sizes{B, N, C} : Sizes{B, C, N};
   if (product) check_contiguous("product", *product, sizes, output, type);
   STD_TORCH_CHECK(left.dim() == 3, "left: expected (K, B, C), got ", left.dim(), " dimensions");
   const int64_t K = left.size(0);
@@ -222,18 +205,15 @@ void add_outer_cpu(std::optional<Tensor> product, bool transposed, Tensor da, st
     using S = decltype(example);
     using A = acc_t<S>;
     add_outer<S>(shape, K, data_or_null<A>(product), transposed, data<const A>(da),
-                 data_or_null<A>(dx), data<const A>(left), data<const A>(right),
-                 view_of<S>(output), kParallelFor);
+                 data_or_null<A>(dx), data<const A>(left), data<const A>(right), view_of<S>(output),
+                 kParallelFor);
   });
 }
 
-// What this was compiled from; setup.py defines it.
-std::string sources() { return REPMTL_SOURCES; }
-
-// norm (T, B), positive (T, B), projection (T, B, T, N) and matrix (T, B, N, N), empty without grad
-std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies,
-                                                          Tensor scale, Tensor anchors,
-                                                          bool with_grad,
+// Returns norm (T, B), positive (T, B), projection (T, B, T, N) and matrix (T, B, N, N). The last
+// two are empty without a gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies, Tensor scale,
+                                                          Tensor anchors, bool with_grad,
                                                           std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
@@ -241,24 +221,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies,
   check_small(first, N);
   check_contiguous("scale", scale, {T, B}, first, ScalarType::Float);
   check_contiguous("anchors", anchors, {T, B, C}, first, ScalarType::Float);
-  const unsigned char* there = mask_of(mask, shape, first);
+  const unsigned char* valid = mask_of(mask, shape, first);
   Tensor norm = empty(first, {T, B}, ScalarType::Float);
   Tensor positive = empty(first, {T, B}, ScalarType::Float);
   Tensor projection = empty_if(with_grad, first, {T, B, T, N}, ScalarType::Float);
   Tensor matrix = empty_if(with_grad, first, {T, B, N, N}, ScalarType::Float);
   std::vector<View<const float>> views;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
-  small_gram(shape, views.data(), data<const float>(scale), data<const float>(anchors),
-             there, data<float>(norm), data<float>(positive),
+  small_gram(shape, views.data(), data<const float>(scale), data<const float>(anchors), valid,
+             data<float>(norm), data<float>(positive),
              with_grad ? data<float>(projection) : nullptr,
              with_grad ? data<float>(matrix) : nullptr, kParallelFor);
   return {norm, positive, projection, matrix};
 }
 
-void small_gradient_cpu(Tensors saliencies, Tensors outputs,
-                        Sizes tasks, Tensor scale, Tensor anchors, Tensor factor,
-                        Tensor radial, Tensor contrast_grad, Tensor projection, Tensor matrix,
-                        Tensor anchor_weight, Tensor affinity_weight, Tensor radial_weight, Tensor negatives,
+void small_gradient_cpu(Tensors saliencies, Tensors outputs, Sizes tasks, Tensor scale,
+                        Tensor anchors, Tensor factor, Tensor radial, Tensor contrast_grad,
+                        Tensor projection, Tensor matrix, Tensor anchor_weight,
+                        Tensor affinity_weight, Tensor radial_weight, Tensor negatives,
                         std::optional<Tensor> position_grad, std::optional<Tensor> mask) {
   const Shape shape = shape_of(saliencies);
   const int64_t T = shape.tasks, B = shape.batch, C = shape.channels, N = shape.positions;
@@ -269,26 +249,28 @@ void small_gradient_cpu(Tensors saliencies, Tensors outputs,
     check_contiguous(name, x, sizes, saliencies[0], ScalarType::Float);
     return data<const float>(x);
   };
-  const SmallGradient g{
-      check("scale", scale, {T, B}),
-      check("anchor_weight", anchor_weight, {T, B}),
-      check("affinity_weight", affinity_weight, {T, B}),
-      check("factor", factor, {B}),
-      check("radial_weight", radial_weight, {B}),
-      check("anchors", anchors, {T, B, C}),
-      check("radial", radial, {T, B, C}),
-      check("contrast_grad", contrast_grad, {T, B, C}),
-      check("projection", projection, {T, B, T, N}),
-      check("matrix", matrix, {T, B, N, N}),
-      check("negatives", negatives, {}),
-      position_grad ? check("position_grad", *position_grad, {T, B, N}) : nullptr,
-      mask_of(mask, shape, saliencies[0])};
+  const SmallGradient g{check("scale", scale, {T, B}),
+                        check("anchor_weight", anchor_weight, {T, B}),
+                        check("affinity_weight", affinity_weight, {T, B}),
+                        check("factor", factor, {B}),
+                        check("radial_weight", radial_weight, {B}),
+                        check("anchors", anchors, {T, B, C}),
+                        check("radial", radial, {T, B, C}),
+                        check("contrast_grad", contrast_grad, {T, B, C}),
+                        check("projection", projection, {T, B, T, N}),
+                        check("matrix", matrix, {T, B, N, N}),
+                        check("negatives", negatives, {}),
+                        position_grad ? check("position_grad", *position_grad, {T, B, N}) : nullptr,
+                        mask_of(mask, shape, saliencies[0])};
   std::vector<View<const float>> views;
   std::vector<View<float>> views_of_outputs;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
   for (const Tensor& s : outputs) views_of_outputs.push_back(view_of<float>(s));
   small_gradient(shape, views.data(), g, tasks, views_of_outputs.data(), kParallelFor);
 }
+
+// Returns the digest of the sources, which the build defines.
+std::string sources() { return REPMTL_SOURCES; }
 
 }  // namespace
 }  // namespace repmtl
@@ -312,7 +294,8 @@ STABLE_TORCH_LIBRARY(repmtl_native, m) {
         "Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("small_gradient(Tensor[] saliencies, Tensor(a!)[] outputs, int[] tasks, Tensor scale, "
         "Tensor anchors, Tensor factor, Tensor radial, Tensor contrast_grad, Tensor projection, "
-        "Tensor matrix, Tensor anchor_weight, Tensor affinity_weight, Tensor radial_weight, Tensor negatives, "
+        "Tensor matrix, Tensor anchor_weight, Tensor affinity_weight, Tensor radial_weight, Tensor "
+        "negatives, "
         "Tensor? position_grad, Tensor? mask=None) -> ()");
 }
 

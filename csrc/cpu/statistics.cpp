@@ -10,17 +10,17 @@
 namespace repmtl {
 namespace {
 
-// Independent partial sums of a row.
+// Partial sums of a row that do not depend on each other.
 constexpr int64_t kLanes = 8;
-// Rows of one unit of work: sums are the same, however many threads share the units.
+// Rows of one unit of work. Units do not depend on the number of threads, so sums don't either.
 constexpr int64_t kChunk = 256;
-// Elements of a row at a time: four of them fit the first cache.
+// Elements of a row at a time: four such parts fit the first cache.
 constexpr int64_t kBlock = 1024;
 
-// `rows` rows of `count` elements, `stride` apart: added to `across` (count), the sums over rows, and
-// to `along` (rows), the sums of the rows; `top` (kLanes) become at least the largest |x|. Four
-// numbers at a time are added in their own precision, these sums in double: where saliencies of
-// opposite signs cancel, the entropy sees what is left.
+// Adds `rows` rows of `count` elements, `stride` apart, to `across` (count), the sums over rows,
+// and to `along` (rows), the sums of the rows. Raises `top` (kLanes), so that its maximum is at
+// least the largest |x|. Four numbers at a time are added in their own precision, and these sums in
+// double: where saliencies of opposite signs cancel, the entropy sees the remainder.
 template <bool kAcross, bool kAlong, typename A>
 inline __attribute__((always_inline)) void add_rows(const A* __restrict data, int64_t stride,
                                                     int64_t rows, int64_t count,
@@ -61,16 +61,16 @@ inline __attribute__((always_inline)) void add_rows(const A* __restrict data, in
         sums[j - i] += row[j];
         top[j - i] = std::max(top[j - i], std::fabs(row[j]));
       }
-      along[r] += ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
-                  ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+      along[r] +=
+          ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     }
   }
 }
 
-#define ADD_ROWS(A, name, across, along)                                                         \
-  REPMTL_CLONES void name(const A* data, int64_t stride, int64_t rows, int64_t count,            \
-                          double* sums, double* row_sums, A* top) {                              \
-    add_rows<across, along>(data, stride, rows, count, sums, row_sums, top);                     \
+#define ADD_ROWS(A, name, across, along)                                              \
+  REPMTL_CLONES void name(const A* data, int64_t stride, int64_t rows, int64_t count, \
+                          double* sums, double* row_sums, A* top) {                   \
+    add_rows<across, along>(data, stride, rows, count, sums, row_sums, top);          \
   }
 ADD_ROWS(float, add_across, true, false)
 ADD_ROWS(float, add_along, false, true)
@@ -94,7 +94,7 @@ inline __attribute__((always_inline)) void keep_body(const unsigned char* __rest
   for (int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : A(0);
 }
 
-// Zeros where the mask is zero, whatever is there.
+// Writes zeros where the mask is zero, even over NaN.
 REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, float* row) {
   keep_body(mask, count, row);
 }
@@ -103,21 +103,22 @@ REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, double* row) {
   keep_body(mask, count, row);
 }
 
-// Saliencies of one task and sample as rows along memory.
+// Saliencies of one task and sample as a matrix whose rows lie along memory.
 template <typename S>
 struct Rows {
   const S* data;
-  int64_t row_stride, stride;           // of the elements in a row
-  const int64_t *row_offsets, *offsets;  // in place of a stride, or null
-  const unsigned char *row_mask, *mask;  // which rows, or which elements of each, are there; or null
+  int64_t row_stride, stride;            // between rows, and between the elements of a row
+  const int64_t *row_offsets, *offsets;  // replace a stride, unless null
+  const unsigned char *row_mask,
+      *mask;  // which rows, and which elements of a row, are present; or null
 
-  // Whether rows can be read where they are.
+  // Whether rows can be read in place.
   bool direct() const {
-    return std::is_same_v<S, acc_t<S>> && stride == 1 && !row_offsets && !offsets &&
-           !row_mask && !mask;
+    return std::is_same_v<S, acc_t<S>> && stride == 1 && !row_offsets && !offsets && !row_mask &&
+           !mask;
   }
 
-  // `count` elements of row r from `begin` on.
+  // Copies `count` elements of row r from `begin` on.
   void copy(int64_t r, int64_t begin, int64_t count, acc_t<S>* to) const {
     if (row_mask && !row_mask[r]) {
       std::fill_n(to, count, acc_t<S>(0));
@@ -138,8 +139,9 @@ struct Rows {
   }
 };
 
-// Adds `rows` rows of `length` from `first` on to `across` (length), which is zero before; `along`
-// (rows) are their sums; either may be null. Returns the largest |x|, if there is `along`.
+// Adds `rows` rows of `length` elements, from row `first` on, to `across` (length), and writes
+// their sums to `along` (rows). Either may be null. Returns the largest |x|, if `along` is not
+// null.
 template <typename S>
 acc_t<S> add_chunk(const Rows<S>& matrix, int64_t first, int64_t rows, int64_t length,
                    double* across, double* along) {
@@ -162,10 +164,10 @@ acc_t<S> add_chunk(const Rows<S>& matrix, int64_t first, int64_t rows, int64_t l
     if constexpr (std::is_same_v<S, A>) {
       if (matrix.direct()) {
         // Rows that fit the cache, so that both kinds of sums read them once from memory.
-        const int64_t some = std::max<int64_t>(group, group * kBlock / block);
-        for (int64_t r = 0; r < rows; r += some) {
+        const int64_t step = std::max<int64_t>(group, group * kBlock / block);
+        for (int64_t r = 0; r < rows; r += step) {
           add(matrix.data + (first + r) * matrix.row_stride + begin, matrix.row_stride, r,
-              std::min(some, rows - r), begin, block);
+              std::min(step, rows - r), begin, block);
         }
         continue;
       }
@@ -184,16 +186,18 @@ acc_t<S> add_chunk(const Rows<S>& matrix, int64_t first, int64_t rows, int64_t l
 }  // namespace
 
 template <typename S>
-void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions, acc_t<S>* channels,
-                acc_t<S>* scale, const unsigned char* mask, const ParallelFor& parallel_for) {
+void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions,
+                acc_t<S>* channels, acc_t<S>* scale, const unsigned char* mask,
+                const ParallelFor& parallel_for) {
   using A = acc_t<S>;
   const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   struct Task {
-    Rows<S> rows;  // of sample 0
+    Rows<S> rows;  // those of sample 0
     bool by_channel;
-    bool across, along;  // what is needed of add_chunk
-    int64_t count, length, chunks, chunk;  // rows, their elements, units of a sample, rows of a unit
-    int64_t unit, partial, row;  // the first of its units of work, its sums over rows, its row sums
+    bool across, along;          // the sums that add_chunk computes
+    int64_t count, length;       // rows of a sample, elements of a row
+    int64_t chunks, chunk;       // units of work of a sample, rows of a unit
+    int64_t unit, partial, row;  // where its units, its sums over rows and its row sums begin
   };
   std::vector<Task> plan;
   int64_t units = 0, partials = 0, row_sums = 0;
@@ -227,61 +231,62 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
   const std::unique_ptr<A[]> largest(new A[units]);
 
   const auto chunk = [&](int64_t begin, int64_t end) {
-    auto task = std::upper_bound(plan.begin(), plan.end(), begin,
-                                 [](int64_t u, const Task& k) { return u < k.unit; }) - 1;
+    const auto is_before = [](int64_t u, const Task& k) { return u < k.unit; };
+    auto task = std::upper_bound(plan.begin(), plan.end(), begin, is_before) - 1;
     for (int64_t u = begin; u < end; ++u) {
       while (task + 1 != plan.end() && u >= (task + 1)->unit) ++task;
-      const int64_t mine = u - task->unit, b = mine / task->chunks, k = mine % task->chunks;
+      const int64_t unit = u - task->unit, b = unit / task->chunks, k = unit % task->chunks;
       Rows<S> rows = task->rows;
       rows.data += b * views[task - plan.begin()].batch_stride;
       if (rows.row_mask) rows.row_mask += b * N;
       if (rows.mask) rows.mask += b * N;
       double *sums = nullptr, *sums_of_rows = nullptr;
       if (task->across) {
-        sums = across.get() + task->partial + mine * task->length;
+        sums = across.get() + task->partial + unit * task->length;
         std::fill_n(sums, task->length, 0.0);
       }
-      if (task->along) sums_of_rows = along.get() + task->row + mine * task->chunk;
+      if (task->along) sums_of_rows = along.get() + task->row + unit * task->chunk;
       const int64_t first = k * task->chunk, count = std::min(task->chunk, task->count - first);
       largest[u] = add_chunk(rows, first, count, task->length, sums, sums_of_rows);
     }
   };
-  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);  // about
+  // Approximately; units of different tasks may have different sizes.
+  const int64_t unit_size = std::min(kChunk, std::max(C, N)) * std::min(C, N);
   parallel_for(units, grain_of(unit_size), chunk);
 
   const auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = plan[i / batch];
       const int64_t b = i % batch, first = task.unit + b * task.chunks;
-      const int64_t others = mask ? std::count(mask + b * N, mask + (b + 1) * N, 0) : 0;
-      const double there = static_cast<double>(std::max<int64_t>(1, N - others));
+      const int64_t absent = mask ? std::count(mask + b * N, mask + (b + 1) * N, 0) : 0;
+      const double present = static_cast<double>(std::max<int64_t>(1, N - absent));
       A* by_row = task.by_channel ? channels : positions;
       A* by_element = task.by_channel ? positions : channels;
       if (by_row) {
         const double* sums = along.get() + task.row + b * task.chunks * task.chunk;
-        const double length = task.by_channel ? there : static_cast<double>(C);
+        const double length = task.by_channel ? present : static_cast<double>(C);
         A* out = by_row + i * task.count;
         for (int64_t r = 0; r < task.count; ++r) out[r] = static_cast<A>(sums[r] / length);
       }
       if (by_element) {
         A* out = by_element + i * task.length;
         double* sums = across.get() + task.partial + b * task.chunks * task.length;
-        const double count = task.by_channel ? static_cast<double>(C) : there;
+        const double count = task.by_channel ? static_cast<double>(C) : present;
         for (int64_t k = 1; k < task.chunks; ++k) {
           for (int64_t j = 0; j < task.length; ++j) sums[j] += sums[k * task.length + j];
         }
         for (int64_t j = 0; j < task.length; ++j) out[j] = static_cast<A>(sums[j] / count);
       }
       if (scale) {
-        scale[i] = power_of_two(*std::max_element(largest.get() + first,
-                                                  largest.get() + first + task.chunks));
+        scale[i] = power_of_two(
+            *std::max_element(largest.get() + first, largest.get() + first + task.chunks));
       }
     }
   };
   parallel_for(tasks * batch, grain_of(C + N), finish);
 }
 
-#define INSTANTIATE(S)                                                                         \
+#define INSTANTIATE(S)                                                                          \
   template void statistics(const Shape&, const View<const S>*, acc_t<S>*, acc_t<S>*, acc_t<S>*, \
                            const unsigned char*, const ParallelFor&);
 REPMTL_FOR_SALIENCY_TYPES(INSTANTIATE)

@@ -8,19 +8,20 @@
 namespace repmtl {
 namespace {
 
-// Distributions of one unit of work: the mean is a sum of these units' sums, whoever computed them.
+// Distributions of one unit of work. The mean adds the units' sums in order, so that it does not
+// depend on the number of threads.
 constexpr int64_t kChunk = 256;
 
-// Entropy of the distribution of `count` values with a stride, each of them a value of `x`.
-// Writes d entropy / d x, times `weight`, where `grad` is not null.
+// Returns the entropy of the distribution |x| / (sum |x| + eps) of `count` values with a stride.
+// Writes d entropy / d x, times `weight`, unless `grad` is null.
 template <typename A>
 double entropy_of_abs(const A* x, int64_t count, int64_t stride, A eps, A weight, A* grad) {
-  double all = 0;
-  for (int64_t i = 0; i < count; ++i) all += std::fabs(x[i * stride]);
-  A total = static_cast<A>(all + eps);
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += std::fabs(x[i * stride]);
+  A total = static_cast<A>(sum + eps);
   if (total == 0) total = 1;
   const A log_total = std::log(total);
-  // From p unless that underflows: the logarithms of tiny saliencies nearly cancel.
+  // Computed from p unless p underflows: the logarithms of tiny saliencies nearly cancel.
   const auto log_of = [&](A magnitude, A p) {
     if (p >= std::numeric_limits<A>::min()) return std::log(p);
     return (magnitude == 0 ? log_total : std::log(magnitude)) - log_total;
@@ -44,9 +45,11 @@ double entropy_of_abs(const A* x, int64_t count, int64_t stride, A eps, A weight
   return h;
 }
 
-// A probability of 0 adds nothing to either, though its logarithm may be -inf.
+// The same for softmax. A probability of 0 adds nothing to entropy and gradient, though its
+// logarithm may be -inf.
 template <typename A>
-double entropy_of_softmax(const A* x, int64_t count, int64_t stride, A temperature, A weight, A* grad) {
+double entropy_of_softmax(const A* x, int64_t count, int64_t stride, A temperature, A weight,
+                          A* grad) {
   A largest = x[0] / temperature;
   double sum = 0;
   for (int64_t i = 1; i < count; ++i) largest = std::max(largest, x[i * stride] / temperature);
@@ -72,8 +75,8 @@ double entropy_of_softmax(const A* x, int64_t count, int64_t stride, A temperatu
 }  // namespace
 
 template <typename A>
-A entropy(int64_t tasks, int64_t batch, int64_t positions, const A* x, const EntropyOptions& options,
-          A* grad, const ParallelFor& parallel_for) {
+A entropy(int64_t tasks, int64_t batch, int64_t positions, const A* x,
+          const EntropyOptions& options, A* grad, const ParallelFor& parallel_for) {
   const int64_t count = options.over_tasks ? batch * positions : tasks * batch;
   const int64_t size = options.over_tasks ? tasks : positions;
   const int64_t stride = options.over_tasks ? batch * positions : 1;
