@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def pytest_addoption(parser):
     )
 
 
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="one case of each parametrised test, and no test marked `slow` or `slow_cpu`",
+    )
+
+
 def pytest_configure(config):
     if config.getoption("--cells") and not hasattr(config, "workerinput"):  # of pytest-xdist
         import cells
@@ -70,7 +78,11 @@ def refused(record_property):
     return expect
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        kept = set(one_case_of_each(items))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for number, item in enumerate(items):
         if marker := item.get_closest_marker("cell"):
             backend = marker.kwargs.get("backend") or item.callspec.params["backend"]
@@ -82,6 +94,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def one_case_of_each(items):
+    """Choose one case of each test that is neither slow nor sure to be skipped.
+
+    Which case follows from the test's name, so that each run has the same ones, and tests of the
+    same parameters have different ones.
+    """
+    cases = {}
+    for item in items:
+        if not any(item.get_closest_marker(m) for m in ("slow", "slow_cpu", *([] if CUDA else ["gpu"]))):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return [tests[zlib.crc32(name.encode()) % len(tests)] for name, tests in cases.items()]
 
 
 @pytest.fixture(autouse=True)
