@@ -48,10 +48,10 @@ test: lint ## lint, then the whole test suite on the CPU (Triton kernels under i
 	@$(PYTEST)
 
 test-fast: $(PACKAGE_STAMP) ## one quick case of each test, in a minute
-	@$(PYTEST) --fast
+	@$(PYTEST) --fast --ignore tests/bench
 
 coverage: $(PACKAGE_STAMP) ## the tests of test-fast, and the share of the lines that they run
-	@COVERAGE_CORE=sysmon $(PYTEST) --fast --cov
+	@COVERAGE_CORE=sysmon $(PYTEST) --fast --ignore tests/bench --cov
 
 # In an installed source archive there is no git: find lists the files.
 lint: $(PACKAGE_STAMP) ## ruff, import-linter, mypy and clang-format; changes nothing

@@ -32,11 +32,16 @@ class Fast:
 def one_case_of_each(items: list, left_out: tuple[str, ...]) -> list:
     """Choose one case of each test without one of these markers.
 
-    The test's name decides which case. So each run has the same cases, and tests with the same
-    parameters have different ones.
+    The test's name decides which backend, so that each run has the same cases and all backends have
+    a part. The first of a backend's cases is the one: tests list small cases first.
     """
-    cases: dict[str, list] = {}
+    cases: dict[str, dict[str, object]] = {}
     for item in items:
         if not any(item.get_closest_marker(marker) for marker in left_out):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return [tests[zlib.crc32(name.encode()) % len(tests)] for name, tests in cases.items()]
+            backends = cases.setdefault(item.nodeid.partition("[")[0], {})
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            backends.setdefault(str(parameters.get("backend")), item)
+    return [
+        [*backends.values()][zlib.crc32(name.encode()) % len(backends)]
+        for name, backends in cases.items()
+    ]

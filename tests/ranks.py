@@ -58,7 +58,5 @@ def _rank(rank: int, checks: list, folder: str, timeout: timedelta) -> None:
         except BaseException:  # noqa: BLE001  (the test shows it)
             failed[check.__name__] = traceback.format_exc()
     torch.save(failed, f"{folder}/{rank}.tmp")
-    os.rename(
-        f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt"
-    )  # the file is complete or absent
+    os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt")  # the file is complete or absent
     os._exit(0)  # ends without waiting for the other rank, which may be gone

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import report
 from benchmarks.results import load
 
@@ -47,6 +49,7 @@ def test_without_a_cell(): pass
 """
 
 
+@pytest.mark.slow
 def test_cells_are_the_outcomes(tmp_path):
     parallel = importlib.util.find_spec("xdist") is not None
     for name in ("conftest.py", "cells.py", "cases.py"):
