@@ -47,7 +47,7 @@ venv: $(PACKAGE_STAMP) ## the virtual environment, with the package and all that
 test: lint ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
 	@$(PYTEST)
 
-test-fast: $(PACKAGE_STAMP) ## one quick case of each test, in a minute
+test-fast: $(PACKAGE_STAMP) ## one quick case of each test of the package, in a minute
 	@$(PYTEST) --fast --ignore tests/bench
 
 coverage: $(PACKAGE_STAMP) ## the tests of test-fast, and the share of the lines that they run

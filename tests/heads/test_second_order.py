@@ -966,6 +966,7 @@ def test_conversion_of_what_is_no_module():
         convert_second_order(nn.ReLU(), undo=1)
 
 
+@pytest.mark.slow
 def test_benchmark(monkeypatch, capsys):
     tiny = replace(benchmark.NETWORK, height=32, width=32, batch=2, base=4, on_cpu={})
     monkeypatch.setattr(benchmark, "NETWORK", tiny)
