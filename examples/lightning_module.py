@@ -1,4 +1,4 @@
-"""Rep-MTL in Lightning.
+"""Train with Rep-MTL in Lightning.
 
 pip install lightning
 python examples/lightning_module.py
@@ -20,7 +20,7 @@ class SceneModule(RepMTLModule):
 
 seed_everything(0)
 module = SceneModule(encoder(), heads(), loss_functions(), RepMTL(lambda_tsr=0.01, lambda_csa=0.01))
-# CSA contrasts the samples of a batch: no batch of one at the end.
+# CSA contrasts the samples of a batch, so the last batch must not have a single one.
 training = DataLoader(Scenes(), batch_size=32, shuffle=True, drop_last=True)
 validation = DataLoader(Scenes(64, seed=1), batch_size=32)
 trainer = Trainer(max_epochs=4, logger=False, enable_checkpointing=False, log_every_n_steps=1)

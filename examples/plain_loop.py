@@ -1,4 +1,4 @@
-"""Rep-MTL in a plain PyTorch loop, with a batch in four that has no depth.
+"""Train with Rep-MTL in a plain PyTorch loop. One batch in four has no labels for depth.
 
 python examples/plain_loop.py
 """
@@ -17,7 +17,7 @@ trunk, branches, loss_of = encoder(), nn.ModuleDict(heads()), loss_functions()
 criterion = RepMTL(strength=0.03, tsr_floor=0.1, log_losses=True, log_offset=0.01)  # docs/tuning.md
 parameters = [*trunk.parameters(), *branches.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=5e-3)
-# CSA contrasts the samples of a batch: no batch of one at the end.
+# CSA contrasts the samples of a batch, so the last batch must not have a single one.
 batches = DataLoader(Scenes(), batch_size=32, shuffle=True, drop_last=True)
 held_out = Scenes(64, seed=1)
 
@@ -38,7 +38,7 @@ for epoch in range(EPOCHS):
         optimizer.step()
     last = criterion.last
     print(f"epoch {epoch}", end=": ")
-    if last.applied:  # not on every call with `every` or `start`
+    if last.applied:  # False on some calls, with `every` or `start`
         print(
             f"TSR {last.tsr:.3f}, CSA {last.csa:.3f}, regulariser's gradient {last.ratio:.3f} of "
             "the tasks'",
@@ -47,8 +47,8 @@ for epoch in range(EPOCHS):
     trunk.eval(), branches.eval(), criterion.eval()
     with torch.no_grad():
         z = trunk(held_out.images)
-        found = branches["segmentation"](z).argmax(1) == held_out.segmentation
+        right = branches["segmentation"](z).argmax(1) == held_out.segmentation
         off = (branches["depth"](z) - held_out.depth).abs()
     print(
-        f"held out: {found.float().mean():.1%} of the pixels right, depth off by {off.mean():.3f}"
+        f"held out: {right.float().mean():.1%} of the pixels right, depth off by {off.mean():.3f}"
     )

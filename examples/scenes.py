@@ -1,4 +1,4 @@
-"""What the examples learn: a made scene with two dense tasks, and a small network for it."""
+"""Data and networks of the examples: artificial scenes with two dense tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIZE = 24
 
 
 class Scenes(Dataset):
-    """Noisy images of one box; where the box is, and how deep every pixel lies."""
+    """Noisy images of one box. The tasks are where the box is, and how deep every pixel lies."""
 
     def __init__(self, count: int = 256, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -20,8 +20,8 @@ class Scenes(Dataset):
         at = torch.arange(SIZE)
         inside = (at >= corner) & (at < corner + size)
         box = inside[:, 0, :, None] & inside[:, 1, None, :]
-        near = torch.rand(count, 1, 1, generator=generator)
-        self.depth = torch.where(box, near, 1.5)[:, None]
+        box_depth = torch.rand(count, 1, 1, generator=generator)
+        self.depth = torch.where(box, box_depth, 1.5)[:, None]
         noise = 0.3 * torch.randn(count, 1, SIZE, SIZE, generator=generator)
         self.images = 1 / (0.5 + self.depth) + noise
         self.segmentation = box.long()
@@ -37,7 +37,7 @@ class Scenes(Dataset):
 
 
 def encoder() -> nn.Module:
-    """Images to the shared representation ``(B, 32, 12, 12)``."""
+    """Return a module that maps images to the shared representation ``(B, 32, 12, 12)``."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16),

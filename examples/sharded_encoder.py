@@ -1,6 +1,7 @@
-"""Rep-MTL with the encoder sharded (FSDP2), in bfloat16, with the negatives of all processes.
+"""Train a sharded encoder (FSDP2) with Rep-MTL, in bfloat16, with the negatives of all processes.
 
-From the root of a checkout, on two processes of this machine (CUDA if there are two devices):
+Run these commands in the root of a checkout. They start two processes on this machine, which use
+CUDA if there are two devices:
 
     pip install mlxtend
     torchrun --standalone --nproc-per-node 2 examples/sharded_encoder.py
@@ -30,7 +31,7 @@ mesh = init_device_mesh(device.type, (processes,), mesh_dim_names=("dp",))
 
 torch.manual_seed(0)
 trunk, heads = encoder().to(device), DistributedDataParallel(Heads().to(device))
-# Gradients are averaged in float32, the optimiser has the parameters in float32.
+# Gradients are averaged in float32, and the optimiser's parameters are float32.
 policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 for layer in trunk:
     if isinstance(layer, nn.Conv2d):

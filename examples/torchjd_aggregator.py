@@ -1,4 +1,4 @@
-"""Rep-MTL beside an aggregator of TorchJD.
+"""Train with Rep-MTL beside an aggregator of TorchJD.
 
 pip install "torchjd[quadprog-projector]"
 python examples/torchjd_aggregator.py
@@ -26,11 +26,11 @@ for epoch in range(4):
         with criterion.second_order():
             losses = {t: loss_of[t](branch(z), targets[t]) for t, branch in branches.items()}
         optimizer.zero_grad()
-        # In place of torchjd's mtl_backward(losses, features=z).
+        # This call replaces torchjd's mtl_backward(losses, features=z).
         rep_mtl_backward(losses, features=z, criterion=criterion)
         weights = jac_to_grad(trunk.parameters(), aggregator)
         optimizer.step()
-    # Where the tasks don't conflict, UPGrad's weights are those of their mean.
+    # If the tasks do not conflict, UPGrad's weights are those of the mean.
     named = zip(losses, weights.tolist(), strict=True)
     print(
         f"epoch {epoch}: total {criterion.last.total:.3f}, weights of the last step:",

@@ -14,7 +14,7 @@ from repmtl_kernels._training.strength import FIRST
 from repmtl_kernels.backends.native import library as native_library
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Those that take tensors of the device.
+# The backends that take tensors of the device.
 BACKENDS = [
     name
     for name in repmtl_kernels.available_backends()
@@ -22,10 +22,10 @@ BACKENDS = [
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-# Relative errors that rounding alone explains, with float64 as the judge. Larger ones are allowed
-# only where plain PyTorch (the reference in the same dtype) is as far off; see `judge`. Both then
-# round the same small differences in another order: a draw that a factor of LUCK covers. At most
-# LIMIT times the tolerance all the same, for plain PyTorch in 16 bits may be wrong altogether.
+# Relative errors that rounding alone explains, with float64 as the judge. `judge` allows larger
+# ones only where plain PyTorch (the reference in the same dtype) is as far off. The two round small
+# differences in different orders, and a factor of LUCK covers that. No error may exceed LIMIT times
+# the tolerance, because plain PyTorch in 16 bits may be wrong altogether.
 LUCK = 2.0
 LIMIT = 5.0
 VALUE_TOLERANCE = {
@@ -51,7 +51,7 @@ BACKEND_DTYPES = [(b, d) for b in BACKENDS for d in DTYPES if supports(b, d)]
 
 @dataclass(frozen=True)
 class Case:
-    """T tasks of saliencies ``(B, C, *spatial)`` in a memory layout."""
+    """The shape of the saliencies, ``(B, C, *spatial)`` for each of T tasks, and their layout."""
 
     tasks: int
     batch: int
@@ -68,11 +68,11 @@ class Case:
         return -1 if self.layout == "tokens" else 1
 
     def make(self, dtype: torch.dtype, scale: float = 1.0, seed: int = 0) -> list[Tensor]:
-        """Leaves that require a gradient: one stacked tensor for "stacked", else T of them."""
+        """Return leaves that require a gradient: one tensor for "stacked", else T of them."""
         generator = torch.Generator().manual_seed(seed)
         shape = (self.tasks, self.batch, self.channels, *self.spatial)
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
-        # Real saliencies are not centred on zero at every position: anchors are not mere noise.
+        # The means of real saliencies are not zero. If they were, anchors would be mere noise.
         values += torch.randn(shape[:3] + (1,) * len(self.spatial), generator=generator)
         values = (values * scale).to(DEVICE, dtype)
         if self.layout == "stacked":
@@ -97,7 +97,7 @@ def _tokens(t: int, x: Tensor) -> Tensor:
 
 
 def _crop(t: int, x: Tensor) -> Tensor:
-    """Every dimension strided, nothing collapses."""
+    """Return a view with a gap in each dimension, so that no two dimensions collapse."""
     big = x.new_full([2 * n + 1 for n in x.shape], float("nan"))
     view = big[tuple(slice(1, None, 2) for _ in x.shape)]
     view.copy_(x)
@@ -109,12 +109,12 @@ def _transposed(t: int, x: Tensor) -> Tensor:
 
 
 def _expanded(t: int, x: Tensor) -> Tensor:
-    """Constant over the positions, stride 0: what average pooling sends back."""
+    """Return a view with stride 0 over the positions, as the backward of average pooling does."""
     return x[..., :1, :1].expand(x.shape)
 
 
 def _negative_view(t: int, x: Tensor) -> Tensor:
-    """Negative by a flag, its memory holds the opposite: what a complex head may send back."""
+    """Return a view that is negative by a flag, as the backward of a complex head may do."""
     return torch._neg_view(-x)
 
 
@@ -172,7 +172,7 @@ FLOOR_IDS = [f"{form['over']}-floor" for form in FLOOR_FORMS]
 
 @dataclass(frozen=True)
 class Loss:
-    """A public function that gives a scalar, and the same from the reference."""
+    """A public function that returns a scalar, and the same function of the reference."""
 
     name: str
     public: Callable[..., Tensor]
@@ -196,14 +196,17 @@ LOSSES = [
 ]
 
 
-class _Everyone(set):
+class _AllTasks(set):
     def __contains__(self, task: object) -> bool:
         return True
 
 
 def settled(criterion: RepMTL) -> RepMTL:
-    """The same one past its first call, between two measurements of the ratio: an ordinary step."""
-    criterion._progress.explained = _Everyone()
+    """Return the criterion as if after its first calls, so that the next one is an ordinary step.
+
+    It checks no head and does not measure the ratio.
+    """
+    criterion._progress.explained = _AllTasks()
     criterion._progress.calls = FIRST + 1
     return criterion
 
@@ -211,27 +214,28 @@ def settled(criterion: RepMTL) -> RepMTL:
 def value_and_grads(
     loss: Callable, case: Case, tensors: list[Tensor], *, factor: float = 1.0, **options
 ):
-    """The value, and the gradient of ``factor`` times it."""
+    """Return the value, and the gradient of ``factor`` times the value."""
     value = case.run(loss, tensors, **options)
     return value, torch.autograd.grad(value, tensors, torch.full_like(value, factor))
 
 
 def doubles(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers in float64, dense: what the judge computes with."""
+    """Return dense copies in float64, for the judge."""
     return [t.detach().double().clone().requires_grad_() for t in tensors]
 
 
-def relative_error(found: list[Tensor], exact: list[Tensor]) -> float:
-    """||found - exact|| / ||exact|| over all tensors; NaN where found has NaN."""
-    difference = torch.stack([(f.double() - e).norm() for f, e in zip(found, exact, strict=True)])
+def relative_error(values: list[Tensor], exact: list[Tensor]) -> float:
+    """Return ||values - exact|| / ||exact|| over all tensors, or NaN if ``values`` has NaN."""
+    difference = torch.stack([(v.double() - e).norm() for v, e in zip(values, exact, strict=True)])
     return (difference.norm() / torch.stack([e.norm() for e in exact]).norm()).item()
 
 
 def loss_scale(grads: list[Tensor], dtype: torch.dtype) -> float:
-    """The power of two that brings the largest float16 gradient into [0.5, 1); 1 for other dtypes.
+    """Return the power of two that brings the largest float16 gradient into [0.5, 1).
 
-    Gradients are of order 1 / |S|, on large maps below the normal numbers of float16: rounding the
-    exact gradient would then cost more than any tolerance. Training in float16 scales its losses.
+    Gradients are of order 1 / |S|. On large maps they are below the normal numbers of float16, and
+    rounding alone costs more than any tolerance. Training in float16 scales its losses for the same
+    reason. Other dtypes need no scale: it is 1.
     """
     if dtype != torch.float16 or is_zero(grads):
         return 1.0
@@ -239,7 +243,7 @@ def loss_scale(grads: list[Tensor], dtype: torch.dtype) -> float:
 
 
 def is_zero(grads: list[Tensor]) -> bool:
-    """Whether gradients in float64 are exactly zero but for rounding."""
+    """Return whether gradients in float64 are zero up to rounding."""
     return max(g.norm() for g in grads) < 1e-14
 
 
@@ -248,7 +252,10 @@ def allowed(tolerance: float, plain_error: float) -> float:
 
 
 def judge(loss: Loss, case: Case, dtype: torch.dtype, backend: str, **options) -> None:
-    """Value and gradient within rounding of the float64 reference, or as near as plain PyTorch."""
+    """Assert that value and gradient are as close to the float64 reference as they have to be.
+
+    The error is at most that of rounding, or that of plain PyTorch if it is larger.
+    """
     tensors = case.make(dtype)
     exact, exact_grads = value_and_grads(loss.literal, case, doubles(tensors), **options)
     factor = loss_scale(exact_grads, dtype)

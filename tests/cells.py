@@ -1,4 +1,4 @@
-"""What the tests marked ``cell`` found, as the rows of ``compatibility.json``."""
+"""The outcomes of the tests marked ``cell``, as the rows of ``compatibility.json``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import torch
 
 
 class Cells:
-    """A pytest plugin. A cell is a feature and a backend; all of its tests decide on it."""
+    """A pytest plugin that writes one row for each cell: a feature and a backend.
+
+    All tests of a cell decide on it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.found: dict[tuple[str, str], list[tuple]] = {}
+        self.tests: dict[tuple[str, str], list[tuple]] = {}
 
     def pytest_runtest_logreport(self, report) -> None:
         properties = dict(report.user_properties)
@@ -20,10 +23,10 @@ class Cells:
             return
         number, feature, backend = properties["cell"]
         test = (number, report.nodeid, *outcome(report, properties))
-        self.found.setdefault((feature, backend), []).append(test)
+        self.tests.setdefault((feature, backend), []).append(test)
 
     def pytest_sessionfinish(self, session) -> None:
-        if not self.found:  # nothing but tests without a cell, or none at all
+        if not self.tests:  # no test with a cell ran
             return
         from benchmarks import machine, results
 
@@ -32,22 +35,22 @@ class Cells:
         results.save(self.folder, "compatibility", head, self.rows(), notes=[])
 
     def rows(self) -> list[dict]:
-        """In the order of the tests, which pytest-xdist runs in another."""
+        """Return the rows in the order of the source, not in that of pytest-xdist."""
         rows = []
-        for (feature, backend), tests in sorted(self.found.items(), key=lambda x: min(x[1])[0]):
-            # One failure decides; a skipped test does not while another one ran.
-            result, why = min((t[2:] for t in tests), key=lambda t: RANK.index(t[0]))
+        for (feature, backend), tests in sorted(self.tests.items(), key=lambda x: min(x[1])[0]):
+            result, why = min((t[2:] for t in tests), key=lambda t: DECISIVE.index(t[0]))
             names = sorted({t[1] for t in tests})
             row = {"feature": feature, "backend": backend, "outcome": result, "why": why}
             rows.append({**row, "tests": names})
         return rows
 
 
-RANK = ("failed", "refused", "passed", "skipped")
+# The first of these that a test of the cell has decides: a skipped test only if no other ran.
+DECISIVE = ("failed", "refused", "passed", "skipped")
 
 
 def outcome(report, properties: dict) -> tuple[str, str]:
-    """The outcome of one test, and its error or the reason why it was skipped."""
+    """Return the outcome of one test, and its error or the reason why it was skipped."""
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         return "failed", crash.message.split(":")[0] if crash else report.when

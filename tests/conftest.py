@@ -1,4 +1,4 @@
-"""Where the tests run: on CUDA if there is one, else on the CPU with Triton's interpreter."""
+"""Options and fixtures of all tests, which run on CUDA or with Triton's interpreter on the CPU."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ if library := os.environ.get("REPMTL_EMULATED_CUDA"):  # set by test_emulated_cu
 
 
 def _patch_triton_language_once():
-    """Half of the interpreter's time: each call of a device function patches triton.language again.
+    """Halve the interpreter's time: patch triton.language once a launch of a kernel.
 
-    A call within a kernel finds it patched by the kernel's launch.
+    The interpreter would patch it again for each device function that the kernel calls.
     """
     from triton.runtime import interpreter
 
@@ -38,7 +38,7 @@ def _patch_triton_language_once():
 
 
 if not CUDA:
-    with contextlib.suppress(ImportError, AttributeError):  # no Triton, or another inside
+    with contextlib.suppress(ImportError, AttributeError):  # no Triton, or another release
         _patch_triton_language_once()
 
 
@@ -46,7 +46,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--cells",
         metavar="FOLDER",
-        help="write what the tests marked `cell` found to FOLDER/compatibility.json",
+        help="write the outcomes of the tests marked `cell` to FOLDER/compatibility.json",
+    )
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="run one case of each test, and none that is slow",
     )
 
 
@@ -55,17 +60,22 @@ def pytest_configure(config):
         import cells
 
         config.pluginmanager.register(cells.Cells(Path(config.getoption("--cells"))))
+    if config.getoption("--fast"):
+        import fast
+
+        left_out = ("slow", "slow_cpu") if CUDA else ("slow", "slow_cpu", "gpu")
+        config.pluginmanager.register(fast.Fast(left_out))
 
 
 @pytest.fixture
 def refused(record_property):
-    """``with refused(error, match=...)``: pytest.raises, and the test's cell is a "no"."""
+    """Return a ``pytest.raises`` that also makes the test's cell a "no"."""
 
     @contextlib.contextmanager
     def expect(error, match):
-        with pytest.raises(error, match=match) as found:
+        with pytest.raises(error, match=match) as raised:
             yield
-        record_property("refused", found.type.__name__)
+        record_property("refused", raised.type.__name__)
 
     return expect
 
@@ -75,7 +85,7 @@ def pytest_collection_modifyitems(items):
         if marker := item.get_closest_marker("cell"):
             backend = marker.kwargs.get("backend") or item.callspec.params["backend"]
             item.user_properties.append(("cell", [number, *marker.args, backend]))
-    if CUDA:  # time may be short: first what is tested nowhere else
+    if CUDA:  # time may be short: tests that run nowhere else come first
         items.sort(key=lambda item: item.get_closest_marker("gpu") is None)
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
@@ -86,7 +96,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty and its kind come filled with NaN, and nondeterministic operations raise."""
+    """Fill torch.empty and its kind with NaN, and raise at nondeterministic operations."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -95,9 +105,9 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """Float32 products at full precision, and the choice of backend to the test."""
+    """Set full precision for float32 products, and ignore the environment's options."""
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # convolutions have tf32 unless told otherwise
+    torch.backends.cudnn.allow_tf32 = False  # by default convolutions use tf32
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("REPMTL_BACKEND", raising=False)
         patch.delenv("REPMTL_FP32_PRECISION", raising=False)

@@ -1,4 +1,4 @@
-"""Runs functions on two processes of a gloo group, for the tests of several ranks."""
+"""Run functions on two processes of a gloo group, for the tests of several ranks."""
 
 import os
 import sys
@@ -22,10 +22,9 @@ def run(
     timeout: timedelta = TIMEOUT,
     wait: float = 300,
 ) -> list[dict[str, str]]:
-    """Each check on each rank, one after the other: by rank, the name to the error of those that
-    failed.
+    """Run each check on each rank, and return a dict for each rank: failed checks to their errors.
 
-    An empty dict says that all passed; a rank that did not come to an end has an ``"end"``.
+    An empty dict means that all passed. A rank that did not finish has the key ``"end"``.
     """
     context = mp.get_context("spawn")
     work = (checks, str(folder), timeout)
@@ -35,14 +34,14 @@ def run(
     until = time.monotonic() + wait
     for process in processes:
         process.join(max(0, until - time.monotonic()))
-    found = []
+    failed = []
     for rank, process in enumerate(processes):
         path = folder / f"{rank}.pt"
         if process.is_alive():
             process.kill()
         ended = {"end": f"exit code {process.exitcode}, no result"}
-        found.append(torch.load(path) if path.exists() else ended)
-    return found
+        failed.append(torch.load(path) if path.exists() else ended)
+    return failed
 
 
 def _rank(rank: int, checks: list, folder: str, timeout: timedelta) -> None:
@@ -59,5 +58,5 @@ def _rank(rank: int, checks: list, folder: str, timeout: timedelta) -> None:
         except BaseException:  # noqa: BLE001  (the test shows it)
             failed[check.__name__] = traceback.format_exc()
     torch.save(failed, f"{folder}/{rank}.tmp")
-    os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt")  # whole or not at all
-    os._exit(0)  # without the farewell of a group whose other rank may be gone
+    os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}.pt")  # the file is complete or absent
+    os._exit(0)  # ends without waiting for the other rank, which may be gone

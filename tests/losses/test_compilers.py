@@ -81,6 +81,7 @@ def test_autocast_changes_nothing_of_a_compiled_loss(backend: str, where: str):
     assert relative_error(grads, torch.autograd.grad(expected, tensors)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compile_with_inductor():
     def function(*s):

@@ -226,6 +226,7 @@ def test_table_in_the_documentation_is_up_to_date():
     assert f"<!-- bench:kept:simulated -->\n{kept.table()}\n<!-- /bench -->" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts what PyTorch allocates on the CPU")
 def test_checkpointed_heads_save_nothing_with_the_regulariser():
     """As docs/memory.md says; in the encoder it does save."""

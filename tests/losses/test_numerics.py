@@ -65,6 +65,7 @@ def test_float16_saliencies_that_are_subnormal(backend: str):
     assert abs(csa_loss(tensors, backend=backend).item() - exact.item()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_sums_over_many_positions(backend: str):
     """An element of the Gram matrix is larger than float16 has numbers."""

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 pytest.importorskip("setuptools", minversion="77", reason="reads PEP 639 metadata")
+pytestmark = pytest.mark.slow  # each test builds the package
 
 TEST_NATIVE = ROOT / "tests" / "backends" / "test_native.py"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")

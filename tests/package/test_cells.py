@@ -1,10 +1,12 @@
-"""The table of docs/compatibility.md: from the outcome of a test to a cell."""
+"""Outcomes of tests become the cells of the table in docs/compatibility.md."""
 
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from benchmarks import report
 from benchmarks.results import load
@@ -47,6 +49,7 @@ def test_without_a_cell(): pass
 """
 
 
+@pytest.mark.slow
 def test_cells_are_the_outcomes(tmp_path):
     parallel = importlib.util.find_spec("xdist") is not None
     for name in ("conftest.py", "cells.py", "cases.py"):
@@ -62,8 +65,8 @@ def test_cells_are_the_outcomes(tmp_path):
         text=True,
     )
     assert done.returncode == 1, done.stdout + done.stderr  # there are failures
-    found = load(tmp_path / "out", "compatibility")
-    table = [line for line in report.compatibility_table(found).split("\n") if line[:1] == "|"]
+    rows = load(tmp_path / "out", "compatibility")
+    table = [line for line in report.compatibility_table(rows).split("\n") if line[:1] == "|"]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]] == [
         ["both pass", "not run", "yes", "yes", "not run"],
         ["one fails", "not run", "failed: `OSError`", "not run", "not run"],
@@ -77,5 +80,5 @@ def test_cells_are_the_outcomes(tmp_path):
 def test_table_of_the_documentation_is_generated():
     text = (ROOT / "docs" / "compatibility.md").read_text()
     for match in report.MARKED.finditer(text):
-        found = load(report.RESULTS / match["machine"], match["name"])
-        assert found and report.compatibility_table(found) in match[0]
+        rows = load(report.RESULTS / match["machine"], match["name"])
+        assert rows and report.compatibility_table(rows) in match[0]

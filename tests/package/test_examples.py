@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, and learn."""
+"""The examples run with the commands in their first lines, and their networks learn."""
 
 import os
 import re
@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 
-# Script, what it needs, and the last of its figures with the bound that a trained model keeps.
+# Script, the library that it needs, its last figure, and the bound that a trained model meets.
 EXAMPLES = [
-    ("plain_loop.py", None, r"held out: ([\d.]+)% of the pixels right", lambda found: found > 90),
-    ("torchjd_aggregator.py", "torchjd", r"total ([\d.]+)", lambda found: found < 0.5),
-    ("lightning_module.py", "lightning", r"val/loss: ([\d.]+)", lambda found: found < 1),
+    ("plain_loop.py", None, r"held out: ([\d.]+)% of the pixels right", lambda share: share > 90),
+    ("torchjd_aggregator.py", "torchjd", r"total ([\d.]+)", lambda total: total < 0.5),
+    ("lightning_module.py", "lightning", r"val/loss: ([\d.]+)", lambda loss: loss < 1),
 ]
 
 

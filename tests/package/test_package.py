@@ -1,4 +1,4 @@
-"""The package as its users meet it: imports, public names, metadata, files shipped."""
+"""The package that users get: imports, public names, metadata, files."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ DEFAULTS = {
 
 
 def run_python(code: str, **env: str) -> str:
-    """Standard output of ``code`` in a fresh interpreter that sees this checkout's package."""
+    """Return the output of ``code`` in a fresh interpreter that imports this checkout's package."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     base = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "REPMTL_BACKEND")}
     done = subprocess.run(
@@ -118,7 +118,7 @@ print(json.dumps([list(rk.available_backends()), rk.backend_report(), value, jud
 
 
 def test_import_alone() -> None:
-    """Loads neither Triton nor the benchmark tools, does not start CUDA, needs no metadata."""
+    """An import loads no Triton and no benchmark tools, starts no CUDA, and needs no metadata."""
     out = run_python(
         """
 import importlib.metadata, json, sys
@@ -162,8 +162,8 @@ def test_loss_signature(name: str) -> None:
     assert first.name == "saliencies"
     assert first.default is inspect.Parameter.empty
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in options)
-    found = {p.name: p.default for p in options}
-    assert {key: found.get(key, "missing") for key in DEFAULTS[name]} == DEFAULTS[name]
+    defaults = {p.name: p.default for p in options}
+    assert {key: defaults.get(key, "missing") for key in DEFAULTS[name]} == DEFAULTS[name]
 
 
 @pytest.mark.parametrize("module, loss", list(zip(MODULES, LOSSES, strict=True)))
@@ -213,10 +213,9 @@ def test_public_api_is_typed(name: str) -> None:
 
 
 def declared_version() -> str:
-    # Not tomllib: it came with Python 3.11.
-    found = re.findall(r'^version = "([^"]+)"$', PYPROJECT, flags=re.MULTILINE)
-    assert len(found) == 1
-    return found[0]
+    # Python 3.10 has no tomllib.
+    (version,) = re.findall(r'^version = "([^"]+)"$', PYPROJECT, flags=re.MULTILINE)
+    return version
 
 
 def test_version_is_the_declared_one() -> None:
@@ -262,9 +261,9 @@ def test_no_private_path_in_the_files() -> None:
     files = [p for p in candidates if p.suffix in text and p.name not in (".git", ".coverage")]
     assert len(files) > 20
     home = re.compile(r"(?<![\w.}])/(?:home|root|Users|work)/[\w.-]+")
-    found = {
+    private = {
         str(path.relative_to(ROOT)): hits
         for path in files
         if (hits := home.findall(path.read_text(encoding="utf-8")))
     }
-    assert not found
+    assert not private
