@@ -290,7 +290,7 @@ class RepMTL(LossModule):
 
         Warns:
             UserWarning: a saliency's means over the channels or over the positions are zero but for
-                rounding, as when a head begins with a LayerNorm. That call looks for this too.
+                rounding, as when a head begins with a LayerNorm. The first call looks for this too.
         """
         return self._evaluate(losses, representation, present, positions, step)[0]
 

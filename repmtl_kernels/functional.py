@@ -72,13 +72,14 @@ def tsr_loss(
         eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution
             that is zero everywhere has entropy 0 and gradient 0.
         positions: bool ``(B, *spatial)``, True where a position is there, False where it is
-            padding, of tokens or of images of different sizes. What the saliencies hold at the
-            others is never used, NaN and inf included, and their gradient is exactly 0. Over tasks,
-            the loss is the mean over the positions that are there, sum over all samples divided by
-            their number; over space, distributions have no other positions and the loss is the mean
-            over ``B * T`` of them. ``floor`` is a share of the mean over the positions that are
-            there. A sample without any position counts as one whose saliencies are zero: entropy 0,
-            gradient 0; without any position in the batch the loss is 0. None: all are there.
+            padding, of tokens or of images of different sizes. None: all are there. The values of
+            the saliencies at padding are never used, NaN and inf included, and their gradient is
+            exactly 0. Over tasks, the loss is the mean over the positions that are there: their sum
+            over all samples, divided by their number. Over space, distributions have only these
+            positions, and the loss is the mean over ``B * T`` distributions. ``floor`` is a share
+            of the mean over the positions that are there. A sample without any position counts as
+            one whose saliencies are zero: entropy 0, gradient 0. Without any position in the batch
+            the loss is 0.
         channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
             ``(B, N, D)``. Not 0, the batch.
         backend: ``"auto"``, ``"reference"``, ``"eager"``, ``"native"`` or ``"triton"``.

@@ -1,1 +1,1 @@
-"""What all other parts stand on: records, checks, canonical views."""
+"""The ground of all other parts: records, checks, canonical views."""

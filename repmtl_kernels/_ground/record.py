@@ -1,4 +1,4 @@
-"""What a forward pass of the losses keeps for its backward pass."""
+"""The tensors that a forward pass of the losses keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from repmtl_kernels._ground.saliency import accumulation_dtype
 
 
 class Saved(NamedTuple):
-    """What the backward needs, contiguous; empty where the loss was not asked for.
+    """The tensors that the backward needs, contiguous; empty if the loss was not asked for.
 
     If the Gram matrices are made again, projection and matrix are empty too.
     """

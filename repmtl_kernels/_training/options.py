@@ -19,7 +19,7 @@ _OWN = {"compared": False}
 
 
 class Turn(NamedTuple):
-    """What the schedule gives one training call."""
+    """The regulariser's place in one training call, as the schedule has it."""
 
     number: int  # of the call; calls of one step have the same
     lambdas: tuple[float, float]  # of TSR and CSA; with `strength` their mix, which sums to 1

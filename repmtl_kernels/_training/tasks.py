@@ -62,7 +62,7 @@ class Task:
 
 
 class Level(NamedTuple):
-    """What the losses of one level are made of; T counts the tasks that depend on it."""
+    """The tensors that TSR and CSA of one level are made of. T tasks depend on the level."""
 
     saliencies: list[Tensor]  # T of (B, C, *spatial)
     present: Tensor | None  # (T, B)
@@ -136,7 +136,7 @@ class Tasks(list[Task]):
         return total
 
     def place(self, representation: Representation) -> None:
-        """Give each task its representations. Those of absent tasks may be anything."""
+        """Give each task its representations. An absent task may have anything in its place."""
         if isinstance(representation, Tensor | Levels):
             places = named_tensors("representation", representation)
             for task in self:

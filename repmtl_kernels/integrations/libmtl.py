@@ -83,7 +83,7 @@ class RepMTLWeighting(nn.Module):
         criterion = self._criterion(weight_args)
         # The architecture has given every task a leaf of its own with a copy of the
         # representation, so what is differentiated with respect to it is this task's branch alone.
-        # That is why a stack costs nothing here, and clone() says so: RepMTL refuses the elements
+        # A stack costs nothing here, therefore, and clone() says so: RepMTL refuses the elements
         # of one, rightly so where tasks share a representation.
         separate = {task: losses[t].clone() for t, task in enumerate(self.task_name)}
         form = dict if isinstance(self.rep, dict) else Copies

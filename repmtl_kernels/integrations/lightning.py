@@ -103,7 +103,7 @@ class RepMTLModule(LightningModule):
         self.criterion = RepMTL() if criterion is None else criterion
         self.second_order = second_order
         self.losses = dict(losses)
-        # Those that are modules move to the device and into checkpoints, e.g. with class weights.
+        # Losses that are modules, e.g. with class weights, move to the device and into checkpoints.
         self.loss_modules = nn.ModuleDict(
             {task: loss for task, loss in losses.items() if isinstance(loss, nn.Module)}
         )

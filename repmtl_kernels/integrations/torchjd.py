@@ -143,7 +143,7 @@ def _backward(
         )
     if not tasks[0].saliencies:  # a step without the regulariser
         separate = [task.loss for task in tasks]
-        # What a loss counts for in the total: its weight, or its share of a logarithm.
+        # The factor of each loss in the total: its weight, or the derivative of its logarithm.
         grads = torch.autograd.grad(total, separate, retain_graph=True)
         mtl_backward(
             separate,
