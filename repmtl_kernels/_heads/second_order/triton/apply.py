@@ -1,8 +1,5 @@
 """The second pass over the tensors: results that are linear in them."""
 
-# mypy: disallow-incomplete-defs=False
-# Kernels annotate only their compile-time constants.
-
 from __future__ import annotations
 
 import triton

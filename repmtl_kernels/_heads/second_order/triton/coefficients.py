@@ -1,8 +1,5 @@
 """Between the two passes: the sums, gradients of the parameters, and coefficients per channel."""
 
-# mypy: disallow-incomplete-defs=False
-# Kernels annotate only their compile-time constants.
-
 from __future__ import annotations
 
 import triton

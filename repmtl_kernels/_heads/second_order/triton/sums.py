@@ -1,8 +1,5 @@
 """The first pass over the tensors: partial sums of each channel."""
 
-# mypy: disallow-incomplete-defs=False
-# Kernels annotate only their compile-time constants.
-
 from __future__ import annotations
 
 import triton

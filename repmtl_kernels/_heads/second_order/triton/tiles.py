@@ -1,8 +1,5 @@
 """Shared by both passes over the tensors: tiles, numbers per channel, the mask of the ReLU."""
 
-# mypy: disallow-incomplete-defs=False
-# Kernels annotate only their compile-time constants.
-
 from __future__ import annotations
 
 import triton
