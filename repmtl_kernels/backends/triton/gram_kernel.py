@@ -132,10 +132,12 @@ def _gram_kernel(
                 else:
                     inside = inside_i[:, None] & inside_k[None, :]
                     x_i = tl.load(rows_i + offsets[None, :], mask=inside, other=0.0)
+                if TOUCH:
+                    x_i = touched(x_i)
                 there = None
                 if valid is not None and not N_SIDE:
                     there = tl.load(valid + k, mask=inside_k, other=0)
-                x_i = _prepared(x_i, there, factor, False, TOUCH, SCALED)
+                x_i = _masked_and_scaled(x_i, there, factor, False, SCALED)
                 if loop == 0 and RATIO == 1:
                     x_j = tl.trans(x_i)
                 else:
@@ -144,7 +146,9 @@ def _gram_kernel(
                     else:
                         inside = inside_k[:, None] & inside_j[None, :]
                         x_j = tl.load(rows_j + offsets[:, None], mask=inside, other=0.0)
-                    x_j = _prepared(x_j, there, factor, True, TOUCH, SCALED)
+                    if TOUCH:
+                        x_j = touched(x_j)
+                    x_j = _masked_and_scaled(x_j, there, factor, True, SCALED)
                 acc = matmul(x_i, x_j, acc, PRECISION)
                 if N_SIDE and loop != 1:
                     u = task_vectors(
@@ -164,7 +168,7 @@ def _gram_kernel(
     _store_square(squares + sample * pairs + pair, acc, weight, RATIO)
     if matrix is not None:
         _store_matrix(
-            matrix, acc * multiple, sample, i, j, r_i, r_j, inside_i, inside_j, rows,
+            matrix, acc, multiple, sample, i, j, r_i, r_j, inside_i, inside_j, rows,
             BLOCK, RATIO, PRECISION,
         )  # fmt: skip
     if not N_SIDE:
@@ -197,17 +201,14 @@ def _tile_pair(pair, strips, RATIO: tl.constexpr):
 
 
 @triton.jit
-def _prepared(
+def _masked_and_scaled(
     x,
     there,  # which positions are there; or None
     factor,
     TRANSPOSED: tl.constexpr,
-    TOUCH: tl.constexpr,
     SCALED: tl.constexpr,
 ):
     """Return loaded elements of ``X`` (TRANSPOSED: of ``X^T``) as they are multiplied."""
-    if TOUCH:
-        x = touched(x)
     if there is not None:
         x = zero_unless(there[:, None] if TRANSPOSED else there[None, :], x)
     if SCALED:
@@ -237,7 +238,8 @@ def _store_square(to, acc, weight, RATIO: tl.constexpr):
 @triton.jit
 def _store_matrix(
     matrix,  # (T, B, R, R)
-    g,
+    acc,
+    multiple,
     sample,
     i,
     j,
@@ -255,6 +257,7 @@ def _store_matrix(
     if RATIO > 1:
         tile_j = j * RATIO + tl.arange(0, BLOCK * RATIO) // BLOCK
         in_lower, in_upper = inside_j & (tile_j <= i), inside_j & (tile_j < i)
+    g = acc * multiple
     g = round_tf32(g) if PRECISION == "tf32" else g.to(matrix.dtype.element_ty)
     matrix += sample * rows * rows
     lower = matrix + r_i.to(tl.int64)[:, None] * rows + r_j[None, :]
