@@ -22,8 +22,7 @@ def run(
     timeout: timedelta = TIMEOUT,
     wait: float = 300,
 ) -> list[dict[str, str]]:
-    """Each check on each rank, one after the other: by rank, the name to the error of those that
-    failed.
+    """Run each check on each rank. Return, for each rank, the errors by the checks' names.
 
     An empty dict says that all passed; a rank that did not come to an end has an ``"end"``.
     """
@@ -43,6 +42,18 @@ def run(
         ended = {"end": f"exit code {process.exitcode}, no result"}
         found.append(torch.load(path) if path.exists() else ended)
     return found
+
+
+def checks_in(namespace: dict[str, object]) -> list[Callable[[int], None]]:
+    """Return the functions of a module that are called ``check_...``."""
+    return [value for name, value in namespace.items() if name.startswith("check_")]
+
+
+def assert_passed(name: str, outcomes: list[dict[str, str]]) -> None:
+    """Assert that the check of this name passed on all ranks."""
+    for rank, failed in enumerate(outcomes):
+        assert "end" not in failed, f"rank {rank}: {failed['end']}"
+        assert name not in failed, f"rank {rank}: {failed[name]}"
 
 
 def _rank(rank: int, checks: list, folder: str, timeout: timedelta) -> None:
