@@ -20,7 +20,7 @@ from repmtl_kernels.backends import choice
 
 
 class RepMTLLosses(NamedTuple):
-    """Result of :func:`rep_mtl_loss`: three scalars."""
+    """The result of :func:`rep_mtl_loss`: three scalars."""
 
     total: Tensor
     """``lambda_tsr * tsr + lambda_csa * csa``, the regulariser of eq. 10."""
@@ -42,7 +42,7 @@ def tsr_loss(
 ) -> Tensor:
     """Task-specific saliency regulation (TSR) of Rep-MTL, arXiv 2507.21049, eq. 4 to 6.
 
-    The mean entropy (natural logarithm) of a distribution made from the channel means
+    TSR is the mean entropy (natural logarithm) of a distribution made from the channel means
     ``x_t = mean_c S_t``:
 
     ============ ============= ==========================================================
@@ -57,31 +57,32 @@ def tsr_loss(
     Args:
         saliencies: gradients of the T task losses with respect to the shared representation: a
             sequence of T tensors ``(B, C, *spatial)``, or one tensor ``(T, B, C, *spatial)``, with
-            0 to 3 spatial dimensions and any strides; float64, float32, bfloat16 or float16.
+            0 to 3 spatial dimensions and any strides. float64, float32, bfloat16 or float16.
         over: axis of the distribution, ``"tasks"`` or ``"space"``.
-        normalizer: ``"abs"`` (invariant to the scale of the saliencies) or ``"softmax"``, where a
-            mean of -inf has probability 0 and adds 0 to value and gradient; NaN, +inf and a
-            distribution of nothing but -inf give NaN.
-        temperature: of the softmax, above 0; not used by ``"abs"``. Temperatures, ``floor`` and
-            ``eps`` are at most the largest number of float32, temperatures and ``floor``, unless 0,
-            at least its smallest normal one; of float64 for float64 saliencies.
-        floor: of ``"abs"``, at least 0: the distribution is made from ``|x| + floor * mean |x|``,
-            the mean over all tasks, samples and positions, and differentiated. The gradient is of
-            order ``1 / |x|``, so a few positions with next to no saliency can make up most of it;
-            a floor, e.g. 0.1, bounds their part. 0, the default, is the paper.
+        normalizer: ``"abs"`` or ``"softmax"``. ``"abs"`` is invariant to the scale of the
+            saliencies. In ``"softmax"`` a mean of -inf has probability 0 and adds 0 to value and
+            gradient; NaN, +inf and a distribution of nothing but -inf give NaN.
+        temperature: temperature of the softmax, above 0; ``"abs"`` does not use it. Temperatures,
+            ``floor`` and ``eps`` must not be larger than the largest number of float32 (float64 for
+            float64 saliencies). Temperatures, and a ``floor`` other than 0, must not be smaller
+            than its smallest normal number.
+        floor: at least 0, for ``"abs"`` only: the distribution is made from
+            ``|x| + floor * mean |x|``. The mean is over all tasks, samples and positions, and is
+            differentiated. The gradient is of order ``1 / |x|``, so a few positions with next to no
+            saliency can make up most of it; a floor, e.g. 0.1, limits their part. 0, the default,
+            is the paper's TSR.
         eps: guard of ``"abs"``: ``|x| / (sum + eps)``. 0, the default, is exact: a distribution
             that is zero everywhere has entropy 0 and gradient 0.
-        positions: bool ``(B, *spatial)``, True where a position is there, False where it is
-            padding, of tokens or of images of different sizes. None: all are there. The values of
-            the saliencies at padding are never used, NaN and inf included, and their gradient is
-            exactly 0. Over tasks, the loss is the mean over the positions that are there: their sum
-            over all samples, divided by their number. Over space, distributions have only these
-            positions, and the loss is the mean over ``B * T`` distributions. ``floor`` is a share
-            of the mean over the positions that are there. A sample without any position counts as
-            one whose saliencies are zero: entropy 0, gradient 0. Without any position in the batch
-            the loss is 0.
+        positions: bool ``(B, *spatial)``: True where a position exists, False where it is padding,
+            for tokens or for images of different sizes. None: all positions exist. Values of
+            the saliencies in the padding are never used, NaN and inf included, and the gradient
+            there is exactly 0. Over tasks, the loss is the mean over the existing positions of all
+            samples. Over space, the distributions leave the padding out, and the loss is the mean
+            over the ``B * T`` distributions. The mean in ``floor`` is over existing positions. A
+            sample without any position counts as one whose saliencies are zero: entropy 0,
+            gradient 0. If no position exists in the batch, the loss is 0.
         channel_dim: dimension of the channels within one task's saliency, e.g. -1 for tokens
-            ``(B, N, D)``. Not 0, the batch.
+            ``(B, N, D)``. It can't be 0, the batch.
         backend: ``"auto"``, ``"reference"``, ``"eager"``, ``"native"`` or ``"triton"``.
 
     Returns:
@@ -112,36 +113,37 @@ def csa_loss(
 ) -> Tensor:
     """Cross-task saliency alignment (CSA) of Rep-MTL, arXiv 2507.21049, eq. 7 to 9.
 
-    With the affinity ``M_bt = S_bt S_bt^T`` and the anchor ``A_b A_b^T`` of the position means
-    ``a_bt``, both Frobenius-normalised, ``s_bt`` their inner product and ``r_bk`` that of the
-    anchors of samples b and k, the loss is
+    A task has the affinity ``M_bt = S_bt S_bt^T`` for each sample, and a sample has the anchor
+    ``A_b A_b^T``, where ``A_b`` holds the position means ``a_bt`` of all tasks. Both are divided by
+    their Frobenius norm. With the inner products ``s_bt`` of affinity and anchor, and ``r_bk`` of
+    the anchors of samples b and k, the loss is
     ``mean_b(-mean_t s_bt / temperature + logsumexp_{k != b} r_bk / temperature)``.
 
     Args:
         saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
-        temperature: above 0 (tau of eq. 9; the paper gives no value). In the range that
-            :func:`tsr_loss` says; value and gradient are as exact as plain PyTorch's down to its
-            end.
+        temperature: tau of eq. 9, above 0, in the range that :func:`tsr_loss` gives; the paper has
+            no value for it. Value and gradient are as exact as plain PyTorch's in all of the range.
         eps: guard of the normalisation: ``max(norm, eps)``. 0, the default, is exact: a sample
             whose saliency or anchor is exactly zero has similarity 0 and gradient 0.
-        present: bool ``(T, B)``, which task has a label for which sample; positives are averaged
-            over those. None: over all tasks.
-        positions: as for :func:`tsr_loss`. ``a_bt`` is the mean over the sample's positions that
-            are there and ``M_bt`` is made of them alone. A sample without any has similarity 0 to
-            everything, and gradient 0.
+        present: bool ``(T, B)``: which task has a label for which sample. The mean over the
+            positives is over these tasks. None: over all tasks.
+        positions: as for :func:`tsr_loss`. ``a_bt`` is the mean over the sample's existing
+            positions, and ``M_bt`` is made from them alone. A sample without any has similarity 0
+            to everything, and gradient 0.
         channel_dim: as for :func:`tsr_loss`.
-        group: None: negatives are the other samples of this process. ``"world"``, a
-            ``ProcessGroup`` or a 1-D ``DeviceMesh``: those of all its ranks, whose batches may
-            differ in size; a rank may have one sample. Every rank has to call this, and to
-            backpropagate the same multiple of its result: the plain average over the ranks, which
-            is what ``DistributedDataParallel`` takes of gradients, is then value and gradient of
-            the whole batch's loss. The forward pass gathers ``T C`` numbers a sample and reduces
-            two, the backward pass sends nothing. See docs/distributed.md.
-        memory: of the Gram matrices, ``R^2`` numbers for each task and sample, ``R = min(C, N)``,
-            in the saliencies' dtype, until the backward: ``"save"`` keeps them, ``"recompute"``
-            makes them again there, a few samples at a time, for at most a third more
-            multiply-adds. ``"auto"`` is ``"save"``: they are never larger than the saliencies,
-            which the backward needs anyway. Same value, same gradient. See docs/memory.md.
+        group: None: the negatives are the other samples of this process. ``"world"``, a
+            ``ProcessGroup`` or a 1-D ``DeviceMesh``: the samples of all its ranks. Batches may
+            differ in size, and a rank may have one sample. Every rank has to call this, and to
+            backpropagate the same multiple of its result. The plain average over the ranks, which
+            ``DistributedDataParallel`` takes of gradients, is then value and gradient of the whole
+            batch's loss. The forward pass gathers ``T C`` numbers for each sample and reduces two;
+            the backward pass sends nothing. See docs/distributed.md.
+        memory: what happens to the Gram matrices until the backward: ``R^2`` numbers for each task
+            and sample, ``R = min(C, N)``, in the saliencies' dtype. ``"save"`` keeps them.
+            ``"recompute"`` makes them again in the backward, a few samples at a time, for at most a
+            third more multiply-adds. ``"auto"`` is ``"save"``: they are never larger than the
+            saliencies, which the backward needs anyway. Value and gradient are the same. See
+            docs/memory.md.
         backend: as for :func:`tsr_loss`.
 
     Returns:
@@ -149,8 +151,8 @@ def csa_loss(
         ``"reference"``.
 
     Raises:
-        ValueError, TypeError: an argument is not as described, or with ``group`` that of another
-            rank is not, or not the same; ``"recompute"`` with ``"reference"``.
+        ValueError, TypeError: an argument is not as described. With ``group``, also if one of
+            another rank is not, or if they differ. ``"recompute"`` with ``"reference"``.
     """
     options = CsaOptions(temperature, eps, memory)
     _, csa = evaluate_losses(
@@ -185,23 +187,28 @@ def rep_mtl_loss(
 ) -> RepMTLLosses:
     """Both losses of Rep-MTL in one fused pass: the regulariser of arXiv 2507.21049, eq. 10.
 
-    The saliencies are read once for the statistics of both losses, and one kernel writes both
+    The statistics of both losses come from one read of the saliencies, and one kernel writes both
     gradients.
 
     Args:
         saliencies: as for :func:`tsr_loss`. The batch needs at least 2 samples.
-        lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5).
-        lambda_csa: weight of :func:`csa_loss`, at least 0 (the paper: 0.7 to 1.5).
-        over, normalizer, tsr_temperature, tsr_floor: of :func:`tsr_loss`.
-        csa_temperature, present: of :func:`csa_loss`.
-        group: of :func:`csa_loss`. TSR is weighted in the same way, by the rank's share of the
-            samples; with ``positions`` over tasks by its share of the positions that are there,
-            and every rank gives them or none does. The mean in ``tsr_floor`` is that of this rank's
+        lambda_tsr: weight of TSR, at least 0 (the paper: 0.7 to 1.5).
+        lambda_csa: weight of CSA, at least 0 (the paper: 0.7 to 1.5).
+        over: ``over`` of :func:`tsr_loss`.
+        normalizer: ``normalizer`` of :func:`tsr_loss`.
+        tsr_temperature: ``temperature`` of :func:`tsr_loss`.
+        tsr_floor: ``floor`` of :func:`tsr_loss`.
+        csa_temperature: ``temperature`` of :func:`csa_loss`.
+        eps: ``eps`` of both losses; 0 is exact.
+        present: ``present`` of :func:`csa_loss`.
+        positions: ``positions`` of both losses.
+        channel_dim: as for :func:`tsr_loss`.
+        group: ``group`` of :func:`csa_loss`. TSR is multiplied by the rank's share of the samples
+            too; with ``positions`` over tasks, by its share of the existing positions, and either
+            all ranks have ``positions`` or none. The mean in ``tsr_floor`` is over this rank's
             saliencies.
-        eps: guard of both losses; 0 is exact.
-        memory: of :func:`csa_loss`. TSR keeps ``T B N`` numbers either way.
-        positions: of both losses, see :func:`tsr_loss` and :func:`csa_loss`.
-        channel_dim, backend: as for :func:`tsr_loss`.
+        memory: ``memory`` of :func:`csa_loss`. TSR keeps ``T B N`` numbers in any case.
+        backend: as for :func:`tsr_loss`.
 
     Returns:
         :class:`RepMTLLosses`: ``total``, ``tsr``, ``csa``; each may be differentiated.
@@ -235,7 +242,7 @@ def evaluate_losses(
     group: Group | None = None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return TSR and CSA, from checked arguments and by the backend that they ask for.
+    """Check the arguments and return TSR and CSA from the backend.
 
     A loss whose options are None is left out: its tensor has no elements.
     """
@@ -264,10 +271,10 @@ def evaluate_losses(
 
 
 def _is_grad_wanted(operands: Sequence[Tensor]) -> bool:
-    # A function transform inside a compiler hides requires_grad.
+    # Inside a compiler, a function transform hides requires_grad.
     if torch.compiler.is_compiling():
         return True
-    # So does vmap inside func.grad.
+    # Inside func.grad, vmap hides it.
     return torch.is_grad_enabled() and any(
         s.requires_grad or is_functorch_wrapped(s) for s in operands
     )

@@ -41,7 +41,7 @@ def tsr_loss(
 ) -> Tensor:
     """Return TSR, eq. 4 to 6, with the arguments of :func:`repmtl_kernels.tsr_loss`."""
     options = TsrOptions(over, normalizer, temperature, floor, eps)
-    tsr, _ = _checked(saliencies, options, None, None, positions, channel_dim, "")
+    tsr, _ = _evaluate_call(saliencies, tsr=options, positions=positions, channel_dim=channel_dim)
     return tsr
 
 
@@ -62,19 +62,28 @@ def csa_loss(
     autograd keeps what it needs.
     """
     options = CsaOptions(temperature, eps, memory)
-    _, csa = _checked(saliencies, None, options, present, positions, channel_dim, name_of(group))
+    _, csa = _evaluate_call(
+        saliencies,
+        csa=options,
+        present=present,
+        positions=positions,
+        channel_dim=channel_dim,
+        group=name_of(group),
+    )
     return csa
 
 
-def _checked(
+def _evaluate_call(
     saliencies: Tensor | Sequence[Tensor],
-    tsr: TsrOptions | None,
-    csa: CsaOptions | None,
-    present: Tensor | None,
+    *,
+    tsr: TsrOptions | None = None,
+    csa: CsaOptions | None = None,
+    present: Tensor | None = None,
     positions: Tensor | None,
     channel_dim: int,
-    group: str,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
+    """Check the arguments and return TSR and CSA, without elements if its options are None."""
     call = checked_call(saliencies, tsr, csa, present, positions, channel_dim, group)
     check_supported(call.csa, group)
     config = Config("reference", call.stacked, channel_dim, True, call.tsr, call.csa)

@@ -44,6 +44,18 @@ def run(
     return failed
 
 
+def checks_in(namespace: dict[str, object]) -> list[Callable[[int], None]]:
+    """Return the functions of a module that are called ``check_...``."""
+    return [value for name, value in namespace.items() if name.startswith("check_")]
+
+
+def assert_passed(name: str, outcomes: list[dict[str, str]]) -> None:
+    """Assert that the check of this name passed on all ranks."""
+    for rank, failed in enumerate(outcomes):
+        assert "end" not in failed, f"rank {rank}: {failed['end']}"
+        assert name not in failed, f"rank {rank}: {failed[name]}"
+
+
 def _rank(rank: int, checks: list, folder: str, timeout: timedelta) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in all tests

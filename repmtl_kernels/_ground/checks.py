@@ -62,7 +62,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def shown(value: object) -> str:
-    """Return a short text for messages. Very long ints have none, and arrays many lines."""
+    """Return a text for messages: a number or text, shortened, or else the type."""
     if isinstance(value, numbers.Rational):
         longest = max(abs(int(value.numerator)), int(value.denominator))
         if longest > LARGEST_INT:

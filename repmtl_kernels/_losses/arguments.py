@@ -1,4 +1,4 @@
-"""The checks of what a call of the losses is given, for all public functions."""
+"""The checks of the arguments of a call, for all public functions."""
 
 from __future__ import annotations
 
@@ -201,9 +201,9 @@ def checked_call(
     channel_dim: int,
     group: str,
 ) -> Call:
-    """Return the arguments of one or both losses. Raise if one is not as documented.
+    """Return the arguments of a call of one or both losses. Raise if one is not as documented.
 
-    Options that are None: without this loss. ``group`` is a name.
+    A loss whose options are None is left out. ``group`` is the name of a group of several.
     """
     operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
     dtype = accumulation_dtype(operands[0].dtype)

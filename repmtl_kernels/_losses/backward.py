@@ -21,8 +21,8 @@ from repmtl_kernels._losses.forward import fused_operators
 from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram, Stages
 
-# A backward that makes the Gram matrices again makes as many as have this many elements at a time,
-# and at least one sample's: enough work to fill a GPU.
+# A backward that makes the Gram matrices again does so for a few samples at a time. Their matrices
+# have at most this many elements, unless one sample has more: enough work to fill a GPU.
 RECOMPUTE_BLOCK = 1 << 23
 
 
@@ -52,7 +52,7 @@ def run_backward(
     with without_autocast(operands[0].device):
         if (operators := fused_operators(stages, config, tasks)) is not None:
             _run_fused(operators, grad_csa, position_grad, mask, tasks, outputs, saved)
-        elif config.csa is not None and config.recompute:
+        elif config.csa is not None and config.csa.recompute:
             csa = csa_gradient(grad_csa, saved)
             _recompute(stages, config.csa.eps, tasks, outputs, csa, position_grad, mask)
         else:

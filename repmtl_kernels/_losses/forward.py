@@ -175,12 +175,9 @@ def _facts(
 ) -> list[Fact]:
     """Return what must be the same on all ranks. The same places on every rank, without TSR too."""
     same_loss = "the same loss, csa_loss or rep_mtl_loss,"
-    options = facts(
-        config.tsr or TsrOptions(),
-        csa,
-        config.lambdas or Lambdas(),
-        prefixed=config.tsr is not None,
-    )
+    # The eps of CSA is that of both losses, and the only one without TSR.
+    options = facts(config.tsr or TsrOptions(), config.lambdas or Lambdas())
+    options |= facts(csa, prefixed=config.tsr is not None)
     return [
         Fact(len(saliencies), "the same number of tasks T"),
         Fact(saliencies[0].shape[1], "the same number of channels C"),

@@ -20,9 +20,9 @@ from repmtl_kernels._losses.function import Losses
     mutates_args=(),
     schema=f"(Tensor[] operands, Tensor? present, Tensor? positions, {SCHEMA}) -> Tensor[]",
 )
-def losses(operands, present, positions, *config):
+def losses(operands, present, positions, *flat):
     """Return ``tsr, csa, *saved``."""
-    return list(run_forward(Config.from_flat(config), operands, present, positions))
+    return list(run_forward(Config.from_flat(flat), operands, present, positions))
 
 
 @torch.library.custom_op(
@@ -31,10 +31,10 @@ def losses(operands, present, positions, *config):
     schema="(Tensor? grad_tsr, Tensor? grad_csa, Tensor? positions, Tensor[] operands, "
     f"Tensor[] saved, bool[] wanted, {SCHEMA}) -> Tensor[]",
 )
-def losses_backward(grad_tsr, grad_csa, positions, operands, saved, wanted, *config):
+def losses_backward(grad_tsr, grad_csa, positions, operands, saved, wanted, *flat):
     """Return the gradients of the wanted operands."""
     return run_backward(
-        Config.from_flat(config), wanted, grad_tsr, grad_csa, positions, operands, Saved(*saved)
+        Config.from_flat(flat), wanted, grad_tsr, grad_csa, positions, operands, Saved(*saved)
     )
 
 
@@ -52,8 +52,8 @@ def _(operands, present, positions, *flat):
 
 
 def _set_up_context(ctx, inputs, output):
-    operands, present, positions, *config = inputs
-    config = Config.from_flat(config)
+    operands, present, positions, *flat = inputs
+    config = Config.from_flat(flat)
     Losses.setup_context(ctx, (True, config, present, positions, *operands), output)
 
 
@@ -70,8 +70,8 @@ losses.register_autograd(_differentiate, setup_context=_set_up_context)
 
 
 @losses_backward.register_fake
-def _(grad_tsr, grad_csa, positions, operands, saved, wanted, *config):
+def _(grad_tsr, grad_csa, positions, operands, saved, wanted, *flat):
     if grad_csa is None:
         position_grad = Saved(*saved).position_grad
-        return expanded_grads(Config.from_flat(config), wanted, position_grad, operands)
+        return expanded_grads(Config.from_flat(flat), wanted, position_grad, operands)
     return [torch.empty_like(s) for s, w in zip(operands, wanted, strict=True) if w]

@@ -23,13 +23,13 @@ T = TypeVar("T")
 def _option(
     default: T, *, choices: tuple[str, ...] = (), prefixed: bool = False, compared: bool = True
 ) -> T:
-    """Return a field.
+    """Return a dataclass's field for an option.
 
     Args:
         default: the default of the option.
-        choices: the texts that it may be.
-        prefixed: its keyword has the prefix of the loss where two losses share a call.
-        compared: the ranks of a process group must have the same value.
+        choices: the values that it may have, if it is text.
+        prefixed: the keyword starts with the loss's prefix where two losses share a call.
+        compared: all ranks of a process group must have the same value.
     """
     metadata = {"choices": choices, "prefixed": prefixed, "compared": compared}
     return field(default=default, metadata=metadata)
@@ -127,9 +127,9 @@ class Lambdas:
 
 
 def facts(*options: TsrOptions | CsaOptions | Lambdas, prefixed: bool = True) -> dict[str, Fact]:
-    """Return what all ranks of a group must share of these options, by keyword.
+    """Return the options that all ranks of a group must share, by keyword.
 
-    ``prefixed``: where two losses share a call; some keywords then have the loss's prefix.
+    ``prefixed``: the keywords are those of a call that two losses share.
     """
     by_keyword = {}
     for part in options:

@@ -31,7 +31,7 @@ Masks
 A backend may have one more function, ``in_one_call(saliency)``. It returns a namespace with the
 operators ``losses`` and ``losses_backward``, which run all stages for such saliencies in one call
 each, or None. Their schemas are in ``csrc/cuda/operators.cpp``. ``losses`` also does what
-``_losses.forward`` does around the entropy stage.
+``_losses.entropy`` does around the entropy stage.
 """
 
 from __future__ import annotations

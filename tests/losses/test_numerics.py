@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
-from repmtl_kernels.backends import choice
 
 SHAPES = [Case(2, 3, 24, (4, 4)), Case(3, 3, 9, (5, 4))]  # N side, C side
 
@@ -219,8 +218,11 @@ def _with_means_of_their_own_size(saliencies: list[Tensor], seed: int) -> list[T
 @pytest.mark.parametrize("over", ["tasks", "space"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_means_that_nearly_cancel(backend: str, over: str):
-    """Down to 1e-7 of the saliencies, but without an error: sums of integers below 2^24 are exact
-    in any order. What the entropy then adds is no more than for other means."""
+    """Means down to 1e-7 of the saliencies, without an error of their own.
+
+    Sums of integers below 2^24 are exact in any order. The entropy adds no more error than for
+    other means.
+    """
     tasks, batch, channels, positions = 3, 2, 24, 35
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(
