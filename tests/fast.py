@@ -33,8 +33,9 @@ def one_case_of_each(items: list, left_out: tuple[str, ...]) -> list:
     """Choose one case of each test without one of these markers.
 
     The test's name decides which backend, so that each run has the same cases and all backends have
-    a part. The last of them, Triton under its interpreter, is slow and comes half as often. A test
-    lists small cases first, so the first case of a backend is the one.
+    a part. The last of them, Triton under its interpreter, is slow and comes half as often. The
+    reference is slow too, and comes only if there is no other. A test lists small cases first, so
+    the first case of a backend is the one.
     """
     cases: dict[str, dict[str, object]] = {}
     for item in items:
@@ -42,6 +43,9 @@ def one_case_of_each(items: list, left_out: tuple[str, ...]) -> list:
             backends = cases.setdefault(item.nodeid.partition("[")[0], {})
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             backends.setdefault(str(parameters.get("backend")), item)
+    for backends in cases.values():
+        if len(backends) > 1:
+            backends.pop("reference", None)
     return [
         [*backends.values()][zlib.crc32(name.encode()) % (2 * len(backends) - 1) // 2]
         for name, backends in cases.items()
