@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
-from repmtl_kernels.backends import choice
 
 SHAPES = [Case(2, 3, 24, (4, 4)), Case(3, 3, 9, (5, 4))]  # N side, C side
 
