@@ -74,7 +74,8 @@ def _captured(
 
 def _forget_capture(graph: torch.cuda.CUDAGraph, pool: tuple, stream: torch.cuda.Stream) -> None:
     """PyTorch does not clean up after a capture that failed: each later capture and empty_cache
-    would fail, and random numbers of the default generator."""
+    would fail, and random numbers of the default generator.
+    """
     # What fails here as well is of no interest beside the failure that brought us here.
     with contextlib.suppress(RuntimeError):
         graph.reset()

@@ -1,4 +1,4 @@
-"""The data sets by name. Each takes a folder and its options, and says which file it misses."""
+"""The data sets by name; each needs a folder and its options, and says which file is missing."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ OFFICE = {
         "Office-Home (Venkateswara et al. 2017): <domain>/<class>/*.jpg",
     ),
 }
-# LibMTL's examples/office/data_txt and the images themselves spell this domain differently.
+# Copies of the data set spell this domain differently.
 SPELLINGS = {"Real_World": ("Real_World", "Real World", "RealWorld")}
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
 SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
-class MissingData(FileNotFoundError):
+class MissingDataError(FileNotFoundError):
     """A file of a data set is not where it should be."""
 
     def __init__(self, path: Path | None, what: str, source: str) -> None:
@@ -51,14 +50,14 @@ class MissingData(FileNotFoundError):
         super().__init__(f"{what}: {where}. It is {source}. Name its folder with --data")
 
 
-def data_folder(given: str | Path | None) -> Path | None:
-    """The folder of the data: as given, or from the environment."""
-    given = given or os.environ.get(FOLDER_VARIABLE)
-    return Path(given) if given else None
+def data_folder(option: str | Path | None) -> Path | None:
+    """Return the folder of the data: from the option, or from the environment."""
+    folder = option or os.environ.get(FOLDER_VARIABLE)
+    return Path(folder) if folder else None
 
 
 def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
-    """The data set of this name. seed: of what is drawn, in MultiMNIST the pairs."""
+    """Return the data set of this name; ``seed`` decides what is drawn, in MultiMNIST the pairs."""
     if name not in LOADERS:
         raise ValueError(f"data.name: expected one of {', '.join(LOADERS)}; got {name!r}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
@@ -70,7 +69,7 @@ def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
     return loader(folder, **seeded, **options)
 
 
-# --- data at hand ---
+# --- data that we have ---
 
 
 @lru_cache(maxsize=2)
@@ -82,11 +81,11 @@ def multimnist(
     validation: int = 1000,
     test: int = 4000,
 ) -> Dataset:
-    """Two overlaid digits; training, validation and test pairs from disjoint sets of images."""
-    found = pairs_of_digits(*load_mnist(), train=train, validation=validation, test=test, seed=seed)
+    """Load two overlaid digits; training, validation and test pairs from disjoint sets of images."""
+    pairs = pairs_of_digits(*load_mnist(), train=train, validation=validation, test=test, seed=seed)
     splits = {
-        split: Split(pairs.images, {task: pairs.labels[:, t] for t, task in enumerate(DIGITS)})
-        for split, pairs in found.items()
+        split: Split(p.images, {task: p.labels[:, t] for t, task in enumerate(DIGITS)})
+        for split, p in pairs.items()
     }
     return Dataset(tuple(Task.of(t, "classification", 10) for t in DIGITS), splits)
 
@@ -95,7 +94,7 @@ def multimnist(
 def tools(
     folder: Path | None, *, size: tuple[int, int] = (72, 96), segmentation_only: bool = False
 ) -> Dataset:
-    """RGB-D pictures of hand tools: segmentation, depth in metres, normals.
+    """Load RGB-D pictures of hand tools: segmentation, depth in metres, normals.
 
     segmentation_only: with the training frames that have no depth and no normals.
     """
@@ -124,9 +123,9 @@ def tools(
 def potholes(
     folder: Path | None, *, size: tuple[int, int] = (84, 140), validation: int = 0
 ) -> Dataset:
-    """Road pictures: segmentation of potholes, and disparity from 0 to 1.
+    """Load road pictures: segmentation of potholes, and disparity from 0 to 1.
 
-    validation: so many of the training frames, evenly spaced, are held out.
+    validation: how many of the training frames, evenly spaced, are held out.
     """
     file = "potholes_rgbd_168x280.npz"
     npz = _npz(folder, file, "potholes", "an archive of road pictures with stereo disparity")
@@ -149,7 +148,7 @@ def potholes(
 
 @lru_cache(maxsize=2)
 def office_caltech(folder: Path | None, *, inputs: str = "surf", side: int = 64) -> Dataset:
-    """Office-Caltech-10: a task per domain, from images or from SURF or GoogLeNet features."""
+    """Load Office-Caltech-10: a task per domain, from images or from SURF or GoogLeNet features."""
     arrays = {"images": "image", "surf": "surf800", "googlenet": "googlenet1024"}
     if inputs not in arrays:
         raise ValueError(f"inputs: expected one of {', '.join(arrays)}; got {inputs!r}")
@@ -167,7 +166,7 @@ def office_caltech(folder: Path | None, *, inputs: str = "surf", side: int = 64)
         values = (values - train.mean(0)) / train.std(0).clamp(min=1e-8)
     names = {d: str(npz["domain_names"][d]) for d in np.unique(domain)}
     splits = {}
-    for code, name in enumerate(SPLITS):
+    for code, name in enumerate(SHARES):
         rows = {n: torch.from_numpy((domain == d) & (split == code)) for d, n in names.items()}
         targets = torch.from_numpy(label).long()
         splits[name] = Split(
@@ -182,26 +181,26 @@ def office_caltech(folder: Path | None, *, inputs: str = "surf", side: int = 64)
 
 @lru_cache(maxsize=1)
 def nyuv2(folder: Path | None) -> Dataset:
-    """NYUv2 as MTAN prepared it: 13 classes, depth, normals."""
+    """Load NYUv2 as MTAN prepared it: 13 classes, depth, normals."""
     return _mtan(folder, "nyuv2", 13, RGBD_TASKS)
 
 
 @lru_cache(maxsize=1)
 def cityscapes(folder: Path | None) -> Dataset:
-    """Cityscapes as MTAN prepared it: 7 classes and (inverse) depth."""
+    """Load Cityscapes as MTAN prepared it: 7 classes and (inverse) depth."""
     return _mtan(folder, "cityscapes", 7, RGBD_TASKS[:2])
 
 
 @lru_cache(maxsize=1)
-def office31(folder: Path | None, *, side: int = 224, split_lists: str = "") -> Dataset:
-    """Office-31; split_lists: folder of LibMTL's ``<domain>_<split>.txt``, else own 60/20/20."""
-    return _office(folder, "office31", side, split_lists)
+def office31(folder: Path | None, *, side: int = 224) -> Dataset:
+    """Load Office-31."""
+    return _office(folder, "office31", side)
 
 
 @lru_cache(maxsize=1)
-def office_home(folder: Path | None, *, side: int = 224, split_lists: str = "") -> Dataset:
-    """Office-Home; split_lists: folder of LibMTL's ``<domain>_<split>.txt``, else own 60/20/20."""
-    return _office(folder, "office_home", side, split_lists)
+def office_home(folder: Path | None, *, side: int = 224) -> Dataset:
+    """Load Office-Home."""
+    return _office(folder, "office_home", side)
 
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
@@ -220,7 +219,7 @@ def _mtan(folder: Path | None, name: str, classes: int, tasks: Sequence[str]) ->
         images = _existing(root / where / "image", name, source)
         count = len(list(images.glob("*.npy")))
         if not count:
-            raise MissingData(images / "0.npy", name, source)
+            raise MissingDataError(images / "0.npy", name, source)
         # Older preparations of Cityscapes have one folder for each number of classes.
         labels = root / where / f"label_{classes}"
         labels = labels if labels.is_dir() else root / where / "label"
@@ -240,45 +239,30 @@ def _mtan(folder: Path | None, name: str, classes: int, tasks: Sequence[str]) ->
     return Dataset(tuple(Task.of(t, t, classes) for t in tasks), splits)
 
 
-def _office(folder: Path | None, name: str, side: int, split_lists: str) -> Dataset:
+def _office(folder: Path | None, name: str, side: int) -> Dataset:
+    """Load the images of each domain, split 60/20/20 in each class by file name and seed 0."""
     domains, source = OFFICE[name]
     root = _existing(folder and folder / name, name, source)
-    inputs: dict[str, dict[str, Tensor]] = {split: {} for split in SPLITS}
-    targets: dict[str, dict[str, Tensor]] = {split: {} for split in SPLITS}
+    inputs: dict[str, dict[str, Tensor]] = {split: {} for split in SHARES}
+    targets: dict[str, dict[str, Tensor]] = {split: {} for split in SHARES}
     classes = 0
     for domain in domains:
-        if split_lists:
-            found = _listed(root, Path(split_lists), domain, name)
-        else:
-            found = _own_split(root, domain, name, source)
-        for split, files in found.items():
-            images = [_image(root, file, side, name, source) for file, _ in files]
-            inputs[split][domain] = torch.stack(images)
+        where = _existing(_spelled(root, domain), name, source)
+        where = where / "images" if (where / "images").is_dir() else where
+        folders = sorted(p for p in where.iterdir() if p.is_dir())
+        if not folders:
+            raise MissingDataError(where / "<class>", name, source)
+        classes = max(classes, len(folders))
+        for split, files in _split(folders).items():
+            inputs[split][domain] = torch.stack([_image(file, side) for file, _ in files])
             targets[split][domain] = torch.tensor([label for _, label in files])
-            classes = max(classes, int(targets[split][domain].max()) + 1)
-    splits = {split: Split(inputs[split], targets[split]) for split in SPLITS}
+    splits = {split: Split(inputs[split], targets[split]) for split in SHARES}
     return Dataset(tuple(Task.of(d, "classification", classes) for d in domains), splits)
 
 
-def _listed(root: Path, lists: Path, domain: str, name: str) -> dict[str, list[tuple[Path, int]]]:
-    """Files and labels by LibMTL's lists, a line ``<path> <label>`` for each image."""
-    source = "LibMTL's examples/office/data_txt, one list for each domain and split"
-    found = {}
-    for split, suffix in SPLITS.items():
-        path = _existing(lists / f"{domain}_{suffix}.txt", name, source)
-        lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines() if line.strip()]
-        found[split] = [(root / file, int(label)) for file, label in lines]
-    return found
-
-
-def _own_split(root: Path, domain: str, name: str, source: str) -> dict:
-    """60/20/20 of each class, by file name and seed 0."""
-    where = _existing(_spelled(root, domain), name, source)
-    where = where / "images" if (where / "images").is_dir() else where
-    found: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
-    folders = sorted(p for p in where.iterdir() if p.is_dir())
-    if not folders:
-        raise MissingData(where / "<class>", name, source)
+def _split(folders: list[Path]) -> dict[str, list[tuple[Path, int]]]:
+    """Return files and labels of each split; a folder for each class."""
+    splits: dict[str, list[tuple[Path, int]]] = {split: [] for split in SHARES}
     for label, folder in enumerate(folders):
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
@@ -286,9 +270,9 @@ def _own_split(root: Path, domain: str, name: str, source: str) -> dict:
         for split, share in SHARES.items():
             end = start + share
             places = order[round(start * len(files)) : round(end * len(files))]
-            found[split] += [(files[i], label) for i in places]
+            splits[split] += [(files[i], label) for i in places]
             start = end
-    return found
+    return splits
 
 
 def _spelled(root: Path, domain: str) -> Path:
@@ -296,14 +280,10 @@ def _spelled(root: Path, domain: str) -> Path:
     return next((path for path in spellings if path.exists()), spellings[0])
 
 
-def _image(root: Path, file: Path, side: int, name: str, source: str) -> Tensor:
-    """``(3, side, side)`` uint8."""
+def _image(file: Path, side: int) -> Tensor:
+    """Return ``(3, side, side)`` uint8."""
     from PIL import Image
 
-    if not file.exists():
-        # The lists have the spelling of their author.
-        domain, *rest = file.relative_to(root).parts
-        file = _existing(_spelled(root, domain).joinpath(*rest), name, source)
     with Image.open(file) as image:
         pixels = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
@@ -320,7 +300,7 @@ def _npz(folder: Path | None, file: str, name: str, source: str):
 
 def _existing(path: Path | None, name: str, source: str) -> Path:
     if path is None or not path.exists():
-        raise MissingData(path, name, source)
+        raise MissingDataError(path, name, source)
     return path
 
 
@@ -329,7 +309,7 @@ def _channels_first(values: np.ndarray) -> Tensor:
 
 
 def _images(values: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """``(n, 3, *size)`` uint8, by area."""
+    """Return ``(n, 3, *size)`` uint8, by area."""
     images = _channels_first(values)
     if images.shape[2:] == tuple(size):
         return images.contiguous()
@@ -338,18 +318,18 @@ def _images(values: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 
 def _classes(values: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """``(n, *size)`` int8, the nearest pixel."""
+    """Return ``(n, *size)`` int8, the nearest pixel."""
     classes = torch.from_numpy(values).unsqueeze(1).float()
     return interpolate(classes, size, mode="nearest-exact").squeeze(1).to(torch.int8)
 
 
 def _values(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(n, c, *size)``: the mean of the pixels that are not missing (zero in every channel)."""
+    """Return ``(n, c, *size)``: means of the pixels that are not missing (zero in each channel)."""
     there = (values != 0).any(1, keepdim=True).float()
     share = adaptive_avg_pool2d(there, size)
     return adaptive_avg_pool2d(values * there, size) / share.where(share > 0, 1)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Unit vectors; a zero stays zero."""
+    """Return unit vectors; a zero stays zero."""
     return torch.nn.functional.normalize(vectors, dim=1)

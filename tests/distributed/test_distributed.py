@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import repmtl_kernels
-from benchmarks import distributed as cost
 from benchmarks import memory
+from benchmarks.parts import distributed as cost
 from repmtl_kernels import (
     CSALoss,
     Levels,

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.parts import compatibility
 from benchmarks.results import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ def test_cells_are_the_outcomes(tmp_path):
     )
     assert done.returncode == 1, done.stdout + done.stderr  # there are failures
     found = load(tmp_path / "out", "compatibility")
-    table = [line for line in report.compatibility_table(found).split("\n") if line[:1] == "|"]
+    table = [line for line in compatibility.table(found).split("\n") if line[:1] == "|"]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]] == [
         ["both pass", "not run", "yes", "yes", "not run"],
         ["one fails", "not run", "failed: `OSError`", "not run", "not run"],
@@ -78,4 +79,4 @@ def test_table_of_the_documentation_is_generated():
     text = (ROOT / "docs" / "compatibility.md").read_text()
     for match in report.MARKED.finditer(text):
         found = load(report.RESULTS / match["machine"], match["name"])
-        assert found and report.compatibility_table(found) in match[0]
+        assert found and compatibility.table(found) in match[0]
