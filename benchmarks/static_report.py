@@ -237,10 +237,7 @@ def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) ->
 
 
 def saliency(
-    shape: Shape,
-    dtype: torch.dtype,
-    layout: str,
-    make: Callable[..., torch.Tensor] = torch.empty,
+    shape: Shape, dtype: torch.dtype, layout: str, make: Callable[..., torch.Tensor] = torch.empty
 ) -> torch.Tensor:
     """Return ``(B, C, N)``; memory that torch.empty made and nobody writes takes no place."""
     if layout == "channels_last":
