@@ -149,14 +149,7 @@ def mlp_encoder(
     return nn.Sequential(*layers)
 
 
-def resnet_encoder(
-    inputs: int, *, kind: str = "resnet50", base: int = 64, pool: bool = False
-) -> nn.Sequential:
-    """Return one of the field's residual networks, for images with three channels."""
-    return resnet(kind, base, pool=pool)
-
-
-ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder, "resnet": resnet_encoder}
+ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder}
 
 
 class ASPP(nn.Module):

@@ -170,11 +170,6 @@ def start_of(
     run: Run, folder: Path | None, work: Path, device: str = "cpu"
 ) -> dict[str, Tensor] | None:
     """Return the encoder's weights that the run starts from; None: its own random ones."""
-    init = run.settings["training"]["init"]
-    if init and run.pretraining_key:
-        raise ValueError("training.init: expected none beside pretraining, got both")
-    if init:
-        return torch.load(init, weights_only=True, map_location="cpu")
     if run.pretraining_key is None:
         return None
     path = work / f"{run.pretraining_key}.encoder.pt"

@@ -112,7 +112,7 @@ def test_an_empty_value_of_a_grid_has_a_name(study_file):
 def test_committed_studies_are_sound():
     pytest.importorskip("torchjd")
     paths = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
-    assert {"table", "tools", "nyuv2", "cityscapes", "office31"} <= {p.stem for p in paths}
+    assert {"table", "tools", "potholes", "office_surf"} <= {p.stem for p in paths}
     for path in paths:
         if path.stem != "usual":
             study = config.study(path)
@@ -195,7 +195,7 @@ def test_runs_in_processes_of_their_own_give_the_same(tmp_path):
         domain_names=np.array(["amazon", "caltech10", "dslr", "webcam"]),
     )  # fmt: skip
     settings = config.merged(config.DEFAULTS, {
-        "data": {"name": "office_caltech", "inputs": "surf"},
+        "data": {"name": "office_caltech"},
         "network": {"encoder": "mlp", "widths": [6], "head_width": 0}, "training": TRAINING,
     })  # fmt: skip
     runs = [

@@ -178,9 +178,6 @@ def test_pretraining_gives_every_method_the_same_better_encoder(tmp_path, data, 
     assert any(not torch.equal(learned[k], fresh[k]) for k in fresh)
     trainer = training.Trainer(runs[1], made, training.start_of(runs[1], None, tmp_path))
     assert_equal(trainer.network.encoder.state_dict(), learned)
-    # From a file as well.
-    run = make_run(data, training={"init": str(file)})
-    assert_equal(training.start_of(run, None, tmp_path), learned)
 
 
 def test_pretraining_refuses_what_it_cannot_do():
