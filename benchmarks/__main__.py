@@ -45,31 +45,21 @@ def arguments() -> argparse.Namespace:
         description="Measures this machine.",
         epilog="parts: " + "; ".join(part.title for part in PARTS.values()),
     )
-    parser.add_argument(
-        "--quick", action="store_true",
-        help="under two minutes: fewer shapes, rounds and steps; its results are not kept, they "
-        "go to --out or to a temporary folder",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="write the results and the pictures there; default: "
-        "benchmarks/results/<machine>, with the tables of the documents",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--quick", action="store_true",
+        help="under two minutes: fewer shapes, rounds and steps; its results are not kept, they go "
+        "to --out or to a temporary folder")  # fmt: skip
+    add("--out", type=Path, metavar="DIR",
+        help="write results and pictures there; default: benchmarks/results/<machine>, with the "
+        "tables of the documents")  # fmt: skip
     on_request = ", ".join(name for name, part in PARTS.items() if not part.on)
-    parser.add_argument(
-        "--only", choices=PARTS, nargs="+", metavar="PART",
+    add("--only", choices=PARTS, nargs="+", metavar="PART",
         help=f"measure only these parts, in their order: {', '.join(PARTS)}; on request alone: "
-        f"{on_request}, and stages on a CPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seconds", type=float, metavar="N",
-        help="about how long it may take; default: by device and effort, at most ten minutes",
-    )  # fmt: skip
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda where there is one",
-    )  # fmt: skip
+        f"{on_request}, and stages on a CPU")  # fmt: skip
+    add("--seconds", type=float, metavar="N",
+        help="about how long it may take; default: by device and effort, at most ten minutes")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one",
+        default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     return parser.parse_args()
 
 

@@ -155,15 +155,10 @@ class RepMTLMethod(EqualWeighting):
         if applies:
             saliencies = task_saliencies(forward.losses, z[0] if len(z) == 1 else z)
             marks.mark("saliencies")
-            total = total + self.every * (
-                rep_mtl_loss(
-                    saliencies,
-                    lambda_tsr=c.lambda_tsr,
-                    lambda_csa=c.lambda_csa,
-                    csa_temperature=c.csa_temperature,
-                    backend=c.backend,
-                ).total
-            )
+            lambdas = {"lambda_tsr": c.lambda_tsr, "lambda_csa": c.lambda_csa}
+            options = {"csa_temperature": c.csa_temperature, "backend": c.backend}
+            regulariser = rep_mtl_loss(saliencies, **lambdas, **options).total
+            total = total + self.every * regulariser
             marks.mark("regularizer")
             # Its backward comes first: it was computed last.
             marks.mark_at(saliencies, "regularizer")

@@ -103,7 +103,7 @@ def compiled_instead_of_launched(
 
 
 def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelReport:
-    """Return the report of a kernel; ``instructions``: to disassemble takes as long as to compile."""
+    """Return a kernel's report; to count ``instructions`` takes as long as to compile."""
     with _cubin_file(kernel.asm["cubin"]) as cubin:
         usage = _cuobjdump("--dump-resource-usage", cubin)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))

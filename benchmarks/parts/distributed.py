@@ -39,7 +39,7 @@ def reduced(s: Setting, ranks: int) -> int:
 
 
 def received(s: Setting, ranks: int) -> int:
-    """Return the bytes that a rank receives; in a ring an all-reduce brings nearly twice its own."""
+    """Return the bytes that a rank receives; an all-reduce in a ring brings twice its own."""
     return (ranks - 1) * gathered(s) + 2 * reduced(s, ranks) * (ranks - 1) // ranks
 
 

@@ -79,8 +79,8 @@ def table() -> str:
         for name, s in SHAPES.items()
     ]
     caption = (
-        "From the formulas above by `benchmarks/parts/kept.py`, not measured: float32 at the batches of "
-        "the networks; bfloat16 and float16 have half of it."
+        "From the formulas above by `benchmarks/parts/kept.py`, not measured: float32 at the batches "
+        "of the networks; bfloat16 and float16 have half of it."
     )
     return f"{markdown(header, lines)}\n\n{caption}"
 

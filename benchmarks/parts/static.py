@@ -1,4 +1,4 @@
-"""The table of what the compiler made of the Triton kernels, see :mod:`benchmarks.static_report`."""
+"""What the compiler made of the Triton kernels, see :mod:`benchmarks.static_report`."""
 
 from __future__ import annotations
 

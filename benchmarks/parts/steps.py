@@ -16,7 +16,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Effort, Precision
+from benchmarks.cases import FLOAT32, TF32, Effort, Precision, products_in
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.methods import (
     COMPILED,
@@ -36,13 +36,8 @@ from benchmarks.phases import PHASES
 from benchmarks.results import rounded
 from benchmarks.timing import Timing, side_by_side
 
-PRECISIONS = {
-    "cpu": (Precision(torch.float32, "highest", "float32"),),
-    "cuda": (
-        Precision(torch.float32, "high", "tf32"),
-        Precision(torch.bfloat16, "high", "bfloat16"),
-    ),
-}
+BFLOAT16 = Precision(torch.bfloat16, "high", "bfloat16")
+PRECISIONS = {"cpu": (FLOAT32,), "cuda": (TF32, BFLOAT16)}
 QUICK_NETWORKS = ("nyuv2",)
 # Compiling takes about two seconds for each kernel, so the compiled network is small.
 SMALL = Network("small", {"segmentation": 8, "depth": 1}, 32, 256, 256, "small", 64, (2,), 32,
@@ -160,13 +155,11 @@ def measure_case(run: Run, deadline: float, case: Case) -> list[dict]:
 @contextlib.contextmanager
 def settings(precision: Precision) -> Iterator[None]:
     """Set the precision, and the fastest convolution that cuDNN finds, for all methods alike."""
-    matmul, tries = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
-    torch.set_float32_matmul_precision(precision.matmul)
-    torch.backends.cudnn.benchmark = True
+    tries, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
-        yield
+        with products_in(precision):
+            yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.benchmark = tries
 
 

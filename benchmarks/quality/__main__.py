@@ -23,29 +23,20 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         epilog=f"Studies and data sets in configs: {', '.join(config.names())}. Only multimnist "
         "comes with a dependency; the messages of the others say where their files are from.",
     )
-    parser.add_argument(
-        "studies", nargs="+", metavar="STUDY",
+    add = parser.add_argument
+    add("studies", nargs="+", metavar="STUDY",
         help="a TOML file, or the name of one in benchmarks/quality/configs; the file of a data "
-        "set stands for the usual methods on it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR",
-        help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder of results and pictures; default: benchmarks/results/<machine>",
-    )  # fmt: skip
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", default=WORK,
+        "set stands for the usual methods on it")  # fmt: skip
+    add("--data", type=Path, metavar="DIR",
+        help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}")  # fmt: skip
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--seeds", type=int, nargs="+", help="instead of the study's")
+    add("--out", type=Path, metavar="DIR",
+        help="folder of results and pictures; default: benchmarks/results/<machine>")  # fmt: skip
+    add("--work", type=Path, metavar="DIR", default=WORK,
         help="folder of finished runs, which are not trained again; empty it after a change of the "
-        "code. Default: build/quality",
-    )  # fmt: skip
+        "code. Default: build/quality")  # fmt: skip
     return parser.parse_args(words)
 
 

@@ -55,7 +55,7 @@ def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
 def multimnist(
     folder: Path | None, *, seed: int, train: int = 8000, validation: int = 1000, test: int = 4000
 ) -> Dataset:
-    """Load two overlaid digits; training, validation and test pairs from disjoint sets of images."""
+    """Load two overlaid digits; the splits' pairs are from disjoint sets of images."""
     pairs = pairs_of_digits(*load_mnist(), train=train, validation=validation, test=test, seed=seed)
     splits = {
         split: Split(p.images, {task: p.labels[:, t] for t, task in enumerate(DIGITS)})

@@ -17,18 +17,11 @@ from benchmarks.output import groups, markdown, say
 from benchmarks.part import Run
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.static_report import CAPABILITIES, LAYOUTS, MODES
+from benchmarks.tune import measuring
 from benchmarks.tune.candidates import shown
 from benchmarks.tune.cases import KERNELS, Case, cases, shape_of_size, shapes_named
 from benchmarks.tune.compiling import Compiled, Job, compile_all
-from benchmarks.tune.measuring import (
-    GAIN,
-    Measured,
-    WrongResultError,
-    compilations,
-    faster_rules,
-    measure,
-    rows_of,
-)
+from benchmarks.tune.measuring import GAIN, Measured, WrongResultError, measure
 from repmtl_kernels.backends.triton import tiles as tile_table
 
 DEFAULT_MODES = ("bfloat16", "tf32")
@@ -45,50 +38,27 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "turns on this machine's GPU, and writes a table of those that are faster than the tiles "
         "that are used now.",
     )
-    parser.add_argument(
-        "--shape", nargs="+", choices=SHAPES, help="default: all, if there is no --size"
-    )
-    parser.add_argument(
-        "--size", nargs=4, type=int, action="append", metavar=("T", "B", "C", "N"), default=[],
-        help="a shape of your own: tasks, batch, channels and positions (height times width); "
-        "may be given several times",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mode", nargs="+", default=DEFAULT_MODES, choices=MODES,
-        help=f"dtype, and of float32 the precision of products; default: {' '.join(DEFAULT_MODES)}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layout", nargs="+", default=["contiguous"], choices=LAYOUTS,
-        help="default: contiguous. A tile holds for all layouts: with several, one is chosen that "
-        "is slower in none",
-    )  # fmt: skip
-    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
-    parser.add_argument(
-        "--seconds", type=float, metavar="N",
-        help="about how long it may take; what there is no time for is left out, the largest "
-        "shapes are first",
-    )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=int, default=WORKERS, metavar="N",
-        help=f"processes that compile, of half a GB and more each; default: {WORKERS}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder of tiles.json, with all times; default: benchmarks/results/<machine>",
-    )  # fmt: skip
-    parser.add_argument(
-        "--write", type=Path, metavar="FILE",
-        help=f"write the faster tiles there, as {tile_table.VARIABLE} takes them, before those of "
-        f"the table that {tile_table.VARIABLE} names now",
-    )  # fmt: skip
-    parser.add_argument(
-        "--compile-only", action="store_true",
-        help="only print what the compiler made of each candidate; needs no GPU",
-    )  # fmt: skip
-    parser.add_argument(
-        "--capability", type=int, choices=CAPABILITIES,
-        help="compute capability to compile for, with --compile-only; default: 90",
-    )  # fmt: skip
+    add, some = parser.add_argument, {"nargs": "+"}
+    add("--shape", **some, choices=SHAPES, help="default: all, if there is no --size")
+    add("--size", nargs=4, type=int, action="append", metavar=tuple("TBCN"), default=[],
+        help="tasks, batch, channels and positions of a shape of your own; as often as you like")  # fmt: skip
+    add("--mode", **some, default=DEFAULT_MODES, choices=MODES,
+        help=f"dtype, or the precision of float32 products; default: {' '.join(DEFAULT_MODES)}")  # fmt: skip
+    add("--layout", **some, default=["contiguous"], choices=LAYOUTS,
+        help="default: contiguous; with several, a tile has to be slower in none")  # fmt: skip
+    add("--kernel", **some, default=list(KERNELS), choices=KERNELS)
+    add("--seconds", type=float, metavar="N",
+        help="about how long it may take; the largest shapes are first")  # fmt: skip
+    add("--workers", type=int, default=WORKERS, metavar="N",
+        help=f"processes that compile, of half a GB and more each; default: {WORKERS}")  # fmt: skip
+    add("--out", type=Path, metavar="DIR",
+        help="folder of tiles.json, with all times; default: benchmarks/results/<machine>")  # fmt: skip
+    add("--write", type=Path, metavar="FILE",
+        help=f"write the faster tiles there, before those that {tile_table.VARIABLE} names now")  # fmt: skip
+    add("--compile-only", action="store_true",
+        help="only print what the compiler made of each candidate; needs no GPU")  # fmt: skip
+    add("--capability", type=int, choices=CAPABILITIES,
+        help="compute capability to compile for, with --compile-only; default: 90")  # fmt: skip
     options = parser.parse_args(words)
     if options.compile_only and (options.write or options.out):
         parser.error("--write and --out: expected no --compile-only, which measures nothing")
@@ -145,15 +115,15 @@ def tune(
         except WrongResultError as error:
             run.note(f"left out: {case}: {error}")
             return []
-        rules[:] = faster_rules(measured)
+        rules[:] = measuring.faster_rules(measured)
         if write is not None:
             write.parent.mkdir(parents=True, exist_ok=True)
             write.write_text(tile_table.as_json((*rules, *kept)))
-        rows = rows_of(measured[-1], run.head["measured"])
+        rows = measuring.rows_of(measured[-1], run.head["measured"])
         say(comparison(rows))
         return rows
 
-    with compilations() as again:
+    with measuring.compilations() as again:
         run.each(list(line_ups), one)
     if again:
         say(f"compiled once more while measuring, the cache did not have them: {', '.join(again)}")

@@ -89,7 +89,7 @@ def _operand(shape: Shape, dtype: torch.dtype) -> Operand:
 
 
 def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor | None]]:
-    """Return the stage that launches the kernel, on inputs of its own; a call returns its results.
+    """Return the stage that launches the kernel, on inputs of its own.
 
     The results of other stages are made like all else: numbers of order 1, by
     ``make(size, dtype=...)``.
@@ -135,7 +135,7 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
 
 
 def shape_of_size(tasks: int, batch: int, channels: int, positions: int) -> Shape:
-    """Return a shape of the user's own; kernels see no difference between H x W and N x 1 positions."""
+    """Return a shape of the user's own; to the kernels H x W and N x 1 positions are the same."""
     for name, value in zip("TBCN", (tasks, batch, channels, positions), strict=True):
         if value < 1:
             raise ValueError(f"--size: expected {name} of at least 1; got {value}")

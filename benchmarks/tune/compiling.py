@@ -52,7 +52,7 @@ class Compiled:
 def compile_all(
     jobs: Sequence[Job], capability: int, workers: int, until: float = float("inf")
 ) -> list[Compiled | None]:
-    """Return the results in the order of the jobs; None where ``until`` was over before the job."""
+    """Return the results in the order of the jobs; None where ``until`` came before."""
     results: list[Compiled | None] = [None] * len(jobs)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(jobs)):
@@ -61,7 +61,7 @@ def compile_all(
     context = multiprocessing.get_context("spawn")
 
     def serve() -> None:
-        # A process for each thread: one that a crash of the compiler ends takes no other job with it.
+        # A process for each thread: a crash of the compiler ends no other job.
         pool = ProcessPoolExecutor(1, context)
         try:
             while time.monotonic() < until:
