@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
         help=f"measure only these parts, in their order: {', '.join(PARTS)}; on request alone: "
         f"{on_request}, and stages on a CPU")  # fmt: skip
     add("--seconds", type=float, metavar="N",
-        help="about how long it may take; default: by device and effort, at most ten minutes")  # fmt: skip
+        help="about how long it may take; default: by device, at most ten minutes")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one",
         default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     return parser.parse_args()
@@ -105,7 +105,7 @@ def measure(part: Part, run: Run) -> list[str]:
     say(f"\n{part.title}")
     try:
         part.measure(run)
-        if run.rows or run.notes[:]:
+        if run.rows:
             run.save()
     except Exception as error:  # noqa: BLE001 -- the other parts are worth having
         traceback.print_exc()

@@ -79,8 +79,8 @@ def table() -> str:
         for name, s in SHAPES.items()
     ]
     caption = (
-        "From the formulas above by `benchmarks/parts/kept.py`, not measured: float32 at the batches "
-        "of the networks; bfloat16 and float16 have half of it."
+        "From the formulas above by `benchmarks/parts/kept.py`, not measured: float32 at the "
+        "batches of the networks; bfloat16 and float16 have half of it."
     )
     return f"{markdown(header, lines)}\n\n{caption}"
 
@@ -104,9 +104,9 @@ def kept_bytes(loss: Callable[[], Tensor], inputs: list[Tensor]) -> int:
 
 def measure(run: Run) -> None:
     precision = PRECISIONS[run.device.type][0]
-    run.more["checkpointed"] = checkpointed(run.device)
     shapes = [shape.scaled(run.device.type) for shape in SHAPES.values()]
     run.each([Case("csa_loss", shape, precision) for shape in shapes], partial(measure_case, run))
+    run.more["checkpointed"] = checkpointed(run.device)
 
 
 def measure_case(run: Run, case: Case) -> list[dict]:

@@ -41,20 +41,20 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add, some = parser.add_argument, {"nargs": "+"}
     add("--shape", **some, choices=SHAPES, help="default: all, if there is no --size")
     add("--size", nargs=4, type=int, action="append", metavar=tuple("TBCN"), default=[],
-        help="tasks, batch, channels and positions of a shape of your own; as often as you like")  # fmt: skip
+        help="tasks, batch, channels, positions of your own shape; may be repeated")  # fmt: skip
     add("--mode", **some, default=DEFAULT_MODES, choices=MODES,
-        help=f"dtype, or the precision of float32 products; default: {' '.join(DEFAULT_MODES)}")  # fmt: skip
+        help=f"dtype or precision; default: {' '.join(DEFAULT_MODES)}")  # fmt: skip
     add("--layout", **some, default=["contiguous"], choices=LAYOUTS,
         help="default: contiguous; with several, a tile has to be slower in none")  # fmt: skip
     add("--kernel", **some, default=list(KERNELS), choices=KERNELS)
     add("--seconds", type=float, metavar="N",
         help="about how long it may take; the largest shapes are first")  # fmt: skip
     add("--workers", type=int, default=WORKERS, metavar="N",
-        help=f"processes that compile, of half a GB and more each; default: {WORKERS}")  # fmt: skip
+        help=f"processes that compile, half a GB each; default: {WORKERS}")  # fmt: skip
     add("--out", type=Path, metavar="DIR",
-        help="folder of tiles.json, with all times; default: benchmarks/results/<machine>")  # fmt: skip
+        help="folder of tiles.json; default: benchmarks/results/<machine>")  # fmt: skip
     add("--write", type=Path, metavar="FILE",
-        help=f"write the faster tiles there, before those that {tile_table.VARIABLE} names now")  # fmt: skip
+        help=f"write the faster tiles there, as {tile_table.VARIABLE} takes them")  # fmt: skip
     add("--compile-only", action="store_true",
         help="only print what the compiler made of each candidate; needs no GPU")  # fmt: skip
     add("--capability", type=int, choices=CAPABILITIES,
