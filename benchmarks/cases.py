@@ -1,4 +1,4 @@
-"""What is measured: a loss or a stage at a shape, in a precision and a layout, and its inputs."""
+"""Cases: a loss or a stage at a shape, in a precision and a layout, and its inputs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Pass(NamedTuple):
 class Tiling:
     """How the hardware computes matrix products.
 
-    gram: side of the output tiles (the Gram matrix is computed in whole tiles on and below its
+    gram: side of the output tiles (the Gram matrix is computed in full tiles on and below its
         diagonal); anchors: least width of a product with the T anchors; partials: extra share of
         bytes that the two-stage statistics write.
     """

@@ -1,4 +1,4 @@
-"""What people read: lines and progress bars of a run, and the pieces of tables and pictures."""
+"""Lines and progress bars of a run, and the pieces of tables and pictures."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """What the benchmark knows about a part; its file is the only other place that does.
+    """All that the benchmark knows about a part.
 
     measure: measures and saves; None where something else writes the result file.
     tables: by their names in the documents, from the content of the result file.

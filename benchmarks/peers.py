@@ -26,7 +26,7 @@ from benchmarks.phases import Unmarked
 
 
 class Forward(NamedTuple):
-    """What a forward pass leaves for the backward pass."""
+    """The results of a forward pass that the backward pass needs."""
 
     encoder: nn.Module
     heads: list[nn.Module]  # of the tasks, in order

@@ -1,4 +1,4 @@
-"""What the kernels are compared with: the equations as printed, and the factored form.
+"""The rivals of the kernels: the equations as printed, and the factored form.
 
 The factored form is as one would write it: plain PyTorch, autograd, the inputs' own dtype. It is an
 honest rival: no ``C x C`` matrix unless that is the smaller one, matrix products by the library,

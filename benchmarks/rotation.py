@@ -32,7 +32,7 @@ def graphed(call: Rotating, device: torch.device, pool: tuple[int, int] | None =
     once: what compiles can't be captured. Raises what the capture raises, and before it a
     RuntimeError for a call that waits for the device, which would make the capture fail.
 
-    pool: memory that graphs share whose results nobody reads; default: some of its own.
+    pool: memory that graphs share whose results nobody reads; default: memory of its own.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = _side_stream(device)

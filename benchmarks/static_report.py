@@ -1,4 +1,4 @@
-"""What the compiler made of the Triton kernels, without a GPU: registers, spills, loads, HGMMA.
+"""The compiler's report on the Triton kernels, without a GPU: registers, spills, loads, HGMMA.
 
 ``python -m benchmarks.static_report [--capability 90] [--mode bfloat16] [--shape nyuv2]`` compiles
 the kernels through the same launch code that a GPU runs, with a stand-in for the CUDA driver.

@@ -1,4 +1,4 @@
-"""What the kernels have to reach on an H200, checked from result files alone.
+"""The targets that the kernels have to reach on an H200, checked from result files alone.
 
 A target is met by a backend whose worst selected row is within the bound.
 """

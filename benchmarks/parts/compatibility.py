@@ -1,4 +1,4 @@
-"""What works on which backend, as the tests found: ``pytest -m cell --cells FOLDER``."""
+"""The features of each backend, by the outcomes of ``pytest -m cell --cells FOLDER``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CSA keeps for its backward, with and without its Gram matrices: bytes and time.
+"""The memory that CSA keeps for its backward, with and without its Gram matrices: bytes and time.
 
 The bytes are formulas, and counted: a tensor counts once, with what is saved of it.
 """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 COMPILED, FACTORED, FACTORED_COMPILED = "reference_compiled", "factored", "factored_compiled"
 FUNCTIONS = ("csa_loss", "tsr_loss", "rep_mtl_loss")
 WEIGHTS = {"lambda_tsr": rivals.LAMBDA, "lambda_csa": rivals.LAMBDA}
-# What compiling the rivals of a case may take; with less time left they are left out of it.
+# Seconds for compiling the rivals of a case; with less time left they are left out.
 COMPILE_SECONDS = {"cpu": 0, "cuda": 45}
 # The literal equations in float64 take too long for a CPU above so many operations.
 JUDGE_FLOPS = 3e10
@@ -35,7 +35,7 @@ QUICK = Effort(1.0, 2, 10)
 QUICK_SHAPES = ("office49", "vit196", "cityscapes")
 # Memory layouts that networks produce, other than contiguous (B, C, H, W).
 LAYOUTS = (("cityscapes", "channels_last"), ("vit196", "tokens"))
-# What decides on a GPU, in this order; at the end of a line whether torch.compile takes part, which
+# The decisive cases of a GPU, in order; at the end whether torch.compile takes part, which
 # takes longer than all others together.
 DECISIVE = (
     ("tsr_loss", BFLOAT16, ("nyuv2",), False),

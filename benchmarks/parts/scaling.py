@@ -42,7 +42,7 @@ TOLERANCE = 0.15
 
 
 class Sweep(NamedTuple):
-    """What is varied, its rival, and the powers of (time, memory) that ours and the rival may have.
+    """A varied size, its rival, and the powers of (time, memory) that ours and the rival may have.
 
     Positions and channels: where the other one is the smaller side of the matrices.
     """

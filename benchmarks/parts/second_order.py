@@ -1,4 +1,4 @@
-"""What ``second_order()`` gains: the same Rep-MTL step with and without it, in turns.
+"""The gain of ``second_order()``: the same Rep-MTL step with and without it, in turns.
 
 Counted in convolutions, an exact step costs a head 6 for each one of its forward where equal
 weighting costs 3; the encoder costs 3 in both. So the step can't be faster than equal weighting's
@@ -101,7 +101,7 @@ def measure_case(run: Run, seconds: float, case: Case) -> list[dict]:
             # Without the regulariser's own time; equal weighting has no second order.
             "ratio_to_floor": (ms - own) / floor_ms if own else None,
             "convolutions_per_head_layer": counts[name],
-            # What a measurement of the ratio adds to its step, and to a step on average.
+            # The share that a measurement of the ratio adds to its step, and to a step on average.
             "measurement": share,
             "measurement_on_average": share / BETWEEN if own else None,
         }

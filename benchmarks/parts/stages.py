@@ -37,7 +37,7 @@ TARGET_SHAPES = ("nyuv2", "cityscapes")
 
 
 class Work(NamedTuple):
-    """What the stages of one backend work on, for one set of saliencies."""
+    """The operands of one backend's stages, for one set of saliencies."""
 
     saliencies: list[Tensor]
     statistics: Statistics
@@ -198,11 +198,11 @@ def measure_case(run: Run, effort: Effort, case: Case) -> list[dict]:
                 run.note(f"left out for time: {len(case.variants) - done} of {case}")
                 break
             contest = line_up_of(case, variant, works, inputs)
-            found = contest.rows(run.device, run.head["measured"], effort)
+            of_variant = contest.rows(run.device, run.head["measured"], effort)
             for backend, why in errors.items():
                 way = Way(backend, direction_of(variant))
-                found.append(contest.labels(way) | way._asdict() | {"ms": None, "error": why})
-            rows += line_up.report_rows(f"{case}: {variant.stage} ({variant.name})", found)
+                of_variant.append(contest.labels(way) | way._asdict() | {"ms": None, "error": why})
+            rows += line_up.report_rows(f"{case}: {variant.stage} ({variant.name})", of_variant)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What the compiler made of the Triton kernels, see :mod:`benchmarks.static_report`."""
+"""The compiler's report on the Triton kernels, see :mod:`benchmarks.static_report`."""
 
 from __future__ import annotations
 

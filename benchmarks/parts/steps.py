@@ -43,7 +43,7 @@ QUICK_NETWORKS = ("nyuv2",)
 SMALL = Network("small", {"segmentation": 8, "depth": 1}, 32, 256, 256, "small", 64, (2,), 32,
                 on_cpu={"batch": 8, "height": 96, "width": 96})  # fmt: skip
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
-# What a method costs in all, in cycles, with as few rounds as there may be.
+# The cost of a method in all, in cycles, with as few rounds as there may be.
 SET_UP_CYCLES = 12
 # Instrumented cycles of each method; the median counts.
 PHASE_CYCLES = 3

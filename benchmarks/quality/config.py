@@ -69,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks for."""
+    """The content of a study file."""
 
     name: str
     datasets: dict[str, dict]  # settings by name in tables

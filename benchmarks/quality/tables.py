@@ -71,10 +71,10 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
 
     With single-task training, with equal weighting, and with the method that it is ``against``.
     """
-    found: dict[tuple, dict] = {}
+    by_run: dict[tuple, dict] = {}
     for run in runs:
         record = records[run.key]
-        row = found.setdefault((run.dataset, run.label, run.seed), _row(run))
+        row = by_run.setdefault((run.dataset, run.label, run.seed), _row(run))
         row["metrics"] |= record["test"]
         if "validation" in record:
             row.setdefault("validation", {}).update(record["validation"])
@@ -86,19 +86,15 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
             row["history"] = history
     bases = {m["method"]: m["label"] for m in study.methods if m["method"] in BASES}
     against = {m["label"]: m["against"] for m in study.methods if m["against"]}
-    for (dataset, label, seed), row in found.items():
+    for (dataset, label, seed), row in by_run.items():
         if label in against:
             row["against"] = against[label]
-            other = found[dataset, against[label], seed]
+            other = by_run[dataset, against[label], seed]
             row[AGAINST] = _rounded(delta_p(row["metrics"], other["metrics"]))
         for base, base_label in bases.items():
-            name, other = BASES[base], found[dataset, base_label, seed]
+            name, other = BASES[base], by_run[dataset, base_label, seed]
             row[name] = _rounded(delta_p(row["metrics"], other["metrics"]))
-            row[f"{name}_per_metric"] = {
-                task: _rounded(values)
-                for task, values in delta_per_metric(row["metrics"], other["metrics"]).items()
-            }
-    return list(found.values())
+    return list(by_run.values())
 
 
 def _row(run: Run) -> dict:

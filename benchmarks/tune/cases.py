@@ -1,4 +1,4 @@
-"""What is tuned: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
+"""The cases that are tuned: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
 
 from __future__ import annotations
 

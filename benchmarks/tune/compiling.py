@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a candidate; ``error``: why it can't be used."""
+    """The compiler's result for a candidate; ``error``: why it can't be used."""
 
     case: Case
     tile: Tile | Sweep | None
