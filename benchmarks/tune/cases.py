@@ -1,4 +1,4 @@
-"""The cases that are tuned: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
+"""The tuned cases: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
 
 from __future__ import annotations
 
