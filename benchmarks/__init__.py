@@ -1,5 +1,5 @@
-"""Benchmarks of repmtl_kernels: the losses' kernels, and the training step.
+"""Benchmarks of repmtl_kernels: the losses' kernels, the training step, training quality.
 
-``python -m benchmarks`` measures everything on this machine and writes JSON, plots and README.md's
-tables; ``--quick`` does a small part of it and writes nothing that is committed.
+``python -m benchmarks`` measures this machine and writes JSON, pictures and the tables of the
+documentation; ``--quick`` measures a small part and writes nothing that is committed.
 """

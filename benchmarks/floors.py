@@ -26,9 +26,9 @@ class Pass(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """What the hardware makes of the matrix products.
+    """How the hardware computes matrix products.
 
-    gram: side of the output tiles (the Gram matrix is computed in whole tiles on and below its
+    gram: side of the output tiles (the Gram matrix is computed in full tiles on and below its
         diagonal); anchors: least width of a product with the T anchors; partials: extra share of
         bytes that the two-stage statistics write.
     """
@@ -43,12 +43,12 @@ class Tiling:
 
 TENSOR_CORES = Tiling(gram=128, anchors=16, partials=0.025)
 EXACT = Tiling(gram=1, anchors=1, partials=0.0)
-# Bytes of a number of what is computed from the saliencies.
+# Bytes of a number that is computed from the saliencies.
 SUM = 4
 
 
 def forward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
-    """The statistics pass and, with CSA, the Gram pass with the anchor product fused."""
+    """Return the statistics pass and, with CSA, the Gram pass with the anchor product fused."""
     read = shape.elements * itemsize
     statistics = Pass(read * (1 + tiling.partials), 0)
     if function == "tsr_loss":
@@ -57,7 +57,7 @@ def forward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -
 
 
 def _gram_flops(shape: Shape, tiling: Tiling) -> float:
-    """Of half of the Gram matrices, the smaller ones, and of the products with the anchors."""
+    """Count half of the Gram matrices, the smaller ones, and the products with the anchors."""
     small, large = sorted((shape.channels, shape.positions))
     tile = tiling.tile(small)
     tiles = math.ceil(small / tile)
@@ -67,7 +67,7 @@ def _gram_flops(shape: Shape, tiling: Tiling) -> float:
 
 
 def backward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
-    """The pass for the anchors' gradient, and the one that reads S and the Gram and writes dS.
+    """Return the pass for the anchors' gradient, and the one that reads S and Gram and writes dS.
 
     TSR's gradient is constant along the channels: an expanded view with nothing to write.
     """
@@ -83,17 +83,14 @@ def backward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) 
 
 
 def _matrix_bytes(shape: Shape, itemsize: int) -> int:
-    """Of the Gram matrices that the backward reads."""
+    """Count the bytes of the Gram matrices that the backward reads."""
     return shape.tasks * shape.batch * min(shape.channels, shape.positions) ** 2 * itemsize
 
 
-def passes(
-    function: str, shape: Shape, itemsize: int, direction: str, tiling: Tiling
-) -> list[Pass]:
-    forward = forward_passes(function, shape, itemsize, tiling)
-    if direction == "forward":
-        return forward
-    return forward + backward_passes(function, shape, itemsize, tiling)
+def passes(function: str, shape: Shape, itemsize: int, direction: str, t: Tiling) -> list[Pass]:
+    forward = forward_passes(function, shape, itemsize, t)
+    both = direction != "forward"
+    return forward + (backward_passes(function, shape, itemsize, t) if both else [])
 
 
 def statistics(
@@ -112,14 +109,14 @@ def entropy(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> 
 
 
 def anchors(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
-    """Products of a sample's anchors, half of them; with them weighted, what they pull out."""
+    """Count half of the products of a sample's anchors, and the sums that they weigh."""
     numbers = shape.tasks * shape.batch * shape.channels
     flops = numbers * (shape.tasks + 1) + with_grad * 2 * numbers * shape.tasks
     return [Pass(SUM * (numbers * (2 + with_grad) + shape.batch), flops)]
 
 
 def gram(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:
-    """Reads saliencies and anchors; writes the Gram matrices and the projections where wanted."""
+    """Read saliencies and anchors; write the Gram matrices and the projections where wanted."""
     small = min(shape.channels, shape.positions)
     samples = shape.tasks * shape.batch
     moved = shape.elements * itemsize + SUM * samples * (shape.channels + 4)
@@ -131,17 +128,17 @@ def gram(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> lis
 def contrast(
     shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool, total: int | None = None
 ) -> list[Pass]:
-    """The batch against all of ``total`` samples, itself among them; None: against each other.
+    """Compare the batch with all of ``total`` samples, itself among them; None: against each other.
 
     Products of any two samples, once for both. Then a pass of its own for the gradient's sums of
-    everyone's anchors, since a weight of them needs whole sums of exponentials.
+    all anchors, since each weight needs a finished sum of exponentials.
     """
     batch, numbers = shape.batch, shape.tasks * shape.channels  # of a sample
     total = batch if total is None else total
     of_two = 2 * shape.tasks * numbers
     pairs = batch * (total - batch) + batch * (batch - 1) // 2
     work = [Pass(SUM * (total * numbers + batch), of_two * pairs)]
-    if with_grad:  # also reads radial, factor and everyone's log-sum-exp
+    if with_grad:  # also reads radial, factor and all log-sum-exps
         moved = total * (numbers + 1) + batch * (2 * numbers + 1)
         work.append(Pass(SUM * moved, of_two * batch * (total - 1)))
     return work
@@ -152,17 +149,17 @@ def saliency_grad(shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
 
 
 def literal_flops(function: str, shape: Shape) -> float:
-    """Of the literal equations, forward and backward: three products with C x C affinities."""
+    """Count the literal equations, forward and backward: three products with C x C affinities."""
     if function == "tsr_loss":
         return 0
     return 6 * shape.elements * shape.channels
 
 
 def matmul_rate(rates: dict[str, float], precision: str) -> float:
-    """TFLOP/s of a precision, from the measured ones; tf32x3 makes three products of tf32."""
+    """Return the TFLOP/s of a precision; tf32x3 makes three products of tf32."""
     return rates["tf32"] / 3 if precision == "tf32x3" else rates[precision]
 
 
 def floor_ms(work: list[Pass], copy_gbs: float, matmul_tflops: float) -> float:
-    """Least time of the passes in milliseconds at GB/s (1e9 bytes) and TFLOP/s (1e12)."""
+    """Return the least milliseconds of the passes at GB/s (1e9 bytes) and TFLOP/s (1e12)."""
     return sum(max(p.bytes / (copy_gbs * 1e6), p.flops / (matmul_tflops * 1e9)) for p in work)

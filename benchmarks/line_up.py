@@ -1,184 +1,138 @@
-"""Which calls are measured, and in which order: losses, shapes, precisions and layouts."""
+"""The measuring of a case: its contestants in turns, each checked, timed and given its floor."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks import floors
+from benchmarks.cases import FLOAT32, Effort, Precision
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.output import say
+from benchmarks.part import FAILURES, described, free
+from benchmarks.results import rounded
+from benchmarks.rotation import Rotating, graphed
+from benchmarks.timing import side_by_side
 
-FUNCTIONS = ("csa_loss", "tsr_loss", "rep_mtl_loss")
-FP32_PRECISION = "REPMTL_FP32_PRECISION"  # of the Triton kernels
+FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
+REFERENCE = "reference"
+BACKENDS = ("eager", "native", "triton")
+# A contestant whose loss is further from the one in float64 than this computes something else.
+AGREEMENT = {torch.float32: 2e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+LEAST_VALUE = 0.01  # of a loss: smaller values agree absolutely
+DISAGREES = "computes something else"
+
+
+class Way(NamedTuple):
+    """A contestant, a direction, and whether it is replayed as CUDA graphs."""
+
+    backend: str
+    direction: str = FORWARD
+    graph: bool = False
 
 
 @dataclass(frozen=True)
-class Precision:
-    """A dtype with a setting of ``torch.set_float32_matmul_precision``."""
+class LineUp:
+    """All that a case has to say about its contestants.
 
-    dtype: torch.dtype
-    matmul: str
-    name: str  # as in the results and in the measured ceilings
-
-
-FLOAT32 = Precision(torch.float32, "highest", "float32")
-BFLOAT16 = Precision(torch.bfloat16, "highest", "bfloat16")
-FLOAT16 = Precision(torch.float16, "highest", "float16")
-TF32 = Precision(torch.float32, "high", "tf32")
-# Of the Triton kernels alone: rivals beside them have full float32.
-TF32X3 = Precision(torch.float32, "highest", "tf32x3")
-PRECISIONS = {"cpu": (FLOAT32,), "cuda": (BFLOAT16, TF32, FLOAT32, FLOAT16, TF32X3)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line-up: the same call on the same inputs for all contestants.
-
-    layout: ``contiguous`` and ``channels_last`` ``(B, C, H, W)`` and ``tokens`` ``(B, N, C)`` come
-    as a list of T tensors, ``stacked`` as one of ``(T, B, C, H, W)``.
+    makers: of the calls, used when the turn of each comes; precision: of the products; work: counts
+    the passes of a way; labels: the first fields of a way's row; exact: the value in float64, None
+    where values are not compared; graphs: whether they are replayed as CUDA graphs too.
     """
 
-    function: str
-    shape: Shape
+    makers: Mapping[Way, Callable[[], Rotating]]
     precision: Precision
-    layout: str
-    compiled: bool
+    work: Callable[[Way, floors.Tiling], list[floors.Pass]]
+    labels: Callable[[Way], dict]
+    exact: float | None = None
+    graphs: bool = True
 
-    @property
-    def channel_dim(self) -> int:
-        return -1 if self.layout == "tokens" else 1
+    def rows(self, device: torch.device, ceilings: dict, effort: Effort) -> list[dict]:
+        """Return a row for each contestant: its time, memory and floor, or its error."""
+        calls, errors = self.prepared(device)
+        timings = side_by_side(calls, device, effort)
+        rows = []
+        for way, call in calls.items():
+            figures = {
+                **timings[way]._asdict(),
+                # A graph holds its memory all the time.
+                "peak_mb": None if way.graph else peak_extra_bytes(call, device) / 1e6,
+                **self.rates(way, timings[way].ms, ceilings),
+                "error": None,
+            }
+            rows.append(self.labels(way) | way._asdict() | rounded(figures))
+        for way, error in errors.items():
+            rows.append(self.labels(way) | way._asdict() | {"ms": None, "error": error})
+        free(device)  # what graphs and inputs of this size held
+        return rows
 
-    def __str__(self) -> str:
-        s = self.shape
-        size = f"T{s.tasks} B{s.batch} C{s.channels} {s.height}x{s.width}"
-        return f"{self.function} {s.name} ({size}) {self.precision.name} {self.layout}"
+    def prepared(self, device: torch.device) -> tuple[dict[Way, Rotating], dict[Way, str]]:
+        """Return warm calls, and why the other contestants are left out."""
+        calls: dict[Way, Rotating] = {}
+        errors: dict[Way, str] = {}
 
+        def admit(way: Way, make: Callable[[], Rotating]) -> None:
+            try:
+                call = make()
+                result = call()
+                value = None if self.exact is None else result.float().mean().item()
+            except FAILURES as failure:
+                errors[way] = described(failure)
+                free(device)
+                return
+            wrong = None if value is None else disagreement(self.precision, way, value, self.exact)
+            if wrong is None:
+                calls[way] = call
+            else:
+                errors[way] = wrong
 
-class Effort(NamedTuple):
-    """How long to measure: seconds and rounds for each case."""
+        for way, make in self.makers.items():
+            admit(way, make)
+        if self.graphs and device.type == "cuda":
+            # A failed capture can leave traces: calls that are known to work come first.
+            for way in sorted(calls, key=lambda way: way.backend not in BACKENDS):
+                admit(way._replace(graph=True), partial(graphed, calls[way], device))
+        return calls, errors
 
-    seconds: float
-    min_rounds: int
-    max_rounds: int
-
-
-FULL = {
-    "cpu": Effort(seconds=3.0, min_rounds=3, max_rounds=30),
-    "cuda": Effort(seconds=1.5, min_rounds=5, max_rounds=30),
-}
-QUICK = Effort(seconds=1.0, min_rounds=2, max_rounds=10)
-QUICK_SHAPES = ("office49", "vit196", "cityscapes")
-# Other memory layouts than contiguous (B, C, H, W), where networks produce them.
-LAYOUTS = (("cityscapes", "channels_last"), ("vit196", "tokens"))
-# What decides on a GPU, in this order; at the end of a line whether torch.compile takes part, which
-# takes longer than all others together.
-TELLING = (
-    ("tsr_loss", "nyuv2", BFLOAT16, False),
-    ("rep_mtl_loss", "nyuv2", BFLOAT16, True),
-    ("rep_mtl_loss", "cityscapes", BFLOAT16, True),
-    ("rep_mtl_loss", "office49", BFLOAT16, True),
-    ("rep_mtl_loss", "office1", BFLOAT16, True),
-    ("rep_mtl_loss", "nyuv2", TF32, True),
-    ("rep_mtl_loss", "cityscapes", TF32, True),
-    ("rep_mtl_loss", "nyuv2", FLOAT32, False),
-    ("rep_mtl_loss", "cityscapes", FLOAT32, False),
-    ("rep_mtl_loss", "office49", TF32, False),
-    ("rep_mtl_loss", "office1", TF32, False),
-    ("rep_mtl_loss", "vit196", BFLOAT16, True),
-    ("rep_mtl_loss", "vit1024", BFLOAT16, True),
-    ("rep_mtl_loss", "nyuv2", FLOAT16, False),
-    ("rep_mtl_loss", "cityscapes", FLOAT16, False),
-    ("rep_mtl_loss", "nyuv2", TF32X3, False),
-    ("rep_mtl_loss", "cityscapes", TF32X3, False),
-)
-TELLING_LAYOUTS = (
-    ("nyuv2", "channels_last"),
-    ("cityscapes", "channels_last"),
-    ("vit196", "tokens"),
-    ("vit1024", "tokens"),
-    ("nyuv2", "stacked"),
-    ("cityscapes", "stacked"),
-)
-
-
-def cases(device_type: str, quick: bool) -> list[Case]:
-    """Most telling first: when time runs out, what is left out is at the end."""
-    found = _cuda_cases() if device_type == "cuda" else _cpu_cases()
-    if quick:  # compiling takes longer than everything else
-        found = [
-            replace(case, compiled=False)
-            for case in found
-            if case.shape.name in QUICK_SHAPES and case.layout == "contiguous"
-        ]
-    return found
+    def rates(self, way: Way, ms: float, ceilings: dict) -> dict:
+        """Return the floor on this machine, the fraction of it, and the bytes per second."""
+        tiling = floors.EXACT if self.precision == FLOAT32 else floors.TENSOR_CORES
+        matmul_tflops = floors.matmul_rate(ceilings["matmul_tflops"], self.precision.name)
+        floor = floors.floor_ms(self.work(way, tiling), ceilings["copy_gbs"], matmul_tflops)
+        moved = sum(p.bytes for p in self.work(way, floors.EXACT))
+        return {"floor_ms": floor, "fraction": floor / ms, "gbs": moved / ms / 1e6}
 
 
-def _cpu_cases() -> list[Case]:
-    # Compiled rep_mtl_loss adds nothing to the two losses that it sums.
-    found = [
-        Case(function, shape.scaled("cpu"), FLOAT32, "contiguous", function != "rep_mtl_loss")
-        for function in FUNCTIONS
-        for shape in SHAPES.values()
+def disagreement(precision: Precision, way: Way, value: float, exact: float) -> str | None:
+    """Return what is wrong with a value; the reference in 16 bits may be wrong altogether."""
+    allowed = AGREEMENT[precision.dtype] * max(abs(exact), LEAST_VALUE)
+    if way.backend == REFERENCE or abs(value - exact) <= allowed:
+        return None
+    return f"{DISAGREES}: {value:.6g} instead of {exact:.6g}"
+
+
+def broken(rows: list[dict]) -> list[str]:
+    """Return the failures of this package: not a rival's, and not for want of memory."""
+    return [
+        f"{r['function']} {r['shape']} {r['precision']} {r['layout']} {r['direction']} "
+        f"{r['backend']}{' in a CUDA graph' if r['graph'] else ''}: {r['error']}"
+        for r in rows
+        if r["error"] and "OutOfMemory" not in r["error"]
+        if r["backend"] in BACKENDS or (r["backend"] == REFERENCE and not r["graph"])
     ]
-    for name, layout in LAYOUTS:
-        found.append(Case("csa_loss", SHAPES[name].scaled("cpu"), FLOAT32, layout, False))
-    return found
 
 
-def _cuda_cases() -> list[Case]:
-    first = [
-        Case(function, SHAPES[name], precision, "contiguous", compiled)
-        for function, name, precision, compiled in TELLING
+def report_rows(what: object, rows: list[dict]) -> list[dict]:
+    """Print what was measured and return it."""
+    shown = [
+        f"{row['backend']}{' graph' if row['graph'] else ''} "
+        + (row["error"] or f"{row['ms']:.4g} ms, {100 * row['fraction']:.2g}%")
+        for row in rows
+        if row["direction"] != FORWARD or len({r["direction"] for r in rows}) == 1
     ]
-    of_layouts = [
-        Case("rep_mtl_loss", SHAPES[name], precision, layout, False)
-        for precision in (BFLOAT16, TF32)
-        for name, layout in TELLING_LAYOUTS
-    ]
-    large_first = sorted(SHAPES.values(), key=lambda shape: -shape.elements)
-    rest = [
-        Case(function, shape, precision, "contiguous", False)
-        for precision in PRECISIONS["cuda"]
-        for function in ("rep_mtl_loss", "csa_loss", "tsr_loss")
-        for shape in large_first
-        # TSR has no matrix products.
-        if not (function == "tsr_loss" and precision in (TF32, TF32X3))
-    ]
-    of_bfloat16 = [case for case in rest if case.precision == BFLOAT16]
-    known, ordered = set(), []
-    for case in (*first, *of_bfloat16, *of_layouts, *rest):
-        key = replace(case, compiled=False)
-        if key not in known:
-            known.add(key)
-            ordered.append(case)
-    return ordered
-
-
-@contextlib.contextmanager
-def products_in(precision: Precision) -> Iterator[None]:
-    """Float32 products of PyTorch and of the Triton kernels in this precision."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision.matmul)
-    try:
-        with triton_products_in(precision.name if precision == TF32X3 else None):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def triton_products_in(precision: str | None) -> Iterator[None]:
-    """Float32 products of the Triton kernels alone; None or nothing: as PyTorch's."""
-    asked = os.environ.pop(FP32_PRECISION, None)
-    if precision is not None:
-        os.environ[FP32_PRECISION] = precision
-    try:
-        yield
-    finally:
-        os.environ.pop(FP32_PRECISION, None)
-        if asked is not None:
-            os.environ[FP32_PRECISION] = asked
+    say(f"{what}: {'; '.join(shown)}")
+    return rows

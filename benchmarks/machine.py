@@ -9,23 +9,24 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import repmtl_kernels
+from benchmarks.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, products_in
 from benchmarks.timing import block_ms
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "numpy", "torchjd", "ecos", "mlxtend", "scipy")
+PACKAGES = (
+    "repmtl_kernels", "torch", "triton", "numpy", "torchjd", "ecos", "mlxtend", "scipy"
+)  # fmt: skip
 # Measured files are no part of what is measured.
 NOT_CODE = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!docs")
 
 
 def describe(device: torch.device, *, measure: bool = True) -> dict:
-    """The head of a result file: machine, versions, commit, date and measured ceilings."""
+    """Return the head of a result file: machine, versions, commit, date and measured rates."""
     commit, dirty = git_state()
     return {
         "machine": machine(device),
@@ -59,103 +60,76 @@ def machine(device: torch.device) -> dict:
 
 
 def slug(device: torch.device) -> str:
-    """The machine's name in paths and markers: ``h200``, ``cpu-2core``."""
+    """Return the machine's name in paths and markers: ``h200``, ``cpu-2core``."""
     if device.type == "cuda":
         return slug_of_gpu(torch.cuda.get_device_name(device))
     return f"cpu-{os.cpu_count()}core"
 
 
 def slug_of_gpu(name: str) -> str:
-    """``NVIDIA H200`` to ``h200``, ``NVIDIA A100-SXM4-80GB`` to ``a100-sxm4-80gb``."""
+    """Turn ``NVIDIA H200`` to ``h200``, ``NVIDIA A100-SXM4-80GB`` to ``a100-sxm4-80gb``."""
     words = re.sub(r"^(NVIDIA|AMD|Tesla|GeForce|\s)+", "", name)
     return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+    name = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions; None for what is not installed."""
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "repmtl_kernels": repmtl_kernels.__version__,
-    }
+    """Return the installed versions; None where a package is not installed."""
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
+            installed[package] = None
+    return installed | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
 def git_state() -> tuple[str, bool | None]:
-    """The commit and whether the code differs from it; ("unknown", None) outside a repository."""
+    """Return the commit, and whether the code differs from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.check_output(
+            ["git", *arguments], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+
     try:
-        commit = _git("rev-parse", "HEAD")
-        dirty = bool(_git("status", "--porcelain", "--", ".", *NOT_CODE))
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *NOT_CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
-    return commit, dirty
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def ceilings(device: torch.device) -> dict:
-    """Measured rates: ``copy_gbs`` (1e9 bytes read and written per second) and ``matmul_tflops``.
+    """Return the measured rates, the best that were seen.
 
-    matmul_tflops has a rate for each precision that is measured: ``float32`` everywhere; ``tf32``,
-    ``bfloat16`` and ``float16`` on CUDA.
+    ``copy_gbs``: 1e9 bytes read and written per second; ``matmul_tflops``: for each precision.
     """
     gpu = device.type == "cuda"
-    copy_gbs = copy_rate(1 << (30 if gpu else 26), device)
+
+    def best_ms(call: partial) -> float:
+        call()
+        return min(block_ms(call, 3, device) for _ in range(8))
+
+    source = torch.randn(1 << (30 if gpu else 26), device=device)
+    copy = partial(torch.empty_like(source).copy_, source)
+    copy_gbs = 2 * source.nbytes / best_ms(copy) / 1e6
+    del source, copy
     side = 8192 if gpu else 2048
-    kinds = {"float32": (torch.float32, "highest")}
-    if gpu:
-        kinds |= {
-            "tf32": (torch.float32, "high"),
-            "bfloat16": (torch.bfloat16, "highest"),
-            "float16": (torch.float16, "highest"),
-        }
     rates = {}
-    before = torch.get_float32_matmul_precision()
-    try:
-        for kind, (dtype, precision) in kinds.items():
-            torch.set_float32_matmul_precision(precision)
-            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-            out = torch.empty_like(a)
-            ms = _best_ms(partial(torch.mm, a, b, out=out), device)
-            rates[kind] = round(2 * side**3 / ms / 1e9, 4)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for precision in (FLOAT32, TF32, BFLOAT16, FLOAT16) if gpu else (FLOAT32,):
+        with products_in(precision):
+            a, b = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
+            ms = best_ms(partial(torch.mm, a, b, out=torch.empty_like(a)))
+            rates[precision.name] = round(2 * side**3 / ms / 1e9, 4)
     return {"copy_gbs": round(copy_gbs, 1), "matmul_tflops": rates}
 
 
-def copy_rate(elements: int, device: torch.device) -> float:
-    """GB/s, read and written, of a copy of so many float32."""
-    source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_ms(partial(target.copy_, source), device) / 1e6
-
-
-def _best_ms(call: Callable[[], object], device: torch.device) -> float:
-    """A ceiling is the best that was seen."""
-    call()
-    return min(block_ms(call, 3, device) for _ in range(8))
-
-
 def busy_cores(seconds: float = 1.0) -> float | None:
-    """How many cores other processes keep busy right now; None where /proc/stat does not tell."""
+    """Return how many cores other processes keep busy; None where there is no /proc/stat."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None

@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+# The profiler's C++ logger on stderr: every start and stop; and that a block from before the call
+# was released during it, which is right not to count.
+CHATTER = ("USDT:", "Memory block of unknown size was allocated before the profiling started")
+
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Of one call, its results included as long as the call holds them."""
+    """Return the peak of one call, with its results as long as the call holds them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -25,27 +29,20 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _without_profiler_chatter(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof,
-    ):
+    cpu = [ProfilerActivity.CPU]
+    with _without_chatter(), profile(activities=cpu, profile_memory=True) as profiled:
         call()
     held = peak = 0
-    for event in prof.profiler.kineto_results.events():
+    for event in profiled.profiler.kineto_results.events():
         if event.name() == "[memory]":  # one per allocation (> 0) and release (< 0), in order
             held += event.nbytes()
             peak = max(peak, held)
     return peak
 
 
-# The profiler's C++ logger on stderr: every start and stop; and that a block from before the call
-# was released during it, which is right not to count.
-CHATTER = ("USDT:", "Memory block of unknown size was allocated before the profiling started")
-
-
 @contextlib.contextmanager
-def _without_profiler_chatter() -> Iterator[None]:
-    """Drops the lines of CHATTER from stderr; everything else is passed on afterwards."""
+def _without_chatter() -> Iterator[None]:
+    """Drop the lines of CHATTER from stderr; pass everything else on afterwards."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as caught:

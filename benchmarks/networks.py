@@ -1,19 +1,207 @@
-"""The networks of the multi-task benchmarks, with random images and labels of the right form.
+"""The networks: those of the multi-task benchmarks, and small ones in the same spirit.
 
-As LibMTL's examples set them up. NYUv2 and Cityscapes: DeepLabV3+, a ResNet-50 dilated to output
-stride 8 (2048 channels shared) and for each task an ASPP head with dilations 12, 24 and 36. Office:
-ResNet-18, pooled to 512 features, and a linear head for each domain, which has its own images.
+``NETWORKS`` are as LibMTL's examples set them up, with random images and labels of the right form.
+NYUv2 and Cityscapes: DeepLabV3+, a ResNet-50 dilated to output stride 8 (2048 channels shared) and
+for each task an ASPP head with dilations 12, 24 and 36. Office: ResNet-18, pooled to 512 features,
+and a linear head for each domain, which has its own images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, l1_loss
+
+# --- layers, encoders and heads ---
+
+
+class Block(nn.Module):
+    """A residual block: convolutions and batch norms, ReLU between them and after the sum."""
+
+    def __init__(self, layers: Iterable[nn.Module], shortcut: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.shortcut = shortcut
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.layers(x) + self.shortcut(x))
+
+
+class Flat(nn.Module):
+    """Mean over positions: ``(B, C, H, W)`` to ``(B, C)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def plain(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1
+) -> list[nn.Module]:
+    """Return convolution and batch norm."""
+    padding = dilation * (kernel // 2)
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
+    return [layer, nn.BatchNorm2d(outputs)]
+
+
+def activated(*arguments: int) -> list[nn.Module]:
+    """Return convolution, batch norm and ReLU."""
+    return [*plain(*arguments), nn.ReLU()]
+
+
+def basic(inputs: int, width: int, stride: int, dilation: int) -> Block:
+    layers = activated(inputs, width, 3, stride, dilation) + plain(width, width, 3, 1, dilation)
+    return Block(layers, shortcut(inputs, width, stride))
+
+
+def bottleneck(inputs: int, width: int, stride: int, dilation: int) -> Block:
+    layers = activated(inputs, width, 1) + activated(width, width, 3, stride, dilation)
+    layers += plain(width, 4 * width, 1)
+    return Block(layers, shortcut(inputs, 4 * width, stride))
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    return nn.Sequential(*plain(inputs, outputs, 1, stride))
+
+
+class ResNet(NamedTuple):
+    """A residual network; a stage with dilation 1 has its stride."""
+
+    title: str
+    block: Callable[..., Block]
+    expansion: int  # of a block's channels
+    blocks: tuple[int, ...]  # of each stage
+    dilations: tuple[int, ...]  # of the 3 x 3 convolutions
+
+    def channels(self, base: int) -> int:
+        return (base << (len(self.blocks) - 1)) * self.expansion
+
+
+RESNETS = {
+    "small": ResNet("One residual block at stride 4", basic, 1, (1,), (1,)),
+    "resnet18": ResNet("ResNet-18", basic, 1, (2, 2, 2, 2), (1, 1, 1, 1)),
+    "resnet50": ResNet("ResNet-50 at stride 8", bottleneck, 4, (3, 4, 6, 3), (1, 1, 2, 4)),
+}
+
+
+def resnet(kind: str, base: int, *, pool: bool = False) -> nn.Sequential:
+    """Return an encoder of images ``(B, 3, H, W)``; ``base``: channels of the first layer."""
+    about = RESNETS[kind]
+    layers = [*activated(3, base, 7, 2), nn.MaxPool2d(3, 2, padding=1)]
+    channels = base
+    for stage, (count, dilation) in enumerate(zip(about.blocks, about.dilations, strict=True)):
+        width = base << stage
+        for k in range(count):
+            # As dilated residual networks have it: a stage's first block keeps the field of view.
+            first = k == 0
+            stride = 2 if first and stage > 0 and dilation == 1 else 1
+            own = max(1, dilation // 2) if first else dilation
+            layers.append(about.block(channels, width, stride, own))
+            channels = width * about.expansion
+    encoder = nn.Sequential(*layers, *([Flat()] if pool else []))
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return encoder
+
+
+def residual_encoder(
+    inputs: int,
+    *,
+    widths: Sequence[int] = (16, 32, 64),
+    blocks: int = 1,
+    strides: Sequence[int] = (2, 2, 1),
+    dilations: Sequence[int] = (1, 1, 2),
+    pool: bool = False,
+) -> nn.Sequential:
+    """Return a stem, then a stage of residual blocks for each further width, as a dilated ResNet.
+
+    pool: the representation is the mean over positions, ``(B, C)``.
+    """
+    if not len(widths) == len(strides) == len(dilations):
+        raise ValueError(
+            "network: expected as many strides and dilations as widths, got "
+            f"{len(strides)}, {len(dilations)} and {len(widths)}"
+        )
+    layers = activated(inputs, widths[0], 3, strides[0], dilations[0])
+    for before, width, stride, dilation in zip(
+        widths, widths[1:], strides[1:], dilations[1:], strict=False
+    ):
+        layers.append(basic(before, width, stride, dilation))
+        layers += [basic(width, width, 1, dilation) for _ in range(blocks - 1)]
+    return nn.Sequential(*layers, *([Flat()] if pool else []))
+
+
+def mlp_encoder(
+    inputs: int, *, widths: Sequence[int] = (256, 128), dropout: float = 0.0
+) -> nn.Sequential:
+    """Return linear layers with batch norm and ReLU, for features."""
+    layers: list[nn.Module] = [nn.Dropout(dropout)] if dropout else []
+    for width in widths:
+        layers += [nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder}
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling as in DeepLabV3, at the representation's resolution.
+
+    small: without the last 3 x 3 convolution and dropout, and without batch norm in the image
+    pooling, where it would see one value for each sample and channel.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int, dilations: Sequence[int], small: bool = False
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([nn.Sequential(*activated(inputs, width, 1))])
+        self.branches.extend(nn.Sequential(*activated(inputs, width, 3, 1, d)) for d in dilations)
+        pooled = [nn.Conv2d(inputs, width, 1), nn.ReLU()] if small else activated(inputs, width, 1)
+        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *pooled)
+        last = [] if small else [nn.Dropout(0.5), *activated(width, width, 3)]
+        joined = activated(width * (len(dilations) + 2), width, 1)
+        self.project = nn.Sequential(*joined, *last, nn.Conv2d(width, outputs, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        pooled = self.pooled(z).expand(-1, -1, *z.shape[2:])
+        return self.project(torch.cat([*(branch(z) for branch in self.branches), pooled], dim=1))
+
+
+def classifier(inputs: int, outputs: int, *, width: int, spatial: bool) -> nn.Sequential:
+    """Return a linear layer after a hidden one of this width; 0: no hidden layer."""
+    if not spatial:
+        hidden = [nn.Linear(inputs, width), nn.ReLU()] if width else []
+        return nn.Sequential(*hidden, nn.Linear(width or inputs, outputs))
+    hidden = activated(inputs, width) if width else []
+    return nn.Sequential(*hidden, Flat(), nn.Linear(width or inputs, outputs))
+
+
+class Model(nn.Module):
+    """A shared encoder, and a head for each task by its name."""
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(heads)
+
+    def head(self, task: str, z: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the task's output, at this size where it is dense."""
+        y = self.heads[task](z)
+        if y.ndim == 2 or y.shape[2:] == tuple(size):
+            return y
+        return interpolate(y, tuple(size), mode="bilinear", align_corners=False)
+
+
+# --- the networks of the field ---
 
 
 @dataclass(frozen=True)
@@ -27,13 +215,13 @@ class Network:
     width: int
     encoder: str = "resnet50"
     base: int = 64  # channels of the first layer; all others follow
-    dilations: tuple[int, int, int] = (12, 24, 36)
+    dilations: tuple[int, ...] = (12, 24, 36)
     head_width: int | None = None  # channels inside an ASPP head; None: an eighth of its input's
     multi_input: bool = False
     on_cpu: Mapping[str, object] = field(default_factory=dict)  # what is smaller there
 
     def scaled(self, device_type: str) -> Network:
-        """This network in the size for ``device_type``."""
+        """Return this network in the size for ``device_type``."""
         return replace(self, **self.on_cpu) if device_type == "cpu" else self
 
     def __str__(self) -> str:
@@ -42,8 +230,31 @@ class Network:
             heads += f" of {self.head_width} channels"
         of_base = "" if self.base == 64 else f" of {self.base / 64:g} times the width"
         return (
-            f"{ENCODERS[self.encoder].title}{of_base}, {len(self.tasks)} {heads}, "
+            f"{RESNETS[self.encoder].title}{of_base}, {len(self.tasks)} {heads}, "
             f"B{self.batch} {self.height}x{self.width}"
+        )
+
+    def model(self) -> Model:
+        """Return it with random weights."""
+        channels = RESNETS[self.encoder].channels(self.base)
+        encoder = resnet(self.encoder, self.base, pool=self.multi_input)
+        if self.multi_input:
+            # The field's Office encoder ends with a hidden layer.
+            encoder.extend([nn.Linear(channels, channels), nn.BatchNorm1d(channels)])
+            encoder.extend([nn.ReLU(), nn.Dropout(0.5)])
+            heads = {task: nn.Linear(channels, outputs) for task, outputs in self.tasks.items()}
+            return Model(encoder, heads)
+        size = (self.height, self.width)
+        width = self.head_width or channels // 8
+        return Model(
+            encoder,
+            {
+                task: nn.Sequential(
+                    ASPP(channels, outputs, width, self.dilations),
+                    nn.Upsample(size, mode="bilinear", align_corners=True),
+                )
+                for task, outputs in self.tasks.items()
+            },
         )
 
 
@@ -64,135 +275,10 @@ NETWORKS = (
 )  # fmt: skip
 
 
-class Block(nn.Module):
-    """A residual block: convolutions and batch norms, ReLU between them and after the sum."""
-
-    def __init__(self, layers: list[nn.Module], shortcut: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-        self.shortcut = shortcut
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.layers(x) + self.shortcut(x))
-
-
-def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1):
-    """Convolution and batch norm."""
-    padding = dilation * (kernel // 2)
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    return [layer, nn.BatchNorm2d(outputs)]
-
-
-def activated(*arguments: int) -> list[nn.Module]:
-    return [*convolution(*arguments), nn.ReLU(inplace=True)]
-
-
-def basic(inputs: int, width: int, stride: int, dilation: int) -> Block:
-    layers = [*activated(inputs, width, 3, stride, dilation), *convolution(width, width, 3)]
-    return Block(layers, shortcut(inputs, width, stride))
-
-
-def bottleneck(inputs: int, width: int, stride: int, dilation: int) -> Block:
-    layers = [
-        *activated(inputs, width, 1),
-        *activated(width, width, 3, stride, dilation),
-        *convolution(width, 4 * width, 1),
-    ]
-    return Block(layers, shortcut(inputs, 4 * width, stride))
-
-
-def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    if inputs == outputs and stride == 1:
-        return nn.Identity()
-    return nn.Sequential(*convolution(inputs, outputs, 1, stride))
-
-
-class Residual(NamedTuple):
-    title: str
-    block: type | object  # makes a Block
-    expansion: int  # of its channels
-    blocks: tuple[int, int, int, int]
-    dilations: tuple[int, int, int, int]  # of the 3 x 3 convolutions; 1: the stage has its stride
-
-
-ENCODERS = {
-    "resnet18": Residual("ResNet-18", basic, 1, (2, 2, 2, 2), (1, 1, 1, 1)),
-    "resnet50": Residual("ResNet-50 at stride 8", bottleneck, 4, (3, 4, 6, 3), (1, 1, 2, 4)),
-}
-
-
-def resnet(kind: Residual, base: int) -> nn.Sequential:
-    """Images ``(B, 3, H, W)`` to ``(B, 8 * base * expansion, H / s, W / s)``, stride s 32 or 8."""
-    layers = [*activated(3, base, 7, 2), nn.MaxPool2d(3, 2, padding=1)]
-    channels = base
-    for stage, (count, dilation) in enumerate(zip(kind.blocks, kind.dilations, strict=True)):
-        width = base << stage
-        for k in range(count):
-            # As dilated residual networks have it: a stage's first block keeps the field of view.
-            first = k == 0
-            stride = 2 if first and stage > 0 and dilation == 1 else 1
-            layers.append(
-                kind.block(channels, width, stride, max(1, dilation // 2) if first else dilation)
-            )
-            channels = width * kind.expansion
-    return nn.Sequential(*layers)
-
-
-class ASPPHead(nn.Module):
-    """Atrous spatial pyramid pooling as in DeepLabV3, up to the size of the image."""
-
-    def __init__(self, inputs: int, outputs: int, network: Network) -> None:
-        super().__init__()
-        width = network.head_width or inputs // 8
-        self.branches = nn.ModuleList([nn.Sequential(*head_layer(inputs, width, 1))])
-        self.branches.extend(
-            nn.Sequential(*head_layer(inputs, width, 3, d)) for d in network.dilations
-        )
-        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *head_layer(inputs, width, 1))
-        self.project = nn.Sequential(*head_layer(5 * width, width, 1), nn.Dropout(0.5))
-        self.classify = nn.Sequential(*head_layer(width, width, 3), nn.Conv2d(width, outputs, 1))
-        self.size = (network.height, network.width)
-
-    def forward(self, z: Tensor) -> Tensor:
-        found = [branch(z) for branch in self.branches]
-        found.append(interpolate(self.pooled(z), size=z.shape[2:], mode="bilinear"))
-        y = self.classify(self.project(torch.cat(found, 1)))
-        return interpolate(y, size=self.size, mode="bilinear", align_corners=True)
-
-
-def head_layer(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> list[nn.Module]:
-    padding = dilation * (kernel // 2)
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
-    return [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
-
-
-class Model(nn.Module):
-    """One encoder, and a head for each task by its name."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        kind = ENCODERS[network.encoder]
-        channels = 8 * network.base * kind.expansion
-        self.encoder = resnet(kind, network.base)
-        if network.multi_input:
-            # The field's Office encoder ends with a hidden layer.
-            self.encoder.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten()])
-            self.encoder.extend([nn.Linear(channels, channels), nn.BatchNorm1d(channels)])
-            self.encoder.extend([nn.ReLU(), nn.Dropout(0.5)])
-        self.heads = nn.ModuleDict(
-            {
-                task: nn.Linear(channels, outputs)
-                if network.multi_input
-                else ASPPHead(channels, outputs, network)
-                for task, outputs in network.tasks.items()
-            }
-        )
-
-
 class Batch(NamedTuple):
-    images: list[Tensor]  # one tensor that all tasks share; multi-input: one per task
+    """Images and labels of one step."""
+
+    images: list[Tensor]  # one tensor that all tasks share; multi-input: one for each task
     labels: dict[str, Tensor]
 
 
@@ -214,14 +300,17 @@ def random_batch(network: Network, device: torch.device) -> Batch:
     return Batch(images, labels)
 
 
-def cosine_loss(found: Tensor, unit: Tensor) -> Tensor:
-    """One minus the cosine of the angle to the normal, averaged over pixels."""
-    return 1 - (found / found.norm(dim=1, keepdim=True) * unit).sum(1).mean()
+def cosine_loss(output: Tensor, unit: Tensor) -> Tensor:
+    """Return one minus the cosine of the angle to the normal, averaged over pixels."""
+    return 1 - (output / output.norm(dim=1, keepdim=True) * unit).sum(1).mean()
 
 
 # All other tasks are classifications, of pixels or of images.
-DENSE_REGRESSIONS = {"depth": l1_loss, "normals": cosine_loss}
+DENSE_REGRESSIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "depth": l1_loss,
+    "normals": cosine_loss,
+}
 
 
-def task_loss(task: str, found: Tensor, label: Tensor) -> Tensor:
-    return DENSE_REGRESSIONS.get(task, cross_entropy)(found, label)
+def task_loss(task: str, output: Tensor, label: Tensor) -> Tensor:
+    return DENSE_REGRESSIONS.get(task, cross_entropy)(output, label)

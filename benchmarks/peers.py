@@ -26,7 +26,7 @@ from benchmarks.phases import Unmarked
 
 
 class Forward(NamedTuple):
-    """What a forward pass leaves for the backward pass."""
+    """The results of a forward pass that the backward pass needs."""
 
     encoder: nn.Module
     heads: list[nn.Module]  # of the tasks, in order
@@ -34,25 +34,25 @@ class Forward(NamedTuple):
     representations: list[Tensor]  # one that all tasks share; multi-input: one per task
 
     def of_tasks(self) -> list[Tensor]:
-        """The representation of each task."""
+        """Return the representation of each task."""
         shared = len(self.representations) == 1
         return self.representations * len(self.losses) if shared else self.representations
 
 
 def nash_mtl(tasks: int, **options):
-    """torchjd's Nash-MTL, without options in LibMTL's and its own default setting."""
+    """Return torchjd's Nash-MTL; without options in LibMTL's and its own default setting."""
     from torchjd.aggregation import NashMTL
 
-    # Says once that solving Nash-MTL's problem again is no faster: so it is, and it is measured.
+    # Its solver says once that solving Nash-MTL's problem again is no faster. It is measured so.
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not")
     return NashMTL(n_tasks=tasks, **options)
 
 
-def fairgrad(tasks: int):
-    """torchjd's FairGrad with LibMTL's alpha."""
+def fairgrad(tasks: int, *, alpha: float = 1.0, **options):
+    """Return torchjd's FairGrad, with LibMTL's alpha."""
     from torchjd.aggregation import FairGrad
 
-    return FairGrad(alpha=1.0)
+    return FairGrad(alpha=alpha, **options)
 
 
 class ByTorchjd:
@@ -64,7 +64,7 @@ class ByTorchjd:
         self.weights: list[Tensor] = []
 
     def tune(self, step: Callable[[], object], wait: Callable[[], None]) -> None:
-        """Sets the faster ``chunk``: which one it is depends on network and device."""
+        """Set the faster ``chunk``: which one it is depends on network and device."""
         seconds = {}
         for self.chunk in (None, 1):
             step()
@@ -87,6 +87,8 @@ class ByTorchjd:
 
 
 class SinglePass:
+    """Each head once and the encoder once for each task: torchjd's gradients."""
+
     def __init__(self, aggregator: nn.Module) -> None:
         self.weighting = aggregator.weighting
         self.weights: list[Tensor] = []
@@ -132,7 +134,7 @@ class AtRepresentation:
 
 
 def heads_backward(forward: Forward) -> list[Tensor]:
-    """One pass through each head: sets its gradients, returns the one at its representation."""
+    """Pass through each head once: set its gradients, return the one at its representation."""
     saliencies = []
     for head, loss, z in zip(forward.heads, forward.losses, forward.of_tasks(), strict=True):
         parameters = list(head.parameters())

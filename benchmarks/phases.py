@@ -1,4 +1,4 @@
-"""The phases of a training step: where between its start and its end the time goes."""
+"""The phases of a training step: where the time goes between its start and its end."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# In the order of a step. "heads_backward" is Rep-MTL's second-order pass, and what other methods
-# have in its place; "weighting" the Gram matrix, the weights and the weighted sum of peers;
-# "compiled" forward and backward in one graph.
-PHASES = (
-    "encoder_forward",
-    "heads_forward",
-    "saliencies",
-    "regularizer",
-    "heads_backward",
-    "weighting",
-    "encoder_backward",
-    "compiled",
-    "optimizer",
-)
+# In the order of a step, with their titles. The weighting of peers is the Gram matrix, the weights
+# and the weighted sum.
+PHASES = {
+    "encoder_forward": "encoder",
+    "heads_forward": "heads",
+    "saliencies": "saliencies",
+    "regularizer": "regulariser",
+    "heads_backward": "heads backward, second order in Rep-MTL",
+    "weighting": "weighting",
+    "encoder_backward": "encoder backward",
+    "compiled": "one graph",
+    "optimizer": "optimiser",
+}
 
 
 class Unmarked:
@@ -41,12 +40,12 @@ class Phases(Unmarked):
         self.marks = [self._now()]
 
     def mark(self, name: str) -> None:
-        """Ends the phase ``name``, which began at the last mark."""
+        """End the phase ``name``, which began at the last mark."""
         self.names.append(name)
         self.marks.append(self._now())
 
     def mark_at(self, tensors: Sequence[Tensor], name: str, times: int = 1) -> None:
-        """Ends the phase when a gradient is complete for the ``times``-th time at any of them."""
+        """End the phase when a gradient is complete for the ``times``-th time at any of them."""
         arrived = 0
 
         def hook(_: Tensor) -> None:
@@ -59,15 +58,15 @@ class Phases(Unmarked):
             tensor.register_hook(hook)
 
     def ms(self) -> dict[str, float]:
-        """Waits for the device. A name that was marked twice has the sum."""
+        """Wait for the device and return the times; a name that was marked twice has the sum."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        found: dict[str, float] = {}
+        times: dict[str, float] = {}
         for name, begin, end in zip(self.names, self.marks, self.marks[1:], strict=False):
-            found[name] = found.get(name, 0.0) + self._between(begin, end)
-        return found
+            times[name] = times.get(name, 0.0) + self._between(begin, end)
+        return times
 
-    def _now(self):
+    def _now(self) -> float | torch.cuda.Event:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

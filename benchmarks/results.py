@@ -1,4 +1,4 @@
-"""Result files: one for each part, in one folder per machine."""
+"""Result files: one JSON file for each part of the benchmark, in one folder for each machine."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ HEAD = ("machine", "versions", "commit", "dirty", "date", "measured")
 
 
 def save(folder: Path, what: str, head: dict, rows: list[dict], **more: object) -> Path:
-    """Writes ``folder/what.json``: the head of the run, its rows, and what else belongs to them."""
+    """Write ``folder/what.json``: the head of the run, what else belongs to it, and its rows."""
     missing = [key for key in HEAD if key not in head]
     if missing:
         raise ValueError(f"head: expected the keys {', '.join(HEAD)}; {missing} are missing")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{what}.json"
-    # One row per line: a new measurement is a readable difference.
+    # One row on each line: a new measurement is a readable difference.
     text = json.dumps({**head, **more}, indent=1)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     path.write_text(f'{text[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
@@ -26,6 +26,11 @@ def save(folder: Path, what: str, head: dict, rows: list[dict], **more: object) 
 
 
 def load(folder: Path, what: str) -> dict | None:
-    """The content of ``folder/what.json``, None where it was not measured."""
+    """Return the content of ``folder/what.json``, None where there is no such file."""
     path = folder / f"{what}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def rounded(figures: dict) -> dict:
+    """Return the figures with five digits."""
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in figures.items()}

@@ -1,12 +1,14 @@
-"""The factored form of CSA as one would write it: plain PyTorch, autograd, the inputs' own dtype.
+"""The rivals of the kernels: the equations as printed, and the factored form.
 
-An honest rival of the kernels: no ``C x C`` matrix unless that is the smaller one, matrix products
-by the library, tasks taken one by one instead of stacked.
+The factored form is as one would write it: plain PyTorch, autograd, the inputs' own dtype. It is an
+honest rival: no ``C x C`` matrix unless that is the smaller one, matrix products by the library,
+tasks taken one by one instead of stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +17,11 @@ from repmtl_kernels import reference
 from repmtl_kernels.backends.contract import AllSamples
 from repmtl_kernels.backends.peaks import peaks, share
 
+LAMBDA = 0.01  # of both losses in rep_mtl_loss
+
 
 def csa_loss(
-    saliencies: Tensor | Sequence[Tensor], *, temperature: float = 0.5, channel_dim: int = 1
+    saliencies: Sequence[Tensor], *, temperature: float = 0.5, channel_dim: int = 1
 ) -> Tensor:
     """As :func:`repmtl_kernels.csa_loss`, of saliencies with spatial dimensions; not scale-safe."""
     tasks = [s.movedim(channel_dim, 1).flatten(2) for s in saliencies]  # (B, C, N) each
@@ -37,17 +41,29 @@ def csa_loss(
     return (negative - positive / (count * temperature)).mean()
 
 
-def rep_mtl_loss(
-    saliencies: Tensor | Sequence[Tensor], *, weight: float, channel_dim: int = 1
-) -> Tensor:
-    """Both losses with one weight. TSR has nothing to factor: it is the reference's."""
-    tsr = reference.tsr_loss(saliencies, channel_dim=channel_dim)
-    return weight * tsr + weight * csa_loss(saliencies, channel_dim=channel_dim)
+def rep_mtl_loss(csa: Callable[..., Tensor], saliencies: Sequence[Tensor], **options) -> Tensor:
+    """Return both losses as :func:`repmtl_kernels.rep_mtl_loss` weighs them, with this CSA."""
+    tsr = reference.tsr_loss(saliencies, **options)
+    return LAMBDA * tsr + LAMBDA * csa(saliencies, **options)
+
+
+LITERAL: dict[str, Callable[..., Tensor]] = {
+    "csa_loss": reference.csa_loss,
+    "tsr_loss": reference.tsr_loss,
+    "rep_mtl_loss": partial(rep_mtl_loss, reference.csa_loss),
+}
+# TSR has nothing to factor.
+FACTORED: dict[str, Callable[..., Tensor]] = {
+    "csa_loss": csa_loss,
+    "rep_mtl_loss": partial(rep_mtl_loss, csa_loss),
+}
 
 
 def statistics(saliencies: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What the statistics stage gives, in three reductions for each task; the largest magnitudes
-    instead of their powers of two."""
+    """Return what the statistics stage gives, in three reductions for each task.
+
+    The largest magnitudes stand for their powers of two.
+    """
     return [
         (
             s.mean(1, dtype=torch.float32),
@@ -59,21 +75,17 @@ def statistics(saliencies: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tenso
 
 
 def gram(saliencies: Sequence[Tensor]) -> list[Tensor]:
-    """All of the smaller Gram matrix of each task, in the saliencies' dtype, by the library."""
-    found = []
-    for s in saliencies:
-        x = s.flatten(2)
-        a, b = (x.mT, x) if x.shape[2] <= x.shape[1] else (x, x.mT)
-        found.append(torch.bmm(a, b))
-    return found
+    """Return the smaller Gram matrix of each task in full, by the library."""
+    flat = [s.flatten(2) for s in saliencies]
+    return [x.mT @ x if x.shape[2] <= x.shape[1] else x @ x.mT for x in flat]
 
 
 def contrast(
     a: Tensor, all_samples: AllSamples | None, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The contrast stage of anchors (T, B, C), with all of its products at once.
+    """Run the contrast stage on anchors (T, B, C), with all of its products at once.
 
-    Returns the log-sum-exp (B,) and the gradient of all samples' mean (T, B, C).
+    Return the log-sum-exp (B,) and the gradient of the mean over all samples (T, B, C).
     """
     a = a.detach().requires_grad_()
     norm = torch.linalg.matrix_norm(torch.einsum("tbc,ubc->btu", a, a))

@@ -26,13 +26,13 @@ class Rotating(Generic[Inputs]):
 
 
 def graphed(call: Rotating, device: torch.device, pool: tuple[int, int] | None = None) -> Rotating:
-    """The same as CUDA graphs, one for each set of inputs, so that replays rotate as calls do.
+    """Return the same as CUDA graphs, one for each set of inputs: replays rotate as calls do.
 
     A replay returns what its capture returned, with the replay's values. Everything has to have run
     once: what compiles can't be captured. Raises what the capture raises, and before it a
     RuntimeError for a call that waits for the device, which would make the capture fail.
 
-    pool: memory that graphs share whose results nobody reads; default: some of its own.
+    pool: memory that graphs share whose results nobody reads; default: memory of its own.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream = _side_stream(device)
@@ -51,7 +51,7 @@ def graphed(call: Rotating, device: torch.device, pool: tuple[int, int] | None =
 
 @contextlib.contextmanager
 def synchronisation_refused() -> Iterator[None]:
-    """What waits for the device within the block raises a RuntimeError."""
+    """Raise a RuntimeError where a call waits for the device."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -73,9 +73,11 @@ def _captured(
 
 
 def _forget_capture(graph: torch.cuda.CUDAGraph, pool: tuple, stream: torch.cuda.Stream) -> None:
-    """PyTorch does not clean up after a capture that failed: each later capture and empty_cache
-    would fail, and random numbers of the default generator."""
-    # What fails here as well is of no interest beside the failure that brought us here.
+    """Clean up after a capture that failed, which PyTorch does not.
+
+    Each later capture and empty_cache would fail, and random numbers of the default generator.
+    """
+    # The failure of the capture is the one to report.
     with contextlib.suppress(RuntimeError):
         graph.reset()
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
@@ -87,7 +89,7 @@ def _forget_capture(graph: torch.cuda.CUDAGraph, pool: tuple, stream: torch.cuda
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: libraries keep workspaces for every stream that they have seen."""
+    """Return one stream for all captures: libraries keep workspaces for every stream."""
     return torch.cuda.Stream(device)
 
 

@@ -24,7 +24,7 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """Of all T saliencies together."""
+        """The numbers of all T saliencies together."""
         return self.tasks * self.batch * self.channels * self.positions
 
     def scaled(self, device_type: str) -> Shape:

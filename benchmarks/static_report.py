@@ -1,4 +1,4 @@
-"""What the compiler made of every Triton kernel, without a GPU: registers, spills, loads, HGMMA.
+"""The compiler's report on the Triton kernels, without a GPU: registers, spills, loads, HGMMA.
 
 ``python -m benchmarks.static_report [--capability 90] [--mode bfloat16] [--shape nyuv2]`` compiles
 the kernels through the same launch code that a GPU runs, with a stand-in for the CUDA driver.
@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks import report, results
-from benchmarks.line_up import triton_products_in
+from benchmarks.cases import triton_products_in
 from benchmarks.machine import git_state, versions
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels._heads.second_order import triton as batch_norm
@@ -36,7 +36,7 @@ from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.contract import CSAGradient
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
-DATACENTER = (80, 90, 100)  # those of the committed report
+DATACENTER = (80, 90, 100)  # in the committed report
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -77,7 +77,7 @@ class _AheadOfTimeDriver:
 def compiled_instead_of_launched(
     capability: int, only: str | None = None
 ) -> Iterator[dict[str, object]]:
-    """Within the block a kernel launch only compiles for ``capability``; yields kernels by hash.
+    """Only compile for ``capability`` where a kernel is launched; yield the kernels by hash.
 
     only: the name of the kernel that is compiled; launches of others do nothing. None: all are.
     """
@@ -103,7 +103,7 @@ def compiled_instead_of_launched(
 
 
 def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelReport:
-    """``instructions``: whether to disassemble, which takes as long as to compile."""
+    """Return a kernel's report; to count ``instructions`` takes as long as to compile."""
     with _cubin_file(kernel.asm["cubin"]) as cubin:
         usage = _cuobjdump("--dump-resource-usage", cubin)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
@@ -139,9 +139,9 @@ def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int], bool]:
 
 
 def _width(load: str) -> str:
-    """Bits that one thread loads."""
-    found = re.search(r"\.[US]?(8|16|64|128|256)\b", load)
-    return found[1] if found else "32"
+    """Return the bits that one thread loads."""
+    bits = re.search(r"\.[US]?(8|16|64|128|256)\b", load)
+    return bits[1] if bits else "32"
 
 
 @contextlib.contextmanager
@@ -171,14 +171,14 @@ MODES = {
 
 
 def products_of(mode: str) -> AbstractContextManager[None]:
-    """Within the block the Triton kernels' float32 products are those of ``mode``."""
+    """Set the precision of the Triton kernels' float32 products."""
     return triton_products_in(MODES[mode][1] or "")
 
 
 def compile_stages(
     shape: Shape, mode: str, layout: str, capability: int, *, masked: bool = False
 ) -> list:
-    """Compiles what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code.
+    """Compile what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code.
 
     masked: with ``positions``.
     """
@@ -220,7 +220,7 @@ def compile_stages(
 
 
 def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) -> list:
-    """Compiles the derivatives of batch norm with a ReLU behind it, in training.
+    """Compile the derivatives of batch norm with a ReLU behind it, in training.
 
     There are no matrix products in them, so that float32 has one mode.
     """
@@ -237,12 +237,9 @@ def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) ->
 
 
 def saliency(
-    shape: Shape,
-    dtype: torch.dtype,
-    layout: str,
-    make: Callable[..., torch.Tensor] = torch.empty,
+    shape: Shape, dtype: torch.dtype, layout: str, make: Callable[..., torch.Tensor] = torch.empty
 ) -> torch.Tensor:
-    """``(B, C, N)``; as torch.empty makes it, memory that nobody writes takes no place."""
+    """Return ``(B, C, N)``; memory that torch.empty made and nobody writes takes no place."""
     if layout == "channels_last":
         return make((shape.batch, shape.positions, shape.channels), dtype=dtype).mT
     return make((shape.batch, shape.channels, shape.positions), dtype=dtype)
@@ -258,24 +255,26 @@ REPORTED = ("losses", "batch_norm")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static_report", description=__doc__)
-    parser.add_argument("--capability", type=int, nargs="+", default=[90], choices=CAPABILITIES)
-    parser.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--shape", nargs="+", default=list(SPECIMENS), choices=SPECIMENS)
-    parser.add_argument("--layout", nargs="+", default=["contiguous"], choices=LAYOUTS)
-    parser.add_argument("--kernels", nargs="+", default=list(REPORTED), choices=KERNELS)
+    for name, default, choices in (
+        ("capability", [90], CAPABILITIES),
+        ("mode", list(MODES), list(MODES)),
+        ("shape", list(SPECIMENS), SPECIMENS),
+        ("layout", ["contiguous"], LAYOUTS),
+        ("kernels", list(REPORTED), list(KERNELS)),
+    ):
+        parser.add_argument(
+            f"--{name}", type=type(default[0]), nargs="+", default=default, choices=choices
+        )
     parser.add_argument(
-        "--disassemble",
-        nargs="+",
-        metavar="NAME",
+        "--disassemble", nargs="+", metavar="NAME",
         help="count the loads and matrix instructions of these kernels alone; default: of all",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print all rows as JSON at the end")
     parser.add_argument(
-        "--everything",
-        action="store_true",
+        "--everything", action="store_true",
         help="all of that for 80, 90 and 100, whatever the other options say; written to "
         "benchmarks/results/compiler/static.json and into the tables made from it",
-    )
+    )  # fmt: skip
     options = parser.parse_args()
     if options.everything:
         options.capability, options.layout, options.disassemble = DATACENTER, LAYOUTS, None
@@ -286,10 +285,10 @@ def main() -> None:
     ):
         for kernel in KERNELS[kernels](SHAPES[name], mode, layout, capability):
             wanted = options.disassemble is None or kernel.metadata.name in options.disassemble
-            found = inspect(kernel, capability, instructions=wanted)
-            rows.append({"shape": name, "layout": layout, "mode": mode, **asdict(found)})
+            about = asdict(inspect(kernel, capability, instructions=wanted))
+            rows.append({"shape": name, "layout": layout, "mode": mode, **about})
             if not options.json:
-                _print_row(rows[-1])
+                print(rows[-1], flush=True)
     if options.json:
         json.dump(rows, sys.stdout)
     if options.everything:
@@ -307,24 +306,12 @@ def main() -> None:
 
 
 def merged(rows: list[dict]) -> list[dict]:
-    """Rows that differ in the shape alone become one, with ``shapes`` in place of ``shape``."""
+    """Join rows that differ in the shape alone, with ``shapes`` in place of ``shape``."""
     shapes: dict[str, list[str]] = {}
     for row in rows:
         same = json.dumps({name: value for name, value in row.items() if name != "shape"})
         shapes.setdefault(same, []).append(row["shape"])
     return [{"shapes": list(dict.fromkeys(s)), **json.loads(row)} for row, s in shapes.items()]
-
-
-def _print_row(row: dict) -> None:
-    loads = " ".join(f"{width}:{n}" for width, n in (row["global_loads"] or {}).items())
-    matrix = " ".join(f"{name}:{n}" for name, n in (row["matrix_instructions"] or {}).items())
-    print(
-        f"sm_{row['capability']} {row['mode']:9} {row['shape']:10} {row['layout']:13} "
-        f"{row['kernel']:28} regs {row['registers']:3} spill {row['spill_bytes']} "
-        f"shared {row['shared_bytes']:6} warps {row['warps']} loads[{loads}] {matrix}"
-        f"{' one at a time' if row['serial'] else ''}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from benchmarks.cases import Effort
+
 Name = TypeVar("Name", bound=Hashable)
 
 # Calls are grouped until a block lasts this long: below, clocks and launches decide.
@@ -18,13 +20,15 @@ MAX_CALLS_PER_BLOCK = 200
 
 
 class Timing(NamedTuple):
-    ms: float  # median time of one call
-    spread: float  # interquartile range of the blocks, ms
+    """The median time of a call, and the interquartile range of the blocks, in milliseconds."""
+
+    ms: float
+    spread: float
     rounds: int
 
 
 def block_ms(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Mean milliseconds of ``calls`` calls in a row; on CUDA between two events."""
+    """Return the mean milliseconds of ``calls`` calls in a row; on CUDA between two events."""
     if device.type == "cuda":
         # An idle device at the start: a contestant must not hide its launches behind the last one.
         torch.cuda.synchronize(device)
@@ -42,17 +46,11 @@ def block_ms(call: Callable[[], object], calls: int, device: torch.device) -> fl
 
 
 def side_by_side(
-    contestants: Mapping[Name, Callable[[], object]],
-    device: torch.device,
-    *,
-    seconds: float,
-    min_rounds: int,
-    max_rounds: int,
+    contestants: Mapping[Name, Callable[[], object]], device: torch.device, effort: Effort
 ) -> dict[Name, Timing]:
-    """Times the contestants in turns (A B C A B C ...), so that a drift of the machine hits all.
+    """Return the times of contestants that took turns (A B C A B C ...): a drift hits all alike.
 
-    Rounds go on for ``seconds``, at least ``min_rounds`` and at most ``max_rounds``. Each
-    contestant must have been called before (compiled, warm).
+    Each contestant must have been called before (compiled, warm).
     """
     calls = {}
     for name, call in contestants.items():
@@ -60,8 +58,8 @@ def side_by_side(
         calls[name] = min(MAX_CALLS_PER_BLOCK, max(1, math.ceil(BLOCK_SECONDS / max(once, 1e-9))))
     blocks: dict[Name, list[float]] = {name: [] for name in contestants}
     began = time.perf_counter()
-    for done in range(max_rounds):
-        if done >= min_rounds and time.perf_counter() - began > seconds:
+    for done in range(effort.max_rounds):
+        if done >= effort.min_rounds and time.perf_counter() - began > effort.seconds:
             break
         for name, call in contestants.items():
             blocks[name].append(block_ms(call, calls[name], device))
@@ -69,7 +67,7 @@ def side_by_side(
 
 
 def summary(times: list[float]) -> Timing:
-    """Median and interquartile range (0 for a single time)."""
+    """Return median and interquartile range (0 for a single time)."""
     if len(times) == 1:
         return Timing(times[0], 0.0, 1)
     low, _, high = statistics.quantiles(times, n=4, method="inclusive")

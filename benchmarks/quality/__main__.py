@@ -10,73 +10,53 @@ import torch
 
 from benchmarks import results
 from benchmarks.machine import ROOT, describe, slug
-from benchmarks.quality import config, loaders
+from benchmarks.quality import config, loaders, pictures
 from benchmarks.quality.studies import run_study
 
 WORK = ROOT / "build" / "quality"
 
 
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description="Trains what the studies list, several seeds each, and compares the methods.",
         epilog=f"Studies and data sets in configs: {', '.join(config.names())}. Only multimnist "
         "comes with a dependency; the messages of the others say where their files are from.",
     )
-    parser.add_argument(
-        "studies", nargs="+", metavar="STUDY",
-        help="a TOML or JSON file, or the name of one in benchmarks/quality/configs; the file of "
-        "a data set stands for the usual methods on it",
-    )  # fmt: skip
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR",
-        help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder of results, tables and pictures; default: benchmarks/results/<machine>",
-    )  # fmt: skip
-    parser.add_argument(
-        "--work", type=Path, metavar="DIR", default=WORK,
-        help="folder of finished runs and checkpoints, from which a study goes on where it was "
-        "stopped; empty it after a change of the code. Default: build/quality",
-    )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0: never"
-    )
-    parser.add_argument(
-        "--tensorboard", action="store_true", help="event files in the work folder's tensorboard/"
-    )
-    parser.add_argument(
-        "--saliency", action="store_true",
-        help="also picture the saliencies of the first seed's networks, into the work folder: a "
-        "picture shows images of the data set, whose licence may not allow to pass it on",
-    )  # fmt: skip
-    return parser.parse_args(given)
+    add = parser.add_argument
+    add("studies", nargs="+", metavar="STUDY",
+        help="a TOML file, or the name of one in benchmarks/quality/configs; the file of a data "
+        "set stands for the usual methods on it")  # fmt: skip
+    add("--data", type=Path, metavar="DIR",
+        help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}")  # fmt: skip
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add("--seeds", type=int, nargs="+", help="instead of the study's")
+    add("--out", type=Path, metavar="DIR",
+        help="folder of results and pictures; default: benchmarks/results/<machine>")  # fmt: skip
+    add("--work", type=Path, metavar="DIR", default=WORK,
+        help="folder of finished runs, which are not trained again; empty it after a change of the "
+        "code. Default: build/quality")  # fmt: skip
+    return parser.parse_args(words)
 
 
-def main(given: list[str] | None = None) -> None:
-    options = arguments(given)
+def main(words: list[str] | None = None) -> None:
+    options = arguments(words)
     torch.set_num_threads(1)
     device = torch.device(options.device)
     for name in options.studies:
+        study = config.study(config.find(name), options.seeds)
+        out = options.out or results.RESULTS / slug(device)
         run_study(
-            config.study(config.find(name), options.seeds),
+            study,
             describe(device),
             folder=loaders.data_folder(options.data),
-            out=options.out or results.RESULTS / slug(device),
+            out=out,
             work=options.work,
             jobs=options.jobs,
-            saliency=options.saliency,
             device=options.device,
-            checkpoint_every=options.checkpoint_every,
-            tensorboard=options.tensorboard,
         )
+        pictures.draw(out, f"quality_{study.name}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Studies: TOML or JSON files, and the training runs that they list."""
+"""Studies: TOML files, and the training runs that they list."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 CONFIGS = Path(__file__).resolve().parent / "configs"
-# What is left of a run where a study says nothing.
+# Used where a study says nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {},
     "network": {},
     "training": {
-        "steps": 300, "batch": 16, "optimizer": "adam", "lr": 1e-3, "weight_decay": 1e-5,
-        "halve_at": [0.5], "flip": False, "label_fraction": 1.0, "evaluations": 1, "init": "",
-        "log_every": 10, "clip": 0.0,
+        "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5, "halve_at": [0.5],
+        "flip": False, "label_fraction": 1.0, "log_every": 10,
     },
     "pretraining": {
         "kind": "", "task": "", "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5,
@@ -30,7 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Sections whose keys are those of the defaults; those of the others depend on a name in them.
 FIXED = ("training", "pretraining")
 STUDY_KEYS = {"datasets", "seeds", "methods", "grid", "override", "spectra"}
-METHOD_KEYS = {"name", "method", "options", "grid", "pick", "against"}
+METHOD_KEYS = {"name", "method", "options", "grid", "against"}
 SINGLE, EQUAL = "single", "equal"
 
 
@@ -49,13 +53,12 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Names the run's files: runs that would train alike share it."""
-        what = [self.settings, self.method, self.options, self.task, self.seed]
-        return digest(what)
+        """The name of the run's file: runs that would train alike share it."""
+        return digest([self.settings, self.method, self.options, self.task, self.seed])
 
     @property
     def pretraining_key(self) -> str | None:
-        """Names the encoder that the run starts from; None where nothing was trained before."""
+        """The name of the encoder that the run starts from; None where none was trained before."""
         if not self.settings["pretraining"]["kind"]:
             return None
         return digest([*(self.settings[k] for k in ("data", "network", "pretraining")), self.seed])
@@ -66,27 +69,28 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file asks for."""
+    """The content of a study file."""
 
     name: str
     datasets: dict[str, dict]  # settings by name in tables
-    methods: list[dict]  # label, family, method, options, pick, against
+    methods: list[dict]  # label, family, method, options, against
     seeds: list[int]
     spectra: bool
 
     def runs(self, tasks: dict[str, list[str]]) -> list[Run]:
-        """All runs; tasks: names by data set, for the single-task ones."""
-        found = []
+        """Return all runs; tasks: names by data set, for the single-task ones."""
+        runs = []
         for (dataset, settings), seed in itertools.product(self.datasets.items(), self.seeds):
-            for method in self.methods:
-                single = method["method"] == SINGLE
-                for task in tasks[dataset] if single else [None]:
-                    run = Run(
-                        dataset, method["label"], method["family"], EQUAL if single
-                        else method["method"], method["options"], seed, task, settings,
-                    )  # fmt: skip
-                    found.append(run)
-        return found
+            for m in self.methods:
+                single = m["method"] == SINGLE
+                method = EQUAL if single else m["method"]
+                runs += [
+                    Run(
+                        dataset, m["label"], m["family"], method, m["options"], seed, task, settings
+                    )
+                    for task in (tasks[dataset] if single else [None])
+                ]
+        return runs
 
 
 def digest(what: object) -> str:
@@ -94,37 +98,29 @@ def digest(what: object) -> str:
 
 
 def names() -> list[str]:
-    """The studies and data sets that come with the benchmark."""
+    """Return the studies and data sets that come with the benchmark."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
 def read(path: Path) -> dict:
-    """The content of a TOML or JSON file."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: there is no such study or data set file; in {CONFIGS.name} are "
             f"{', '.join(names())}"
         )
-    if path.suffix == ".json":
-        return json.loads(path.read_text())
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     return tomllib.loads(path.read_text())
 
 
 def find(name: str, beside: Path = CONFIGS) -> Path:
-    """A file by its path, or by its name without ending in this folder or in ``configs/``."""
-    if Path(name).suffix in (".toml", ".json"):
+    """Return a file by its path, or by its name without ending, in ``beside`` or ``configs/``."""
+    if Path(name).suffix == ".toml":
         return Path(name)
-    candidates = [folder / f"{name}{end}" for folder in (beside, CONFIGS)
-                  for end in (".toml", ".json")]  # fmt: skip
+    candidates = [folder / f"{name}.toml" for folder in (beside, CONFIGS)]
     return next((path for path in candidates if path.exists()), candidates[0])
 
 
 def study(path: Path, seeds: list[int] | None = None) -> Study:
-    """The study of a file. A file of one data set is a study of it with the usual methods."""
+    """Return the study of a file; a file of one data set stands for the usual methods on it."""
     content = read(path)
     if "data" in content:
         content = {**read(CONFIGS / "usual.toml"), "datasets": [str(path)]}
@@ -137,24 +133,23 @@ def study(path: Path, seeds: list[int] | None = None) -> Study:
         file = find(name, path.parent)
         settings = merged(DEFAULTS, read(file))
         overrides = content.get("override", {})
-        for section in (overrides.get("all", {}), overrides.get(file.stem, {})):
-            settings = merged(settings, section)
+        for section in ("all", file.stem):
+            settings = merged(settings, overrides.get(section, {}))
         for label, variant in _variants(settings, content.get("grid", {})):
             _check_settings(file.name, variant)
             datasets[f"{file.stem}{label}"] = variant
     methods = [entry for method in content["methods"] for entry in _methods(path.name, method)]
-    if len({m["label"] for m in methods}) < len(methods):
-        raise ValueError(f"{path.name}: expected methods with different names")
     labels = {m["label"] for m in methods} | {""}
+    if len(labels) <= len(methods):
+        raise ValueError(f"{path.name}: expected methods with different names")
     if unknown := sorted({m["against"] for m in methods} - labels):
         raise ValueError(f"{path.name}: methods.against: no method is named {unknown[0]!r}")
-    return Study(
-        path.stem, datasets, methods, seeds or content["seeds"], content.get("spectra", False)
-    )
+    spectra = content.get("spectra", False)
+    return Study(path.stem, datasets, methods, seeds or content["seeds"], spectra)
 
 
 def merged(base: dict, changes: dict) -> dict:
-    """A copy of `base` with the changes, section by section."""
+    """Return a copy of `base` with the changes, section by section."""
     result = copy.deepcopy(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -170,23 +165,24 @@ def _methods(file: str, method: dict) -> Iterator[dict]:
     for label, options in _variants(method.get("options", {}), method.get("grid", {})):
         yield {
             "label": method["name"] + label, "family": method["name"], "method": method["method"],
-            "options": options, "pick": method.get("pick", False),
-            "against": method.get("against", ""),
+            "options": options, "against": method.get("against", ""),
         }  # fmt: skip
 
 
 def _variants(settings: dict, grid: dict[str, list]) -> Iterator[tuple[str, dict]]:
-    """Settings for every point of a grid, ``{"section.key": [values]}``, with a label of each."""
+    """Yield settings for every point of a grid, ``{"section.key": [values]}``, each labelled."""
     for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values, strict=True))
         variant = copy.deepcopy(settings)
-        for path, value in point.items():
+        for path, value in zip(grid, values, strict=True):
             *sections, key = path.split(".")
             here = variant
             for section in sections:
                 here = here.setdefault(section, {})
             here[key] = value
-        words = [f"{path.rsplit('.', 1)[-1]}={_short(value)}" for path, value in point.items()]
+        words = [
+            f"{path.rsplit('.', 1)[-1]}={_short(value)}"
+            for path, value in zip(grid, values, strict=True)
+        ]
         yield (f" [{', '.join(words)}]" if words else ""), variant
 
 

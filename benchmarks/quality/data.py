@@ -1,4 +1,4 @@
-"""What a data set is: tasks, splits in memory, and batches that a step number determines."""
+"""A data set: tasks, splits in memory, and batches that a step number determines."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Split:
                 )
 
     def of(self, task: str) -> Tensor:
-        """The inputs of this task."""
+        """Return the inputs of this task."""
         return self.inputs[task] if isinstance(self.inputs, dict) else self.inputs
 
     def size(self, task: str) -> int:
         return len(self.targets[task])
 
     def take(self, rows: dict[str, Tensor]) -> Split:
-        """The given rows; where inputs are shared, those of the first task."""
+        """Return these rows of each task; shared inputs are those of the first task."""
         targets = {task: self.targets[task][index] for task, index in rows.items()}
         if isinstance(self.inputs, dict):
             return Split({task: self.inputs[task][i] for task, i in rows.items()}, targets)
@@ -83,14 +83,14 @@ class Dataset:
         return values.mean(1).view(shape), values.std(1).view(shape)
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """A batch as the network takes it."""
+        """Return a batch as the network takes it."""
         if self.scale is None:
             return inputs.float()
         mean, std = (x.to(inputs.device) for x in self.scale)
         return (inputs.float() / 255 - mean) / std
 
     def only(self, task: str) -> Dataset:
-        """This task alone, without the training samples that have no label for it."""
+        """Return this task alone, without the training samples that have no label for it."""
         if task not in self.names:
             raise ValueError(f"task: expected one of {', '.join(self.names)}; got {task!r}")
         splits = {
@@ -102,7 +102,7 @@ class Dataset:
         return Dataset(tuple(t for t in self.tasks if t.name == task), splits)
 
     def with_fraction(self, fraction: float, seed: int) -> Dataset:
-        """With this share of the training samples, drawn by the seed."""
+        """Return it with this share of the training samples, drawn by the seed."""
         if not 0 < fraction <= 1:
             raise ValueError(f"label_fraction: expected a number in (0, 1], got {fraction}")
         if fraction == 1:
@@ -118,9 +118,9 @@ class Dataset:
         return min(wanted, *(self.splits["train"].size(task) for task in self.names))
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Split, dict[str, Tensor]]:
-        """The batch of a step and, per task, which of its samples have a label.
+        """Return the batch of a step and, per task, which of its samples have a label.
 
-        Epochs are permutations that seed and epoch determine, so that a resumed run needs no state.
+        Epochs are permutations that seed and epoch determine, whatever came before.
         In multi-input learning each task goes through its own samples.
         """
         train, rows = self.splits["train"], {}
@@ -132,13 +132,13 @@ class Dataset:
         return train.take(rows), {task: self.labelled[task][i] for task, i in rows.items()}
 
     def chunks(self, split: str, task: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets of a split, in order."""
+        """Yield inputs and targets of a split, in order."""
         here = self.splits[split]
         yield from zip(here.of(task).split(size), here.targets[task].split(size), strict=True)
 
 
 def stream(seed: int, *names: object) -> int:
-    """The seed of an own stream of random numbers, by name."""
+    """Return the seed of a stream of random numbers, by name."""
     return zlib.crc32(repr((seed, *names)).encode())
 
 

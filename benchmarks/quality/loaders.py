@@ -1,10 +1,10 @@
-"""The data sets by name. Each takes a folder and its options, and says which file it misses."""
+"""The data sets by name; each needs a folder and its options, and says which file is missing."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,33 +17,14 @@ from benchmarks.multimnist import TASKS as DIGITS
 from benchmarks.multimnist import load_mnist
 from benchmarks.multimnist import multimnist as pairs_of_digits
 from benchmarks.quality.data import Dataset, Split
-from benchmarks.quality.tasks import UNLABELLED, Task
+from benchmarks.quality.tasks import Task
 
 FOLDER_VARIABLE = "REPMTL_DATA"
 
 RGBD_TASKS = ("segmentation", "depth", "normals")
-MTAN_SOURCE = (
-    "the preprocessed .npy files of MTAN (github.com/lorenmt/mtan, README, section Datasets): "
-    "train/ and val/, each with image/, label/, depth/ {normals}of 0.npy, 1.npy, ..."
-)
-OFFICE = {
-    "office31": (
-        ("amazon", "dslr", "webcam"),
-        "Office-31 (Saenko et al. 2010): <domain>/images/<class>/*.jpg",
-    ),
-    "office_home": (
-        ("Art", "Clipart", "Product", "Real_World"),
-        "Office-Home (Venkateswara et al. 2017): <domain>/<class>/*.jpg",
-    ),
-}
-# LibMTL's examples/office/data_txt and the images themselves spell this domain differently.
-SPELLINGS = {"Real_World": ("Real_World", "Real World", "RealWorld")}
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
-SPLITS = {"train": "train", "validation": "val", "test": "test"}
-SHARES = {"train": 0.6, "validation": 0.2, "test": 0.2}
 
 
-class MissingData(FileNotFoundError):
+class MissingDataError(FileNotFoundError):
     """A file of a data set is not where it should be."""
 
     def __init__(self, path: Path | None, what: str, source: str) -> None:
@@ -51,14 +32,14 @@ class MissingData(FileNotFoundError):
         super().__init__(f"{what}: {where}. It is {source}. Name its folder with --data")
 
 
-def data_folder(given: str | Path | None) -> Path | None:
-    """The folder of the data: as given, or from the environment."""
-    given = given or os.environ.get(FOLDER_VARIABLE)
-    return Path(given) if given else None
+def data_folder(option: str | Path | None) -> Path | None:
+    """Return the folder of the data: from the option, or from the environment."""
+    folder = option or os.environ.get(FOLDER_VARIABLE)
+    return Path(folder) if folder else None
 
 
 def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
-    """The data set of this name. seed: of what is drawn, in MultiMNIST the pairs."""
+    """Return the data set of this name; ``seed`` decides which pairs MultiMNIST draws."""
     if name not in LOADERS:
         raise ValueError(f"data.name: expected one of {', '.join(LOADERS)}; got {name!r}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
@@ -70,23 +51,15 @@ def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
     return loader(folder, **seeded, **options)
 
 
-# --- data at hand ---
-
-
 @lru_cache(maxsize=2)
 def multimnist(
-    folder: Path | None,
-    *,
-    seed: int,
-    train: int = 8000,
-    validation: int = 1000,
-    test: int = 4000,
+    folder: Path | None, *, seed: int, train: int = 8000, validation: int = 1000, test: int = 4000
 ) -> Dataset:
-    """Two overlaid digits; training, validation and test pairs from disjoint sets of images."""
-    found = pairs_of_digits(*load_mnist(), train=train, validation=validation, test=test, seed=seed)
+    """Load two overlaid digits; the splits' pairs are from disjoint sets of images."""
+    pairs = pairs_of_digits(*load_mnist(), train=train, validation=validation, test=test, seed=seed)
     splits = {
-        split: Split(pairs.images, {task: pairs.labels[:, t] for t, task in enumerate(DIGITS)})
-        for split, pairs in found.items()
+        split: Split(p.images, {task: p.labels[:, t] for t, task in enumerate(DIGITS)})
+        for split, p in pairs.items()
     }
     return Dataset(tuple(Task.of(t, "classification", 10) for t in DIGITS), splits)
 
@@ -95,7 +68,7 @@ def multimnist(
 def tools(
     folder: Path | None, *, size: tuple[int, int] = (72, 96), segmentation_only: bool = False
 ) -> Dataset:
-    """RGB-D pictures of hand tools: segmentation, depth in metres, normals.
+    """Load RGB-D pictures of hand tools: segmentation, depth in metres, normals.
 
     segmentation_only: with the training frames that have no depth and no normals.
     """
@@ -124,9 +97,9 @@ def tools(
 def potholes(
     folder: Path | None, *, size: tuple[int, int] = (84, 140), validation: int = 0
 ) -> Dataset:
-    """Road pictures: segmentation of potholes, and disparity from 0 to 1.
+    """Load road pictures: segmentation of potholes, and disparity from 0 to 1.
 
-    validation: so many of the training frames, evenly spaced, are held out.
+    validation: how many of the training frames, evenly spaced, are held out.
     """
     file = "potholes_rgbd_168x280.npz"
     npz = _npz(folder, file, "potholes", "an archive of road pictures with stereo disparity")
@@ -147,166 +120,33 @@ def potholes(
     return Dataset(tasks, splits)
 
 
-@lru_cache(maxsize=2)
-def office_caltech(folder: Path | None, *, inputs: str = "surf", side: int = 64) -> Dataset:
-    """Office-Caltech-10: a task per domain, from images or from SURF or GoogLeNet features."""
-    arrays = {"images": "image", "surf": "surf800", "googlenet": "googlenet1024"}
-    if inputs not in arrays:
-        raise ValueError(f"inputs: expected one of {', '.join(arrays)}; got {inputs!r}")
+@lru_cache(maxsize=1)
+def office_caltech(folder: Path | None) -> Dataset:
+    """Load the SURF features of Office-Caltech-10: a task for each domain."""
     file = "office_caltech10_64.npz"
     npz = _npz(folder, file, "office_caltech", "an archive of Office-Caltech-10")
-    of = "googlenet_" if inputs == "googlenet" else ""
-    label, domain, split = (npz[f"{of}{what}"] for what in ("label", "domain", "split"))
-    if inputs == "images":
-        values = _images(npz["image"], (side, side))
-    else:
-        values = torch.from_numpy(npz[arrays[inputs]].astype(np.float32))
-        if inputs == "surf":
-            values = values / values.sum(1, keepdim=True).clamp(min=1)
-        train = values[torch.from_numpy(split == 0)]
-        values = (values - train.mean(0)) / train.std(0).clamp(min=1e-8)
+    label, domain, split = (npz[what] for what in ("label", "domain", "split"))
+    values = torch.from_numpy(npz["surf800"].astype(np.float32))
+    values = values / values.sum(1, keepdim=True).clamp(min=1)
+    train = values[torch.from_numpy(split == 0)]
+    values = (values - train.mean(0)) / train.std(0).clamp(min=1e-8)
+    targets = torch.from_numpy(label).long()
     names = {d: str(npz["domain_names"][d]) for d in np.unique(domain)}
     splits = {}
-    for code, name in enumerate(SPLITS):
+    for code, name in enumerate(("train", "validation", "test")):
         rows = {n: torch.from_numpy((domain == d) & (split == code)) for d, n in names.items()}
-        targets = torch.from_numpy(label).long()
-        splits[name] = Split(
-            {n: values[r] for n, r in rows.items()}, {n: targets[r] for n, r in rows.items()}
-        )
+        inputs = {n: values[r] for n, r in rows.items()}
+        splits[name] = Split(inputs, {n: targets[r] for n, r in rows.items()})
     classes = len(npz["class_names"])
     return Dataset(tuple(Task.of(n, "classification", classes) for n in names.values()), splits)
-
-
-# --- the field's own formats ---
-
-
-@lru_cache(maxsize=1)
-def nyuv2(folder: Path | None) -> Dataset:
-    """NYUv2 as MTAN prepared it: 13 classes, depth, normals."""
-    return _mtan(folder, "nyuv2", 13, RGBD_TASKS)
-
-
-@lru_cache(maxsize=1)
-def cityscapes(folder: Path | None) -> Dataset:
-    """Cityscapes as MTAN prepared it: 7 classes and (inverse) depth."""
-    return _mtan(folder, "cityscapes", 7, RGBD_TASKS[:2])
-
-
-@lru_cache(maxsize=1)
-def office31(folder: Path | None, *, side: int = 224, split_lists: str = "") -> Dataset:
-    """Office-31; split_lists: folder of LibMTL's ``<domain>_<split>.txt``, else own 60/20/20."""
-    return _office(folder, "office31", side, split_lists)
-
-
-@lru_cache(maxsize=1)
-def office_home(folder: Path | None, *, side: int = 224, split_lists: str = "") -> Dataset:
-    """Office-Home; split_lists: folder of LibMTL's ``<domain>_<split>.txt``, else own 60/20/20."""
-    return _office(folder, "office_home", side, split_lists)
 
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
     loader.__wrapped__.__name__: loader
     for loader in (
-        multimnist, tools, potholes, office_caltech, nyuv2, cityscapes, office31, office_home,
+        multimnist, tools, potholes, office_caltech
     )
 }  # fmt: skip
-
-
-def _mtan(folder: Path | None, name: str, classes: int, tasks: Sequence[str]) -> Dataset:
-    source = MTAN_SOURCE.format(normals="and normal/ " if "normals" in tasks else "")
-    root = _existing(folder and folder / name, name, source)
-    splits = {}
-    for split, where in (("train", "train"), ("test", "val")):
-        images = _existing(root / where / "image", name, source)
-        count = len(list(images.glob("*.npy")))
-        if not count:
-            raise MissingData(images / "0.npy", name, source)
-        # Older preparations of Cityscapes have one folder for each number of classes.
-        labels = root / where / f"label_{classes}"
-        labels = labels if labels.is_dir() else root / where / "label"
-
-        def stack(where: Path, count: int = count) -> Tensor:
-            files = [_existing(where / f"{i}.npy", name, source) for i in range(count)]
-            return torch.stack([torch.from_numpy(np.load(file)) for file in files])
-
-        label = stack(labels).long()
-        targets = {
-            "segmentation": label.where(label < classes, UNLABELLED).clamp(min=UNLABELLED).char(),
-            "depth": stack(root / where / "depth").float().flatten(3).movedim(-1, 1),
-        }
-        if "normals" in tasks:
-            targets["normals"] = stack(root / where / "normal").float().movedim(-1, 1)
-        splits[split] = Split(stack(images).float().movedim(-1, 1), targets)
-    return Dataset(tuple(Task.of(t, t, classes) for t in tasks), splits)
-
-
-def _office(folder: Path | None, name: str, side: int, split_lists: str) -> Dataset:
-    domains, source = OFFICE[name]
-    root = _existing(folder and folder / name, name, source)
-    inputs: dict[str, dict[str, Tensor]] = {split: {} for split in SPLITS}
-    targets: dict[str, dict[str, Tensor]] = {split: {} for split in SPLITS}
-    classes = 0
-    for domain in domains:
-        if split_lists:
-            found = _listed(root, Path(split_lists), domain, name)
-        else:
-            found = _own_split(root, domain, name, source)
-        for split, files in found.items():
-            images = [_image(root, file, side, name, source) for file, _ in files]
-            inputs[split][domain] = torch.stack(images)
-            targets[split][domain] = torch.tensor([label for _, label in files])
-            classes = max(classes, int(targets[split][domain].max()) + 1)
-    splits = {split: Split(inputs[split], targets[split]) for split in SPLITS}
-    return Dataset(tuple(Task.of(d, "classification", classes) for d in domains), splits)
-
-
-def _listed(root: Path, lists: Path, domain: str, name: str) -> dict[str, list[tuple[Path, int]]]:
-    """Files and labels by LibMTL's lists, a line ``<path> <label>`` for each image."""
-    source = "LibMTL's examples/office/data_txt, one list for each domain and split"
-    found = {}
-    for split, suffix in SPLITS.items():
-        path = _existing(lists / f"{domain}_{suffix}.txt", name, source)
-        lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines() if line.strip()]
-        found[split] = [(root / file, int(label)) for file, label in lines]
-    return found
-
-
-def _own_split(root: Path, domain: str, name: str, source: str) -> dict:
-    """60/20/20 of each class, by file name and seed 0."""
-    where = _existing(_spelled(root, domain), name, source)
-    where = where / "images" if (where / "images").is_dir() else where
-    found: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
-    folders = sorted(p for p in where.iterdir() if p.is_dir())
-    if not folders:
-        raise MissingData(where / "<class>", name, source)
-    for label, folder in enumerate(folders):
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-        start = 0.0
-        for split, share in SHARES.items():
-            end = start + share
-            places = order[round(start * len(files)) : round(end * len(files))]
-            found[split] += [(files[i], label) for i in places]
-            start = end
-    return found
-
-
-def _spelled(root: Path, domain: str) -> Path:
-    spellings = [root / s for s in SPELLINGS.get(domain, (domain,))]
-    return next((path for path in spellings if path.exists()), spellings[0])
-
-
-def _image(root: Path, file: Path, side: int, name: str, source: str) -> Tensor:
-    """``(3, side, side)`` uint8."""
-    from PIL import Image
-
-    if not file.exists():
-        # The lists have the spelling of their author.
-        domain, *rest = file.relative_to(root).parts
-        file = _existing(_spelled(root, domain).joinpath(*rest), name, source)
-    with Image.open(file) as image:
-        pixels = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(pixels)).movedim(-1, 0)
 
 
 # --- arrays ---
@@ -320,7 +160,7 @@ def _npz(folder: Path | None, file: str, name: str, source: str):
 
 def _existing(path: Path | None, name: str, source: str) -> Path:
     if path is None or not path.exists():
-        raise MissingData(path, name, source)
+        raise MissingDataError(path, name, source)
     return path
 
 
@@ -329,7 +169,7 @@ def _channels_first(values: np.ndarray) -> Tensor:
 
 
 def _images(values: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """``(n, 3, *size)`` uint8, by area."""
+    """Return ``(n, 3, *size)`` uint8, by area."""
     images = _channels_first(values)
     if images.shape[2:] == tuple(size):
         return images.contiguous()
@@ -338,18 +178,18 @@ def _images(values: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 
 def _classes(values: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """``(n, *size)`` int8, the nearest pixel."""
+    """Return ``(n, *size)`` int8, the nearest pixel."""
     classes = torch.from_numpy(values).unsqueeze(1).float()
     return interpolate(classes, size, mode="nearest-exact").squeeze(1).to(torch.int8)
 
 
 def _values(values: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(n, c, *size)``: the mean of the pixels that are not missing (zero in every channel)."""
+    """Return ``(n, c, *size)``: means without missing pixels, which are zero in each channel."""
     there = (values != 0).any(1, keepdim=True).float()
     share = adaptive_avg_pool2d(there, size)
     return adaptive_avg_pool2d(values * there, size) / share.where(share > 0, 1)
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Unit vectors; a zero stays zero."""
+    """Return unit vectors; a zero stays zero."""
     return torch.nn.functional.normalize(vectors, dim=1)

@@ -1,64 +1,48 @@
-"""Pictures of a study's results, and of the tasks' saliencies over images."""
+"""Pictures of a study's results."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterable
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
-
-from benchmarks.plots import STYLE
-from benchmarks.progress import say
-from benchmarks.quality import tables
-from benchmarks.quality.data import Dataset
-from benchmarks.quality.delta import Interval, interval
-from benchmarks.quality.networks import Network
+from benchmarks import output
+from benchmarks.output import groups
+from benchmarks.quality.tables import Interval, interval, over_seeds
 from benchmarks.results import load
-from repmtl_kernels import task_saliencies
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X"
 
 
-def draw(folder: Path, what: str) -> list[Path]:
-    """The pictures that the rows of ``folder/what.json`` allow; returns the files."""
-    if find_spec("matplotlib") is None:
-        say("matplotlib is not installed: no pictures")
-        return []
-    import matplotlib
+def draw(folder: Path, what: str, *, again: bool = False) -> list[Path]:
+    """Draw the pictures that the rows of ``folder/what.json`` allow; return the files.
 
+    again: only those that the folder has already.
+    """
     rows = load(folder, what)["rows"]
-    with matplotlib.rc_context(STYLE):
-        figures = {
-            "delta_p": delta_figure(rows),
-            "strength": strength_figure(rows),
-            "ratio": ratio_figure(rows),
-        }
-    return [
-        _save(figure, folder / f"{what}_{name}.svg")
-        for name, figure in figures.items()
-        if figure is not None
-    ]
+    figures = {"delta_p": delta_figure, "strength": strength_figure, "ratio": ratio_figure}
+    makers = {f"{what}_{name}": partial(make, rows) for name, make in figures.items()}
+    if again:
+        makers = {n: make for n, make in makers.items() if (folder / f"{n}.svg").exists()}
+    return output.draw(folder, makers)
 
 
 def delta_figure(rows: list[dict]) -> Figure | None:
-    """`Delta_p` to equal weighting of every method with its interval; a panel per data set."""
-    found = [line for line in tables.lines(rows) if line.to_equal is not None]
-    datasets = list(dict.fromkeys(line.dataset for line in found))
+    """Return `Delta_p` to equal weighting of every method with its interval, by data set."""
+    intervals = over_seeds(rows, "delta_p_to_equal")
+    datasets, methods = (list(dict.fromkeys(key[k] for key in intervals)) for k in (0, 1))
     if not datasets:
         return None
-    methods = list(dict.fromkeys(line.method for line in found))
     figure, panels = _panels(datasets, height=0.8 + 0.28 * len(methods))
     for axes, dataset in zip(panels, datasets, strict=True):
-        here = {line.method: line.to_equal for line in found if line.dataset == dataset}
+        here = {method: i for (d, method), i in intervals.items() if d == dataset}
         places = [methods.index(method) for method in here]
         axes.axvline(0, color="#808080", linewidth=1)
         axes.errorbar(
@@ -72,33 +56,31 @@ def delta_figure(rows: list[dict]) -> Figure | None:
 
 
 def strength_figure(rows: list[dict]) -> Figure | None:
-    """`Delta_p` to equal weighting against the one number that a family's grid varies."""
-    curves: dict[str, dict[str, dict[float, list[float]]]] = {}
-    varied: dict[str, str] = {}
-    for row in rows:
-        if "delta_p_to_equal" in row:
-            values = curves.setdefault(row["family"], {}).setdefault(row["dataset"], {})
-            option = varied.setdefault(row["family"], _varied(rows, row["family"]))
-            if option:
-                x = row["settings"][option]
-                values.setdefault(x, []).append(row["delta_p_to_equal"]["mean"])
-    curves = {family: values for family, values in curves.items() if varied[family]}
-    if not curves:
+    """Return `Delta_p` to equal weighting against the one number that a family's grid varies."""
+    rows = [row for row in rows if "delta_p_to_equal" in row]
+    families = {family: group for (family,), group in groups(rows, "family").items()}
+    varied = {family: option for family, group in families.items() if (option := _varied(group))}
+    if not varied:
         return None
-    datasets = list(dict.fromkeys(dataset for values in curves.values() for dataset in values))
+    datasets = [d for (d,) in groups([r for r in rows if r["family"] in varied], "dataset")]
     figure, panels = _panels(datasets, height=2.8)
     for axes, dataset in zip(panels, datasets, strict=True):
         axes.axhline(0, color="#808080", linewidth=1)
-        for marker, (family, values) in zip(MARKERS, curves.items(), strict=False):
-            points = sorted(values.get(dataset, {}).items())
-            found = [interval(deltas) for _, deltas in points]
-            xs = [x for x, _ in points]
-            label = f"{family}, {varied[family]}"
+        xs_of_all: list[float] = []
+        for marker, (family, option) in zip(MARKERS, varied.items(), strict=False):
+            points: dict[float, list[float]] = {}
+            for row in families[family]:
+                if row["dataset"] == dataset:
+                    delta = row["delta_p_to_equal"]["mean"]
+                    points.setdefault(row["settings"][option], []).append(delta)
+            xs = sorted(points)
+            intervals = [interval(points[x]) for x in xs]
+            xs_of_all += xs
             axes.errorbar(
-                xs, [i.mean for i in found], yerr=_halves(found), fmt=f"{marker}-", capsize=3,
-                label=label, markersize=4,
+                xs, [i.mean for i in intervals], yerr=_halves(intervals), fmt=f"{marker}-",
+                capsize=3, label=f"{family}, {option}", markersize=4,
             )  # fmt: skip
-        if all(x > 0 for values in curves.values() for x in values.get(dataset, {})):
+        if all(x > 0 for x in xs_of_all):
             axes.set_xscale("log")
         axes.set_xlabel("strength")
     panels[0].set_ylabel("Δp to equal weighting, %")
@@ -106,12 +88,9 @@ def strength_figure(rows: list[dict]) -> Figure | None:
     return figure
 
 
-def _varied(rows: list[dict], family: str) -> str:
-    """The option, a number, whose value alone tells the settings of a family apart."""
-    settings = []
-    for row in rows:
-        if row["family"] == family and row["settings"] not in settings:
-            settings.append(row["settings"])
+def _varied(rows: list[dict]) -> str:
+    """Return the option, a number, whose value alone tells the settings of a family apart."""
+    settings = [row["settings"] for row in rows]
     options = {
         name for s in settings for name in s if any(o.get(name) != s[name] for o in settings)
     }
@@ -124,18 +103,15 @@ def _varied(rows: list[dict], family: str) -> str:
 
 
 def ratio_figure(rows: list[dict]) -> Figure | None:
-    """The regulariser's gradient over the tasks', at the representation, during training."""
-    found: dict[str, dict[str, list[dict]]] = {}
-    for row in rows:
-        if any(value is not None for value in row.get("history", {}).get("ratio", [])):
-            found.setdefault(row["dataset"], {}).setdefault(row["method"], []).append(
-                row["history"]
-            )
-    if not found:
+    """Return the regulariser's gradient over the tasks', at the representation, during training."""
+    rows = [r for r in rows if any(v is not None for v in r.get("history", {}).get("ratio", []))]
+    if not rows:
         return None
-    figure, panels = _panels(list(found), height=2.8)
-    for axes, methods in zip(panels, found.values(), strict=True):
-        for method, histories in methods.items():
+    by_dataset = groups(rows, "dataset")
+    figure, panels = _panels([dataset for (dataset,) in by_dataset], height=2.8)
+    for axes, of_dataset in zip(panels, by_dataset.values(), strict=True):
+        for (method,), group in groups(of_dataset, "method").items():
+            histories = [row["history"] for row in group]
             points = []
             for k, step in enumerate(histories[0]["step"]):
                 ratios = [h["ratio"][k] for h in histories if h["ratio"][k] is not None]
@@ -148,58 +124,7 @@ def ratio_figure(rows: list[dict]) -> Figure | None:
     return figure
 
 
-def saliency_energy(network: Network, dataset: Dataset, count: int) -> tuple[Tensor, Tensor]:
-    """Images ``(n, C, H, W)``, and each task's ``norm_c(dL_t/dZ)`` over them, ``(T, n, H, W)``.
-
-    Of the first test samples; the losses are sums over samples.
-    """
-    if dataset.multi_input:
-        raise ValueError("dataset: expected one whose tasks share their images")
-    test = dataset.splits["test"]
-    images = test.inputs[:count]
-    network.eval()
-    z = network.encoder(dataset.prepared(images)).detach().requires_grad_()
-    if z.ndim != 4:
-        raise ValueError(f"network: expected a representation with positions, got {z.ndim} axes")
-    losses = []
-    for task in dataset.tasks:
-        target = test.targets[task.name][:count]
-        output = network.head(task.name, z, target.shape[-2:])
-        losses.append(task.kind.loss(output, target) * len(images))
-    energy = [s.detach().square().sum(1, keepdim=True).sqrt() for s in task_saliencies(losses, z)]
-    full = [interpolate(e, images.shape[2:], mode="bilinear").squeeze(1) for e in energy]
-    return images, torch.stack(full)
-
-
-def plot_saliency(
-    networks: dict[str, Network], dataset: Dataset, path: Path, count: int = 3
-) -> Path:
-    """Saves a picture: for each image and method, each task's saliency energy over the image."""
-    from matplotlib.figure import Figure
-
-    columns = len(dataset.tasks)
-    height, width = dataset.splits["test"].inputs.shape[2:]
-    size = 1.6 * (1 + columns * len(networks)), 1.7 * count * height / width + 0.4
-    figure = Figure(figsize=size)
-    panels = figure.subplots(count, 1 + columns * len(networks), squeeze=False)
-    for m, (method, network) in enumerate(networks.items()):
-        images, energy = saliency_energy(network, dataset, count)
-        low, high = images.float().amin(), images.float().amax()
-        shown = ((images.float() - low) / (high - low)).movedim(1, -1).numpy()
-        for row in range(count):
-            panels[row][0].imshow(shown[row], cmap="gray")
-            for t, task in enumerate(dataset.names):
-                axes = panels[row][1 + m * columns + t]
-                axes.imshow(shown[row], cmap="gray")
-                axes.imshow(energy[t, row].numpy(), cmap="magma", alpha=0.75)
-                if row == 0:
-                    axes.set_title(f"{method}\n{task}", fontsize=7)
-    for axes in panels.flat:
-        axes.set_axis_off()
-    return _save(figure, path)
-
-
-def _panels(titles: list[str], height: float):
+def _panels(titles: list[str], height: float) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 2.6 * len(titles), height))
@@ -212,14 +137,3 @@ def _panels(titles: list[str], height: float):
 
 def _halves(intervals: Iterable[Interval]) -> list[float]:
     return [0.0 if math.isnan(i.half) else i.half for i in intervals]
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    import matplotlib
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(STYLE):
-        # SVG keeps a date unless told otherwise; PNG does not know the word.
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(path, metadata=metadata, bbox_inches="tight", dpi=130)
-    return path

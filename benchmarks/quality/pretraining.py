@@ -1,22 +1,63 @@
-"""What an encoder learns before the tasks: one of them, rotations, or to remove noise."""
+"""A network for a data set, and what its encoder learns before the tasks.
+
+That is one of the tasks, rotations, or to remove noise.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from benchmarks.networks import ASPP, ENCODERS, Flat, Model, classifier
 from benchmarks.quality.data import Dataset, stream
-from benchmarks.quality.networks import Flat, Network, build
 
 KINDS = ("task", "rotation", "denoising")
 TURNS = 4
 
 
+def build(
+    dataset: Dataset,
+    seed: int,
+    *,
+    encoder: str = "residual",
+    head_width: int = 32,
+    head_dilations: Sequence[int] = (1, 2, 3),
+    **options,
+) -> Model:
+    """Return the network for a data set.
+
+    The weights of the encoder and of each head depend on the seed alone: multi-task and single-task
+    runs of one seed start from the same weights.
+    """
+    if encoder not in ENCODERS:
+        raise ValueError(f"network.encoder: expected one of {', '.join(ENCODERS)}; got {encoder!r}")
+    example = dataset.prepared(dataset.splits["train"].of(dataset.names[0])[:2])
+    torch.manual_seed(stream(seed, "encoder"))
+    shared = ENCODERS[encoder](example.shape[1], **options)
+    with torch.no_grad():
+        z = shared.eval()(example)
+    shared.train()
+    heads = {}
+    for task in dataset.tasks:
+        torch.manual_seed(stream(seed, "head", task.name))
+        if task.kind.dense:
+            head = ASPP(z.shape[1], task.kind.channels, head_width, head_dilations, small=True)
+            task.kind.centre(head.project[-1].bias, dataset.splits["train"].targets[task.name])
+            heads[task.name] = head
+        else:
+            heads[task.name] = classifier(
+                z.shape[1], task.kind.channels, width=head_width, spatial=z.ndim == 4
+            )
+    return Model(shared, heads)
+
+
 def pretrained(
     dataset: Dataset, settings: dict, seed: int, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """The encoder's state after its first training, on the training inputs alone."""
+    """Return the encoder's state after its first training, on the training inputs alone."""
     how = settings["pretraining"]
     if how["kind"] not in KINDS:
         raise ValueError(
@@ -56,7 +97,7 @@ def pretrained(
 
 
 def rotated(images: Tensor, turns: Tensor) -> Tensor:
-    """Each image by so many quarter turns; a rectangle keeps its largest square."""
+    """Turn each image by its number of quarter turns; a rectangle keeps its largest square."""
     side = min(images.shape[2:])
     top, left = ((length - side) // 2 for length in images.shape[2:])
     square = images[:, :, top : top + side, left : left + side]
@@ -65,15 +106,15 @@ def rotated(images: Tensor, turns: Tensor) -> Tensor:
     )
 
 
-def _denoising(head: nn.Module, network: Network, x: Tensor, noise: float) -> Tensor:
-    """Mean squared error of the clean input, at the representation's resolution."""
+def _denoising(head: nn.Module, network: Model, x: Tensor, noise: float) -> Tensor:
+    """Return the mean squared error of the clean input, at the representation's resolution."""
     z = network.encoder(x + noise * torch.randn_like(x))
     clean = x if z.ndim == 2 else nn.functional.adaptive_avg_pool2d(x, z.shape[2:])
     return mse_loss(head(z), clean)
 
 
-def _extra_head(kind: str, dataset: Dataset, network: Network) -> nn.Module:
-    """Linear, so that what was learned is in the encoder."""
+def _extra_head(kind: str, dataset: Dataset, network: Model) -> nn.Module:
+    """Return a linear head, so that all that was learned is in the encoder."""
     example = dataset.prepared(dataset.splits["train"].of(dataset.names[0])[:2])
     spatial = example.ndim == 4
     with torch.no_grad():

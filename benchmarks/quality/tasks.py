@@ -1,4 +1,4 @@
-"""The kinds of tasks: loss, metrics of the field, what a missing label is."""
+"""The kinds of tasks: loss, metrics of the field, and the value of a missing label."""
 
 from __future__ import annotations
 
@@ -14,37 +14,34 @@ UNLABELLED = -1
 
 
 class Kind:
-    """One kind of task. Metrics are collected over batches: `update`, then `metrics`."""
+    """One kind of task."""
 
     lower_is_better: ClassVar[dict[str, bool]]
     dense: ClassVar[bool] = True
+    outputs: ClassVar[int | None] = None  # channels of the network's output; None: the classes
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
-
-    @property
-    def channels(self) -> int:
-        """Of the network's output."""
-        raise NotImplementedError
+        self.channels = classes if self.outputs is None else self.outputs
 
     def labelled(self, targets: Tensor) -> Tensor:
-        """Which of the ``(n, ...)`` targets have any label, ``(n,)`` bool."""
-        return self.valid(targets).flatten(1).any(1)
+        """Return which of the ``(n, ...)`` targets have any label, ``(n,)`` bool."""
+        return self.valid(targets).view(len(targets), -1).any(1)
 
     def valid(self, targets: Tensor) -> Tensor:
-        """Which pixels have a label."""
+        """Return which pixels or samples have a label."""
         raise NotImplementedError
 
     @torch.no_grad()
     def centre(self, bias: Tensor, targets: Tensor) -> None:
-        """Starts the output's bias at what suits the training targets."""
+        """Start the output's bias at a value that suits the training targets."""
 
     def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the labelled pixels."""
+        """Return the mean over the labelled pixels."""
         raise NotImplementedError
 
     def evaluate(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Metrics over all batches of outputs and targets."""
+        """Return the metrics over all batches of outputs and targets."""
         raise NotImplementedError
 
 
@@ -54,35 +51,22 @@ class Classification(Kind):
     lower_is_better: ClassVar = {"accuracy": False}
     dense = False
 
-    @property
-    def channels(self) -> int:
-        return self.classes
-
-    def labelled(self, targets):
+    def valid(self, targets):
         return targets != UNLABELLED
 
     def loss(self, output, targets):
         return cross_entropy(output, targets.long(), ignore_index=UNLABELLED)
 
     def evaluate(self, pairs):
-        hits = torch.cat([(y.argmax(1) == t)[t != UNLABELLED] for y, t in pairs])
+        hits = torch.cat([(y.argmax(1) == t)[self.valid(t)] for y, t in pairs])
         return {"accuracy": 100 * hits.double().mean().item()}
 
 
-class Segmentation(Kind):
+class Segmentation(Classification):
     """Targets ``(n, H, W)`` int8: mean intersection over union and pixel accuracy, per cent."""
 
     lower_is_better: ClassVar = {"miou": False, "pixel_accuracy": False}
-
-    @property
-    def channels(self) -> int:
-        return self.classes
-
-    def valid(self, targets):
-        return targets != UNLABELLED
-
-    def loss(self, output, targets):
-        return cross_entropy(output, targets.long(), ignore_index=UNLABELLED)
+    dense = True
 
     def evaluate(self, pairs):
         k = self.classes
@@ -104,11 +88,8 @@ class Segmentation(Kind):
 class Depth(Kind):
     """Targets ``(n, 1, H, W)``, 0 where missing: mean absolute and mean relative error."""
 
+    outputs = 1
     lower_is_better: ClassVar = {"absolute_error": True, "relative_error": True}
-
-    @property
-    def channels(self) -> int:
-        return 1
 
     def valid(self, targets):
         return targets != 0
@@ -151,16 +132,13 @@ class Disparity(Depth):
 class Normals(Kind):
     """Targets ``(n, 3, H, W)`` unit vectors, zero where missing: angles in degrees."""
 
+    outputs = 3
     WITHIN = (11.25, 22.5, 30.0)
     lower_is_better: ClassVar = {
         "mean_angle": True,
         "median_angle": True,
         **{f"within_{degrees:g}": False for degrees in WITHIN},
     }
-
-    @property
-    def channels(self) -> int:
-        return 3
 
     def valid(self, targets):
         return (targets != 0).any(1)
@@ -207,5 +185,5 @@ class Task:
         return cls(name, KINDS[kind](classes))
 
 
-# Whether lower is better, by metric: the s of eq. 11.
+# For each metric, whether lower is better: the s of eq. 11.
 LOWER_IS_BETTER = {m: low for kind in KINDS.values() for m, low in kind.lower_is_better.items()}

@@ -1,4 +1,4 @@
-"""What is tuned: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
+"""The tuned cases: a kernel at a shape, in a mode and a layout, and the stage that launches it."""
 
 from __future__ import annotations
 
@@ -56,26 +56,26 @@ class Case:
 def cases(
     kernels: Sequence[str], shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]
 ) -> list[Case]:
-    """Most telling first: what a deadline leaves out is at the end."""
-    telling = [s for s in shapes if s.name not in OTHERS]
+    """Return the decisive cases first: what a deadline leaves out is at the end."""
+    decisive = [s for s in shapes if s.name not in OTHERS]
     others = [s for s in shapes if s.name in OTHERS]
-    found: list[Case] = []
+    planned: list[Case] = []
     for layout in layouts:
-        for some in (telling, others):
+        for group in (decisive, others):
             for mode in modes:
-                for shape in some:
+                for shape in group:
                     for kernel in KERNELS:
                         case = Case(kernel, shape, mode, layout)
-                        if kernel in kernels and _is_new(case, found):
-                            found.append(case)
-    return found
+                        if kernel in kernels and _is_new(case, planned):
+                            planned.append(case)
+    return planned
 
 
-def _is_new(case: Case, found: list[Case]) -> bool:
-    """Whether there is such a kernel, and it is not the same as in a case before."""
+def _is_new(case: Case, before: list[Case]) -> bool:
+    """Return whether there is such a kernel, and it is not the same as in a case before."""
     if case.kernel == "pull" and not _operand(case.shape, case.dtype).n_side:
         return False  # the C side has its result from the Gram stage
-    same = [c for c in found if (c.kernel, c.shape) == (case.kernel, case.shape)]
+    same = [c for c in before if (c.kernel, c.shape) == (case.kernel, case.shape)]
     if case.shape.positions == 1:  # all layouts are the same memory
         same = [replace(c, layout=case.layout) for c in same]
     if case.kernel == "statistics":  # no products: float32 is the same in all its modes
@@ -89,9 +89,9 @@ def _operand(shape: Shape, dtype: torch.dtype) -> Operand:
 
 
 def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor | None]]:
-    """The stage that launches the kernel, on inputs of its own: a call gives what it computes.
+    """Return the stage that launches the kernel, on inputs of its own.
 
-    What other stages would have computed is made like all else: numbers of order 1, by
+    The results of other stages are made like all else: numbers of order 1, by
     ``make(size, dtype=...)``.
     """
     stages = choice.load("triton")
@@ -135,7 +135,7 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
 
 
 def shape_of_size(tasks: int, batch: int, channels: int, positions: int) -> Shape:
-    """A shape of the user's own; kernels see no difference between H x W and N x 1 positions."""
+    """Return a shape of the user's own; to the kernels H x W and N x 1 positions are the same."""
     for name, value in zip("TBCN", (tasks, batch, channels, positions), strict=True):
         if value < 1:
             raise ValueError(f"--size: expected {name} of at least 1; got {value}")

@@ -22,7 +22,7 @@ from benchmarks.tune.cases import KERNELS, Case, stage_of
 from repmtl_kernels.backends.triton import tiles as tile_table
 from repmtl_kernels.backends.triton.tiles import Request, Sweep, Tile
 
-# Bytes that one block may have; of other GPUs the launch tells.
+# Bytes that one block may have; on other GPUs the launch decides.
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10} | dict.fromkeys(
     (86, 89, 120), 99 << 10
 )
@@ -31,12 +31,12 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10} | dict.fromkeys(
 @dataclass(frozen=True)
 class Job:
     case: Case
-    tile: Tile | Sweep | None  # None: that of the tables
+    tile: Tile | Sweep | None  # None: the one of the tables
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a candidate; ``error``: why it can't be used."""
+    """The compiler's result for a candidate; ``error``: why it can't be used."""
 
     case: Case
     tile: Tile | Sweep | None
@@ -52,8 +52,8 @@ class Compiled:
 def compile_all(
     jobs: Sequence[Job], capability: int, workers: int, until: float = float("inf")
 ) -> list[Compiled | None]:
-    """In the order of the jobs; None where none was begun until ``time.monotonic()`` was that."""
-    found: list[Compiled | None] = [None] * len(jobs)
+    """Return the results in the order of the jobs; None where ``until`` came before."""
+    results: list[Compiled | None] = [None] * len(jobs)
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(jobs)):
         waiting.put(number)
@@ -61,7 +61,7 @@ def compile_all(
     context = multiprocessing.get_context("spawn")
 
     def serve() -> None:
-        # A process each: one that a crash of the compiler ends takes no other job with it.
+        # A process for each thread: a crash of the compiler ends no other job.
         pool = ProcessPoolExecutor(1, context)
         try:
             while time.monotonic() < until:
@@ -71,9 +71,9 @@ def compile_all(
                     return
                 job = jobs[number]
                 try:
-                    found[number] = pool.submit(compile_one, job, capability).result()
+                    results[number] = pool.submit(compile_one, job, capability).result()
                 except BrokenProcessPool:
-                    found[number] = _failed(job, "the compiler's process ended")
+                    results[number] = _failed(job, "the compiler's process ended")
                     pool.shutdown()
                     pool = ProcessPoolExecutor(1, context)
         finally:
@@ -83,11 +83,11 @@ def compile_all(
     with ThreadPoolExecutor(workers) as threads:
         for served in [threads.submit(serve) for _ in range(workers)]:
             served.result()
-    return found
+    return results
 
 
 def compile_one(job: Job, capability: int) -> Compiled:
-    """A candidate's kernel; for the tile of the tables all kernels of the stage."""
+    """Compile a candidate's kernel; for the tile of the tables all kernels of the stage."""
     case, name = job.case, KERNELS[job.case.kernel]
     tiles = {} if job.tile is None else {case.kernel: job.tile}
     only = None if job.tile is None else name
@@ -95,13 +95,13 @@ def compile_one(job: Job, capability: int) -> Compiled:
         with (
             products_of(case.mode),
             compiled_instead_of_launched(capability, only) as kernels,
-            tile_table.trying(tiles) as given,
+            tile_table.trying(tiles) as asked,
         ):
             stage_of(case, torch.empty)()
     except (TritonError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [""]
         return _failed(job, f"{type(error).__name__}: {lines[0]}")
-    ((request, tile),) = ((r, t) for r, t in given.items() if r.kernel == case.kernel)
+    ((request, tile),) = ((r, t) for r, t in asked.items() if r.kernel == case.kernel)
     # Many tasks take several launches, a variant each.
     variants = [k for k in kernels.values() if k.metadata.name == name]
     made = [inspect(k, capability, instructions=False) for k in variants]

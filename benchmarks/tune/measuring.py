@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks import floors
-from benchmarks.kernels import input_sets, rounded
-from benchmarks.line_up import Effort
+from benchmarks.cases import Effort, input_sets
+from benchmarks.results import rounded
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.static_report import products_of
 from benchmarks.timing import Timing, side_by_side
@@ -46,7 +46,7 @@ class Measured:
 
 
 def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> list[Measured]:
-    """One for each that was compiled, the tile of the tables first.
+    """Return one for each that was compiled, the tile of the tables first.
 
     Raises a :class:`WrongResultError` for a candidate whose result is another, and what the GPU
     raises: torch.OutOfMemoryError where it is too small for the case.
@@ -80,7 +80,7 @@ def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> l
                     continue
                 # An error on the GPU says nothing of who made it.
                 raise RuntimeError(f"{case}: {shown(candidate.tile)}: {error}") from error
-        timings = side_by_side(calls, device, **EFFORT._asdict())
+        timings = side_by_side(calls, device, EFFORT)
     return [
         Measured(c, None, left_out[c]) if c in left_out else Measured(c, _each(timings[c], sets))
         for c in compiled
@@ -96,15 +96,15 @@ def _stages(case: Case, sets: int, device: torch.device) -> list[Callable[[], Se
 def _run(
     tiles: Mapping[str, Tile | Sweep], stages: Sequence[Callable[[], Sequence]]
 ) -> Sequence[Tensor | None]:
-    """The stages one after the other with these tiles; what the last one computes."""
+    """Run the stages one after the other with these tiles; return what the last one computes."""
     with tile_table.trying(tiles):
         for stage in stages:
-            found = stage()
-    return found
+            result = stage()
+    return result
 
 
 def _result(stage: Callable[[], Sequence[Tensor | None]]) -> list[Tensor]:
-    """What the stage computes, NaN where it does not write."""
+    """Return what the stage computes, NaN where it does not write."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # torch.empty is NaN then
     try:
@@ -116,11 +116,11 @@ def _result(stage: Callable[[], Sequence[Tensor | None]]) -> list[Tensor]:
 def _checked(
     candidate: Compiled, stage: Callable[[], Sequence], expected: list[Tensor] | None
 ) -> list[Tensor]:
-    """``expected``, which the candidate gives as well; for the first one what it gives."""
-    found = _result(stage)
+    """Return the expected result, which the first candidate gives, or raise if this one differs."""
+    result = _result(stage)
     allowed = TOLERANCE[candidate.case.mode]
-    for f, e in zip(found, expected or found, strict=True):
-        # Of the first one whether it is finite.
+    for f, e in zip(result, expected or result, strict=True):
+        # For the first one: whether it is finite.
         error = ((f.float() - e.float()).abs().max() / e.abs().max()).item()
         if not error <= allowed:
             raise WrongResultError(
@@ -128,7 +128,7 @@ def _checked(
                 f"of the tables: of {tuple(f.shape)} numbers one differs by {error:.3g} of the "
                 f"largest, {allowed:g} is rounding"
             )
-    return expected or found
+    return expected or result
 
 
 def _each(timing: Timing, sets: int) -> Timing:
@@ -137,7 +137,7 @@ def _each(timing: Timing, sets: int) -> Timing:
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Yields the names of the kernels that this process compiles within the block."""
+    """Yield the names of the kernels that this process compiles within the block."""
     names: list[str] = []
 
     def listen(*, src, cache_hit: bool, **_: object) -> None:
@@ -153,8 +153,8 @@ def compilations() -> Iterator[list[str]]:
 
 
 def rows_of(measured: Sequence[Measured], ceilings: dict) -> list[dict]:
-    baseline = measured[0].timing
-    return [_row(m, baseline, ceilings) for m in measured]
+    """Return the rows of a case, whose first one is the tile of the tables."""
+    return [_row(m, measured[0].timing, ceilings) for m in measured]
 
 
 def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
@@ -170,6 +170,7 @@ def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
         "dtype": str(case.dtype).removeprefix("torch."),
         "mode": case.mode,
         "layout": case.layout,
+        "tile": None if candidate.tile is None else shown(candidate.tile),
         "candidate": None if candidate.tile is None else candidate.tile._asdict(),
         "baseline": candidate.is_baseline,
         "registers": candidate.registers,
@@ -192,7 +193,7 @@ def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
 
 
 def floor_ms(case: Case, ceilings: dict) -> float:
-    """Of the stage that launches the kernel."""
+    """Return the floor of the stage that launches the kernel."""
     # Both 16-bit dtypes have one rate.
     precision = {"ieee": "float32", "float16": "bfloat16"}.get(case.mode, case.mode)
     rate = floors.matmul_rate(ceilings["matmul_tflops"], precision)
@@ -208,7 +209,7 @@ def floor_ms(case: Case, ceilings: dict) -> float:
 
 
 def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:
-    """For each request of which a candidate is faster, a rule that holds for it alone.
+    """Return a rule for each request that has a faster candidate.
 
     Cases that ask alike (layouts, batches, both 16-bit dtypes) have one rule: a candidate has to be
     faster in one of them, and slower in none.
@@ -236,7 +237,7 @@ def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:
 def _fastest(
     baseline: Tile | Sweep, lines: Sequence[dict[Tile | Sweep, Timing]]
 ) -> Tile | Sweep | None:
-    """The candidate of the least geometric mean, of those that are faster."""
+    """Return the faster candidate with the least geometric mean."""
 
     def gains(tile: Tile | Sweep) -> list[float]:
         return [_gain(line[baseline], line[tile]) for line in lines]
@@ -250,6 +251,6 @@ def _fastest(
 
 
 def _gain(baseline: Timing, own: Timing) -> float:
-    """The share of the baseline's time that a candidate saves; 0 within the spread."""
+    """Return the share of the baseline's time that a candidate saves; 0 within the spread."""
     saved = baseline.ms - own.ms
     return saved / baseline.ms if abs(saved) > max(baseline.spread, own.spread) else 0.0

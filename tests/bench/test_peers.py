@@ -28,7 +28,7 @@ AGGREGATORS = [nash_mtl, fairgrad]
 
 def setting(network: Network) -> tuple[Model, Batch]:
     torch.manual_seed(0)
-    model = Model(network).double()
+    model = network.model().double()
     batch = random_batch(network, CPU)
     labels = {t: v.double() if v.is_floating_point() else v for t, v in batch.labels.items()}
     return model, Batch([images.double() for images in batch.images], labels)

@@ -24,100 +24,6 @@ def load(name: str, folder: Path | None, **options) -> Dataset:
     return loaders.load(name, folder, 0, **options)
 
 
-def make_mtan(root: Path, *, normals: bool, label: str = "label") -> dict[str, np.ndarray]:
-    """Twelve training frames, so that 10.npy has to come after 9.npy, and two for validation."""
-    made = {}
-    for split, count in (("train", 12), ("val", 2)):
-        arrays = {
-            "image": RANDOM.random((count, 4, 6, 3), np.float32),
-            label: RANDOM.integers(-1, 7, (count, 4, 6)).astype(np.float32),
-            "depth": RANDOM.random((count, 4, 6, 1), np.float32),
-        }
-        if normals:
-            arrays["normal"] = RANDOM.random((count, 4, 6, 3), np.float32)
-        for what, values in arrays.items():
-            (root / split / what).mkdir(parents=True)
-            for i, value in enumerate(values):
-                np.save(root / split / what / f"{i}.npy", value)
-        made |= {f"{split} {what}": values for what, values in arrays.items()}
-    return made
-
-
-@pytest.mark.parametrize("name", ["nyuv2", "cityscapes"])
-def test_mtan(tmp_path, name):
-    label = "label" if name == "nyuv2" else "label_7"
-    made = make_mtan(tmp_path / name, normals=name == "nyuv2", label=label)
-    data = load(name, tmp_path)
-    assert data.names == ["segmentation", "depth", "normals"][: 3 if name == "nyuv2" else 2]
-    assert data.tasks[0].kind.classes == (13 if name == "nyuv2" else 7)
-    for split, where in (("train", "train"), ("test", "val")):
-        found = data.splits[split]
-        assert (found.inputs.numpy() == made[f"{where} image"].transpose(0, 3, 1, 2)).all()
-        targets = found.targets
-        assert (targets["segmentation"].numpy() == made[f"{where} {label}"]).all()
-        assert (targets["depth"].numpy()[:, 0] == made[f"{where} depth"][..., 0]).all()
-        if name == "nyuv2":
-            normals = made[f"{where} normal"].transpose(0, 3, 1, 2)
-            assert (targets["normals"].numpy() == normals).all()
-    for missing in (f"train/{label}/10.npy", "val/image"):
-        path = tmp_path / name / missing
-        path.rename(path.with_name("elsewhere"))
-        loaders.LOADERS[name].cache_clear()
-        with pytest.raises(FileNotFoundError, match="MTAN") as caught:
-            load(name, tmp_path)
-        lost = missing if missing.endswith("image") else "10.npy"
-        assert lost in str(caught.value) and "--data" in str(caught.value)
-        path.with_name("elsewhere").rename(path)
-
-
-def save_image(path: Path, value: int) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((5, 7, 3), value, np.uint8)).save(path)
-
-
-def test_office_with_own_split(tmp_path):
-    """Ten images of each class: six, two and two, without one in two splits."""
-    for domain in ("amazon", "dslr", "webcam"):
-        for c, name in enumerate(("back_pack", "bike")):
-            for i in range(10):
-                folder = tmp_path / "office31" / domain / "images" / name
-                save_image(folder / f"frame_{i:04}.png", 100 * c + 10 * i)
-    data = load("office31", tmp_path, side=4)
-    assert data.multi_input and data.names == ["amazon", "dslr", "webcam"]
-    for domain in data.names:
-        seen = []
-        for split, count in (("train", 12), ("validation", 4), ("test", 4)):
-            images, labels = data.splits[split].of(domain), data.splits[split].targets[domain]
-            assert images.shape == (count, 3, 4, 4) and images.dtype == torch.uint8
-            values = images[:, 0, 0, 0].long()
-            assert (labels == values // 100).all() and labels.sum() == count // 2
-            seen += values.tolist()
-        assert sorted(seen) == [100 * c + 10 * i for c in range(2) for i in range(10)]
-    again = load("office31", tmp_path, side=4)
-    assert torch.equal(again.splits["test"].of("dslr"), data.splits["test"].of("dslr"))
-
-
-def test_office_home_by_lists_with_either_spelling(tmp_path):
-    lists = tmp_path / "lists"
-    lists.mkdir()
-    for domain in ("Art", "Clipart", "Product", "Real_World"):
-        for i, split in enumerate(("train", "val", "test")):
-            name = f"{domain}/Alarm_Clock/0000{i}.jpg"
-            folder = domain.replace("_", " ")
-            save_image(tmp_path / "office_home" / name.replace(domain, folder), 50 * i)
-            (lists / f"{domain}_{split}.txt").write_text(f"{name} {i}\n")
-    data = load("office_home", tmp_path, side=4, split_lists=str(lists))
-    for i, split in enumerate(("train", "validation", "test")):
-        assert data.splits[split].of("Real_World").float().mean() == 50 * i
-        assert data.splits[split].targets["Real_World"].tolist() == [i]
-    loaders.LOADERS["office_home"].cache_clear()
-    (lists / "Product_val.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"Product_val\.txt.*LibMTL"):
-        load("office_home", tmp_path, side=4, split_lists=str(lists))
-
-
 def make_tools(folder: Path, count: int = 24, size: tuple[int, int] = (16, 24)) -> dict:
     """Four of each split; the last ones have segmentation only."""
     split = np.repeat([0, 1, 2, 3], [count // 2, count // 6, count // 6, count // 6])
@@ -205,22 +111,19 @@ def make_office_caltech(folder: Path, count: int = 120) -> dict:
     return arrays
 
 
-@pytest.mark.parametrize("inputs", ["images", "surf", "googlenet"])
-def test_office_caltech(tmp_path, inputs):
+def test_office_caltech(tmp_path):
     made = make_office_caltech(tmp_path)
-    data = load("office_caltech", tmp_path, inputs=inputs, side=32)
+    data = load("office_caltech", tmp_path)
     names = ["amazon", "caltech10", "dslr", "webcam"]
-    assert data.names == [n for n in names if inputs != "googlenet" or n != "caltech10"]
-    shape = {"images": (3, 32, 32), "surf": (800,), "googlenet": (1024,)}[inputs]
+    assert data.multi_input and data.names == names
     for code, split in enumerate(("train", "validation", "test")):
         for domain in data.names:
             rows = (made["domain"] == names.index(domain)) & (made["split"] == code)
-            assert data.splits[split].of(domain).shape == (rows.sum(), *shape)
+            assert data.splits[split].of(domain).shape == (rows.sum(), 800)
             targets = data.splits[split].targets[domain]
             assert targets.tolist() == made["label"][rows].tolist()
-    if inputs != "images":
-        train = torch.cat([data.splits["train"].of(d) for d in data.names])
-        torch.testing.assert_close(train.mean(0), torch.zeros(shape), rtol=0, atol=1e-4)
+    train = torch.cat([data.splits["train"].of(d) for d in data.names])
+    torch.testing.assert_close(train.mean(0), torch.zeros(800), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in loaders.LOADERS if n != "multimnist"])
@@ -244,8 +147,8 @@ def test_the_folder_comes_from_the_environment_unless_given(tmp_path, monkeypatc
 def test_unknown_names_and_options():
     with pytest.raises(ValueError, match=r"data\.name: expected one of multimnist, .*; got 'x'"):
         load("x", None)
-    with pytest.raises(ValueError, match=r"data\.sidee: office31 has only .*split_lists"):
-        load("office31", None, sidee=3)
+    with pytest.raises(ValueError, match=r"data\.sizee: tools has only the options size, "):
+        load("tools", None, sizee=3)
 
 
 def test_multimnist_splits_share_no_digit():

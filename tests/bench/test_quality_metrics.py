@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.delta import delta_p, delta_per_metric, interval
+from benchmarks.quality.tables import delta_p, delta_per_metric, interval
 from benchmarks.quality.tasks import KINDS, LOWER_IS_BETTER
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -126,7 +126,7 @@ def test_dense_losses_are_means_over_labelled_pixels(kind):
 
 
 def test_delta_p_by_hand():
-    """mIoU 50 to 55: +10 %. Errors 2 to 1: +50 %, 4 to 5: -25 %."""
+    """MIoU 50 to 55: +10 %. Errors 2 to 1: +50 %, 4 to 5: -25 %."""
     base = {"seg": {"miou": 50.0}, "depth": {"absolute_error": 2.0, "relative_error": 4.0}}
     new = {"seg": {"miou": 55.0}, "depth": {"absolute_error": 1.0, "relative_error": 5.0}}
     assert delta_per_metric(new, base) == {

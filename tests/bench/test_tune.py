@@ -16,7 +16,8 @@ if find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 
-from benchmarks.line_up import FP32_PRECISION
+from benchmarks.cases import FP32_PRECISION
+from benchmarks.part import Run
 from benchmarks.shapes import SHAPES
 from benchmarks.static_report import MODES, products_of
 from benchmarks.timing import Timing
@@ -74,10 +75,10 @@ def own_table(tmp_path, monkeypatch):
 
 
 def test_candidates_can_be_rules_and_every_case_has_some():
-    for some in CANDIDATES:
-        for tile in some.tiles:
-            Rule(some.kernel, some.kinds, tile, some.odd, some.rows)  # raises for a bad one
-        assert len(set(some.tiles)) == len(some.tiles) <= 16
+    for group in CANDIDATES:
+        for tile in group.tiles:
+            Rule(group.kernel, group.kinds, tile, group.odd, group.rows)  # raises for a bad one
+        assert len(set(group.tiles)) == len(group.tiles) <= 16
     shapes = [*SHAPES.values(), SMALL, shape_of_size(2, 2, 40, 49)]
     every = cases.cases(list(KERNELS), shapes, list(MODES), ["contiguous", "channels_last"])
     assert {case.kernel for case in every} == set(KERNELS)
@@ -203,7 +204,7 @@ def _compiled(case: Case, tile: Tile | Sweep, *, first: bool = False, **more) ->
     return Compiled(case, tile, first, request=request, hash=str(tile), **more)
 
 
-def _untimed(calls, device, **_):
+def _untimed(calls, device, effort):
     """Every call runs once and takes as long as the others."""
     for call in calls.values():
         call()
@@ -360,8 +361,8 @@ def test_tuned_tiles_are_those_that_the_kernels_take(
     """Compiled by workers for a GPU, run here, timed by a stub that likes the last of each."""
     monkeypatch.setattr(Case, "candidates", property(lambda case: TRIED[case.kernel]))
 
-    def timed(calls, device, **_):
-        times = _untimed(calls, device)
+    def timed(calls, device, effort):
+        times = _untimed(calls, device, effort)
         *_, last = calls
         return times | {last: Timing(0.9, 0.01, 5)}
 
@@ -371,7 +372,7 @@ def test_tuned_tiles_are_those_that_the_kernels_take(
     earlier.write_text(tiles.as_json([kept]))
     own_table(earlier)
     planned = cases.cases(list(KERNELS), [SMALL], ["bfloat16", "ieee"], ["contiguous"])
-    program.tune(planned, WHERE, CAPABILITY, HEAD, folder=tmp_path / "out", write=table, workers=2)
+    program.tune(planned, Run("tiles", WHERE, HEAD, tmp_path / "out"), CAPABILITY, table, 2)
 
     said = capsys.readouterr().out
     assert f"REPMTL_TILES={table}" in said and "8 rules" in said
@@ -411,29 +412,29 @@ def test_a_case_that_fails_or_has_no_time_is_noted(tmp_path, monkeypatch, capsys
     def measure(case, compiled, device):
         now[0] += 6.0
         if case == large:
-            raise error("What happened.\nMore")
+            raise error("What happened.")
         return [Measured(c, Timing(1.0, 0.0, 5)) for c in compiled]
 
     monkeypatch.setattr(program, "compile_all", compile_all)
     monkeypatch.setattr(program, "measure", measure)
-    program.tune(
-        planned, WHERE, CAPABILITY, HEAD, folder=tmp_path, write=None, workers=1, seconds=10.0
-    )
+    program.tune(planned, Run("tiles", WHERE, HEAD, tmp_path, deadline=10.0), CAPABILITY, None, 1)
     written = json.loads((tmp_path / "tiles.json").read_text())
     assert [row["shape"] for row in written["rows"]] == [good.shape.name]
+    what = (
+        f"{error.__name__}: What happened." if error is torch.OutOfMemoryError else "What happened."
+    )
     assert written["notes"][-2:] == [
-        f"left out: {large}: What happened.",
-        f"left out: {late}: no time",
+        f"left out: {large}: {what}",
+        f"left out for time: {late}",
     ]
     assert all(note in capsys.readouterr().out for note in written["notes"][-1:])
 
 
 def test_without_time_nothing_is_measured(tmp_path):
     planned = [Case("gram", SMALL, "bfloat16", "contiguous")]
+    run = Run("tiles", WHERE, HEAD, tmp_path, deadline=0.0)
     with pytest.raises(SystemExit, match="nothing was measured: .* not compiled in time"):
-        program.tune(
-            planned, WHERE, CAPABILITY, HEAD, folder=tmp_path, write=None, workers=1, seconds=0
-        )
+        program.tune(planned, run, CAPABILITY, None, 1)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from rank_batches import C, N, T, assert_as_whole, cpu_backends, leaves, own, whole_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import distributed as cost
 from benchmarks import memory
+from benchmarks.parts import distributed as cost
 from repmtl_kernels import (
     RepMTL,
     _distributed,

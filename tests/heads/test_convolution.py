@@ -17,7 +17,7 @@ from double_backward import (
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.second_order import Convolutions
+from benchmarks.parts.second_order import Convolutions
 from repmtl_kernels._heads.second_order import second_order
 
 

@@ -12,8 +12,9 @@ from double_backward import F64, HEADS, assert_same, images, leaf, network
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import second_order as benchmark
-from benchmarks.second_order import Convolutions
+from benchmarks.part import Run
+from benchmarks.parts import second_order as benchmark
+from benchmarks.parts.second_order import Convolutions
 from repmtl_kernels import RepMTL
 from repmtl_kernels._heads.second_order import convert_second_order, second_order
 
@@ -127,9 +128,10 @@ def test_benchmark(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "NETWORK", tiny)
     monkeypatch.setattr(benchmark, "QUICK", {})
     device = torch.device("cpu")
-    rows, notes = benchmark.measure(device, quick=True, deadline=time.monotonic() + 1)
-    base, plain, fast = rows
-    assert [row["method"] for row in rows] == list(benchmark.METHODS) and not notes
+    run = Run("second_order", device, {}, None, quick=True, deadline=time.monotonic() + 1)
+    benchmark.measure(run)
+    base, plain, fast = rows = run.rows
+    assert [row["method"] for row in rows] == list(benchmark.TITLES) and not run.notes
     assert [row["convolutions_per_head_layer"] for row in rows] == [3, 6, 6]
     assert fast["ratio_to_plain"] == pytest.approx(
         plain["steps_per_s"] / fast["steps_per_s"], rel=1e-3

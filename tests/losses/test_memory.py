@@ -22,8 +22,8 @@ from cases import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks import kept
 from benchmarks.memory import peak_extra_bytes
+from benchmarks.parts import kept
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels import (
     RepMTL,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.parts import compatibility
 from benchmarks.results import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,7 @@ def test_cells_are_the_outcomes(tmp_path):
     )
     assert done.returncode == 1, done.stdout + done.stderr  # there are failures
     rows = load(tmp_path / "out", "compatibility")
-    table = [line for line in report.compatibility_table(rows).split("\n") if line[:1] == "|"]
+    table = [line for line in compatibility.table(rows).split("\n") if line[:1] == "|"]
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]] == [
         ["both pass", "not run", "yes", "yes", "not run"],
         ["one fails", "not run", "failed: `OSError`", "not run", "not run"],
@@ -81,4 +82,4 @@ def test_table_of_the_documentation_is_generated():
     text = (ROOT / "docs" / "compatibility.md").read_text()
     for match in report.MARKED.finditer(text):
         rows = load(report.RESULTS / match["machine"], match["name"])
-        assert rows and report.compatibility_table(rows) in match[0]
+        assert rows and compatibility.table(rows) in match[0]

@@ -1,4 +1,4 @@
-"""What negatives of all ranks cost, from formulas: nothing here is measured.
+"""The cost of negatives of all ranks, from formulas: nothing here is measured.
 
 ``python -m benchmarks.report`` writes the table into docs/distributed.md. A test on two ranks
 counts the bytes that :func:`gathered` and :func:`reduced` say, another measures the memory of the
@@ -9,62 +9,64 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.progress import markdown
+from benchmarks.output import amount, markdown
 from repmtl_kernels._distributed import WIDTH
 from repmtl_kernels.backends.eager.contrast import CONTRAST_BLOCK
 
 RANKS = (2, 8, 64, 512, 4096)
-# Assumed of the network: one port of 400 Gbit/s for each rank, at half of its rate.
+# An assumption about the network: one port of 400 Gbit/s for each rank, at half of its rate.
 BYTES_PER_SECOND = 25e9
 
 
 class Setting(NamedTuple):
+    """Sizes of one rank's step."""
+
     tasks: int = 4
     batch: int = 64  # of each rank
     channels: int = 512
     positions: int = 49
-    itemsize: int = 4  # of float32, which anchors have but for float64 saliencies
+    itemsize: int = 4  # anchors are float32 unless the saliencies are float64
 
 
 def gathered(s: Setting) -> int:
-    """Bytes that a rank gives to the gathers of one step."""
+    """Return the bytes that a rank sends into the gathers of one step."""
     return 8 * WIDTH + s.itemsize * s.batch * s.tasks * s.channels
 
 
 def reduced(s: Setting, ranks: int) -> int:
-    """Bytes that a rank gives to the all-reduces of one step: two numbers for each sample."""
+    """Return the bytes that a rank sends into the all-reduces: two numbers for each sample."""
     return 2 * s.itemsize * ranks * s.batch
 
 
 def received(s: Setting, ranks: int) -> int:
-    """An all-reduce in a ring has a rank receive twice what it gives, but for its own part."""
+    """Return the bytes that a rank receives; an all-reduce in a ring brings twice its own."""
     return (ranks - 1) * gathered(s) + 2 * reduced(s, ranks) * (ranks - 1) // ranks
 
 
 def anchors(s: Setting, ranks: int) -> int:
-    """Bytes of everyone's anchors, until the forward pass is over."""
+    """Return the bytes of the anchors of all ranks, until the forward pass is over."""
     return s.itemsize * ranks * s.batch * s.tasks * s.channels
 
 
 def block(s: Setting, ranks: int) -> int:
-    """Bytes of the products that the contrast stage has at a time, on the CPU."""
+    """Return the bytes of the products that the contrast stage has at a time, on the CPU."""
     sample = s.tasks**2 * ranks * s.batch
     samples = min(s.batch, max(1, CONTRAST_BLOCK // sample))
     return s.itemsize * samples * sample
 
 
 def all_products(s: Setting, ranks: int) -> int:
-    """Bytes of ``(G T)^2`` products, which are never made."""
+    """Return the bytes of ``(G T)^2`` products, which are never made."""
     return s.itemsize * (ranks * s.batch * s.tasks) ** 2
 
 
 def work(s: Setting, ranks: int) -> int:
-    """Multiply-adds of the contrast stage of one rank: products, and their gradient."""
+    """Return the multiply-adds of one rank's contrast stage: products, and their gradient."""
     return 2 * s.tasks**2 * s.batch * ranks * s.batch * s.channels
 
 
 def gram_work(s: Setting) -> int:
-    """Multiply-adds of the rest of CSA, which does not depend on the number of ranks."""
+    """Return the multiply-adds of the rest of CSA, which the number of ranks does not change."""
     small = min(s.channels, s.positions)
     return round(1.5 * small * s.channels * s.positions * s.tasks * s.batch)
 
@@ -90,14 +92,8 @@ def table() -> str:
         for ranks in RANKS
     ]
     caption = (
-        f"Simulated from the formulas above by `benchmarks/distributed.py`, not measured: for each "
-        f"rank, T = {s.tasks}, B = {s.batch}, C = {s.channels}, N = {s.positions}, float32; the "
-        "rate of the network is an assumption, its latency is left out."
+        "Simulated from the formulas above by `benchmarks/parts/distributed.py`, not measured: for "
+        f"each rank, T = {s.tasks}, B = {s.batch}, C = {s.channels}, N = {s.positions}, float32; "
+        "the rate of the network is an assumption, its latency is left out."
     )
     return f"{markdown(header, lines)}\n\n{caption}"
-
-
-def amount(size: float) -> str:
-    units = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
-    unit = next((unit for unit, scale in units.items() if size >= scale), "MB")
-    return f"{size / units[unit]:.3g} {unit}"

@@ -9,24 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DEVICE
+from stand_ins import CEILINGS, CPU, HEAD, new_run
 
-from benchmarks import floors, kernels, line_up, plots, report, results, rivals, scaling
+from benchmarks import cases, floors, line_up, report, results, rivals
+from benchmarks.cases import FLOAT32
+from benchmarks.parts import kernels, scaling
 from benchmarks.shapes import Shape
 from repmtl_kernels import available_backends
 from repmtl_kernels.backends import choice, contract
 
-CPU = torch.device("cpu")
 BACKENDS = ["eager", *sorted({"native"} & set(available_backends()))]
-EFFORT = line_up.Effort(0.0, 1, 1)
-CEILINGS = {"copy_gbs": 30.0, "matmul_tflops": {"float32": 0.1}}
-HEAD = {
-    "machine": {"name": "cpu-2core", "cpu": "A CPU", "cores": 2, "threads": 2},
-    "versions": {"torch": "2.13.0"},
-    "commit": "0123456789abcdef",
-    "dirty": False,
-    "date": "2026-01-02T03:04:05+00:00",
-    "measured": CEILINGS,
-}
+EFFORT = cases.Effort(0.0, 1, 1)
 TINY = scaling.Plan(
     Shape("base", tasks=2, batch=3, channels=8, height=3, width=3, cpu_batch=3, network=""),
     Shape("anchors", tasks=2, batch=4, channels=8, height=1, width=1, cpu_batch=4, network=""),
@@ -52,7 +45,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def measured() -> tuple[list[dict], list[str]]:
-    return scaling.measure(CPU, CEILINGS, quick=False, deadline=math.inf)
+    run = new_run("scaling")
+    scaling.measure(run)
+    return run.rows, run.notes
 
 
 def contestants(sweep: str) -> list[str]:
@@ -141,7 +136,7 @@ def test_every_sweep_has_rows_of_every_contestant(tiny):
     assert {(r["sweep"], r["value"], r["backend"]) for r in rows} == expected
     fields = {
         "function", "shape", "T", "B", "C", "N", "dtype", "precision", "layout", "direction",
-        "backend", "graph", "ms", "spread", "peak_mb", "floor_ms", "fraction", "gbs", "tflops",
+        "backend", "graph", "ms", "spread", "peak_mb", "floor_ms", "fraction", "gbs",
         "error",
     }  # fmt: skip
     for row in rows:
@@ -156,7 +151,7 @@ def test_every_sweep_has_rows_of_every_contestant(tiny):
     for sweep, values in TINY.values.items():
         work = {(r["value"], r["floor_ms"]) for r in rows if r["sweep"] == sweep}
         assert len(work) == len({floor for _, floor in work}) == len(values)
-    assert kernels.broken(rows) == []
+    assert line_up.broken(rows) == []
 
 
 def test_the_points_of_cuda_can_be_measured(tiny):
@@ -165,7 +160,7 @@ def test_the_points_of_cuda_can_be_measured(tiny):
     rates = {"matmul_tflops": {"bfloat16": 0.4, "tf32": 0.2, "float32": 0.1}}
     points = scaling.points("cuda", quick=False)
     for point in points:
-        rows = scaling.measure_point(point, CPU, CEILINGS | rates, EFFORT, rival=True)
+        rows = scaling.measure_point(point, CPU, CEILINGS | rates, EFFORT, True)
         assert [(row["backend"], row["error"]) for row in rows] == [
             (name, None) for name in contestants(point.sweep)
         ]
@@ -179,9 +174,9 @@ def test_the_points_of_cuda_can_be_measured(tiny):
 def test_triton_can_be_measured(sweep: str, tiny):
     if "triton" not in available_backends():
         pytest.skip("no Triton here")
-    tiny.setattr(kernels, "backends", lambda *_: ["eager", "triton"])
-    point = scaling._point(TINY, sweep, 4, line_up.FLOAT32)
-    makers, exact = point.line_up(torch.device(DEVICE))
+    tiny.setattr(cases, "backends", lambda *_: ["eager", "triton"])
+    point = scaling.point(TINY, sweep, 4, FLOAT32)
+    makers, exact = point.calls(torch.device(DEVICE))
     assert list(makers) == ["materialized", "eager", "triton"]
     values = [make()().mean().item() for make in makers.values()]
     assert values == pytest.approx([exact] * 3, rel=1e-5)
@@ -192,10 +187,10 @@ def test_contestants_rotate_through_the_same_inputs(sweep: str, tiny):
     """As on a GPU, whose cache would hold one set."""
     cache = types.SimpleNamespace(L2_cache_size=1000)
     tiny.setattr(torch.cuda, "get_device_properties", lambda _: cache)
-    assert kernels.input_sets(1000, torch.device("cuda")) == 3
-    assert kernels.input_sets(1, torch.device("cuda")) == kernels.MAX_INPUT_SETS
-    tiny.setattr(kernels, "input_sets", lambda *_: 3)
-    makers, exact = scaling._point(TINY, sweep, 4, line_up.FLOAT32).line_up(CPU)
+    assert cases.input_sets(1000, torch.device("cuda")) == 3
+    assert cases.input_sets(1, torch.device("cuda")) == cases.MAX_INPUT_SETS
+    tiny.setattr(cases, "input_sets", lambda *_: 3)
+    makers, exact = scaling.point(TINY, sweep, 4, FLOAT32).calls(CPU)
     for make in makers.values():
         call = make()
         values = [call().mean().item() for _ in range(4)]
@@ -224,19 +219,11 @@ def test_the_rival_of_the_contrast_computes_the_same(gathered: bool):
 
 
 def test_what_there_is_no_time_for_is_noted():
-    rows, notes = scaling.measure(CPU, CEILINGS, quick=True, deadline=0.0)
-    assert rows == []
-    assert len(notes) == len(scaling.points("cpu", quick=True))
-    assert all(note.startswith("left out for time: ") for note in notes)
-
-
-def test_rows_are_saved_as_they_come(tiny):
-    saved = []
-    rows, notes = scaling.measure(
-        CPU, CEILINGS, quick=True, deadline=math.inf, save=lambda *found: saved.append(found)
-    )
-    assert len(saved) == len(scaling.points("cpu", quick=True))
-    assert saved[-1] == (rows, notes)
+    run = new_run(quick=True, deadline=0.0)
+    scaling.measure(run)
+    assert run.rows == []
+    assert len(run.notes) == len(scaling.points("cpu", quick=True))
+    assert all(note.startswith("left out for time: ") for note in run.notes)
 
 
 def test_who_computes_something_else_is_out_whoever_comes_before(tiny):
@@ -248,23 +235,23 @@ def test_who_computes_something_else_is_out_whoever_comes_before(tiny):
         return found | {"factored": lambda saliencies: 1.5 * found["factored"](saliencies)}
 
     tiny.setattr(kernels, "contestants", one_is_wrong)
-    point = scaling._point(TINY, "batch", 4, line_up.FLOAT32)
-    rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, rival=False)
-    assert [(row["backend"], row["error"] is None) for row in rows] == [
-        ("factored", False), *((name, True) for name in BACKENDS),
-    ]  # fmt: skip
-    assert rows[0]["error"].startswith(kernels.DISAGREES)
+    point = scaling.point(TINY, "batch", 4, FLOAT32)
+    rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, False)
+    errors = {row["backend"]: row["error"] for row in rows}
+    assert set(errors) == {"factored", *BACKENDS}
+    assert not any(errors[name] for name in BACKENDS)
+    assert errors["factored"].startswith(line_up.DISAGREES)
 
 
 def test_inputs_that_do_not_fit_are_noted(tiny):
-    right = kernels.make_inputs
+    right = cases.make_inputs
 
     def make_inputs(case, device):
         if case.shape.name == "channels":
             raise torch.OutOfMemoryError("tried to allocate 1 TiB")
         return right(case, device)
 
-    tiny.setattr(kernels, "make_inputs", make_inputs)
+    tiny.setattr(cases, "make_inputs", make_inputs)
     rows, notes = measured()
     assert {row["sweep"] for row in rows} == set(TINY.values) - {"channels"}
     assert len(notes) == len(TINY.values["channels"])
@@ -282,13 +269,14 @@ def test_a_rival_that_takes_too_long_is_left_out_with_a_note(tiny):
     others = sum(len(v) * (len(contestants(sweep)) - 1) for sweep, v in TINY.values.items())
     assert len(rows) - len(of_rivals(rows)) == others
     assert len(notes) == len(TINY.values)
-    assert notes[1].startswith("materialized left out of anchors (float32) from 12 on: at 4 ")
+    assert notes[1].startswith("materialized left out of anchors (float32) after 4: ")
     assert notes[1].endswith(" ms, over the limit of 0 ms")
 
 
 def test_a_rival_that_does_not_fit_is_never_started(tiny):
-    point = scaling._point(TINY, "channels", 16, line_up.FLOAT32)
-    tiny.setattr(scaling, "total_bytes", lambda _: (point.rival_bytes - 1) / scaling.MEMORY_SHARE)
+    point = scaling.point(TINY, "channels", 16, FLOAT32)
+    memory_gb = (point.rival_bytes - 1) / scaling.MEMORY_SHARE / 1e9
+    tiny.setitem(HEAD["machine"], "memory_gb", memory_gb)
     rows, notes = measured()
     found = {(r["sweep"], r["value"]) for r in of_rivals(rows)}
     assert ("channels", 4) in found and ("channels", 16) not in found
@@ -310,7 +298,7 @@ def test_a_rival_that_fails_is_a_row_and_stops(tiny):
         if sweep not in scaling.OF_ANCHORS
     }
     assert all("1 TiB" in r["error"] for r in failed)
-    assert kernels.broken(rows) == []
+    assert line_up.broken(rows) == []
     assert any(n.startswith("reference left out of tasks") and n.endswith("1 TiB") for n in notes)
     assert all(line.rows for line in scaling.lines(rows))
 
@@ -319,8 +307,8 @@ def test_a_rival_that_fails_is_a_row_and_stops(tiny):
 def test_what_a_rival_takes_is_about_as_estimated(sweep: str):
     base, anchors = Shape("", 3, 4, 8, 7, 7, 4, ""), Shape("", 3, 4, 16, 1, 1, 4, "")
     plan = TINY._replace(base=base, anchors=anchors)
-    point = scaling._point(plan, sweep, 128, line_up.FLOAT32)
-    rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, rival=True)
+    point = scaling.point(plan, sweep, 128, FLOAT32)
+    rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, True)
     (row,) = of_rivals(rows)
     assert 0.7 < row["peak_mb"] * 1e6 / point.rival_bytes < 1.4
 
@@ -360,16 +348,15 @@ def test_slopes_are_those_of_the_last_half():
 
 def test_faster_growth_than_expected_is_bold():
     rows = made_up("batch", "eager", 1.5, 1) + made_up("channels", "reference", 2, 2)
-    table = report.scaling_table({**HEAD, "notes": [], "rows": rows})
+    table = scaling.table({**HEAD, "notes": [], "rows": rows})
     assert "| batch B | 1, 32 | eager | **1.50** | 1 | 1.00 | 1.00 | 1 | 25% |" in table
     assert "| channels C | 1, 32 | reference | 2.00 | 2 | 1.00 | 2.00 | 2 | 25% |" in table
     assert "![Time](results/cpu-2core/scaling.svg)" in table
     single = [row for row in rows if row["value"] == 1]
-    table = report.scaling_table({**HEAD, "notes": ["something"], "rows": single})
+    table = scaling.table({**HEAD, "rows": single})
     assert "| batch B | 1, 1 | eager |  | 1 |  |  | 1 | 25% |" in table
-    assert "Notes: something." in table
     gpu = HEAD | {"machine": {"name": "h200", "gpu": "NVIDIA H200"}}
-    table = report.scaling_table({**gpu, "notes": [], "rows": rows})
+    table = scaling.table({**gpu, "notes": [], "rows": rows})
     assert "| batch B | float32 | 1, 32 | eager |" in table
 
 
@@ -378,7 +365,7 @@ def test_the_section_is_of_machines_with_results_only(tmp_path: Path):
     readme = tmp_path / "README.md"
     other = "<!-- bench:scaling:h200 -->\n<!-- /bench -->\n"
     readme.write_text(f"{other}<!-- bench:scaling:cpu-2core -->\n<!-- /bench -->\n")
-    report.refresh_readme(readme, tmp_path)
+    report.refresh(readme, tmp_path)
     text = readme.read_text()
     assert text.startswith(f"{other}<!-- bench:scaling:cpu-2core -->\n| varied |")
 
@@ -387,8 +374,9 @@ def test_a_panel_for_each_sweep_with_its_floor(tiny):
     pytest.importorskip("matplotlib")
     rows, _ = measured()
     second = [row | {"precision": "tf32"} for row in rows]
-    figures = plots.scaling_figures({**HEAD, "rows": rows + second})
-    assert list(figures) == ["scaling", "scaling_memory"]
+    makers = scaling.PART.figures
+    assert list(makers) == ["scaling", "scaling_memory"]
+    figures = {name: make({**HEAD, "rows": rows + second}) for name, make in makers.items()}
     for name, figure in figures.items():
         assert [axes.get_xlabel() for axes in figure.axes if axes.get_visible()] == [
             scaling.SWEEPS[sweep].axis for sweep in TINY.values
@@ -404,14 +392,13 @@ def test_a_panel_for_each_sweep_with_its_floor(tiny):
             dashed = [line for line in curves if line.get_linestyle() == "--"]
             assert len(dashed) == (name == "scaling")
             assert len(curves) == len(dashed) + len(contestants(sweep))
-    assert plots.scaling_figures({**HEAD, "rows": []}) == {}
 
 
 def test_figures_are_the_same_again(tmp_path: Path):
     pytest.importorskip("matplotlib")
     rows = made_up("batch", "eager", 1.5, 1) + made_up("channels", "reference", 2, 2)
     results.save(tmp_path, "scaling", HEAD, rows, notes=[])
-    written = plots.draw(tmp_path)
+    written = report.draw_results(tmp_path)
     assert [p.name for p in written] == ["scaling.svg", "scaling_memory.svg"]
     before = [p.read_bytes() for p in written]
-    assert [p.read_bytes() for p in plots.draw(tmp_path)] == before
+    assert [p.read_bytes() for p in report.draw_results(tmp_path)] == before

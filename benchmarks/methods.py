@@ -1,0 +1,245 @@
+"""The methods of a training step: each leaves gradients in ``.grad`` of every parameter.
+
+Every phase of a step is marked, see :mod:`benchmarks.phases`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+
+from benchmarks.networks import Batch, Model, Network, random_batch, task_loss
+from benchmarks.peers import AtRepresentation, ByTorchjd, Forward, SinglePass, fairgrad, nash_mtl
+from benchmarks.phases import PHASES, Phases, Unmarked
+from repmtl_kernels import RepMTL, rep_mtl_loss, task_saliencies
+from repmtl_kernels._heads.second_order import second_order
+from repmtl_kernels._training.strength import FIRST
+
+EQUAL_WEIGHTING = "equal_weighting"
+LAMBDA = 0.01
+LEARNING_RATE = 1e-4
+EVERY = 4
+
+
+class Work:
+    """Model, optimizer and batch: all methods take their steps with the same ones."""
+
+    def __init__(self, network: Network, dtype: torch.dtype, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.tasks = list(network.tasks)
+        self.model: Model = network.model().to(device)
+        self.batch: Batch = random_batch(network, device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
+        low = dtype != torch.float32
+        self.autocast = partial(torch.autocast, device.type, dtype, enabled=low)
+
+    def step(self, method: EqualWeighting, marks: Unmarked | None = None) -> None:
+        marks = marks or Unmarked()
+        method.gradients(self, marks)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.mark("optimizer")
+
+    def cycle(self, method: EqualWeighting) -> None:
+        """Take as many steps as it takes until they repeat."""
+        for _ in range(method.every):
+            self.step(method)
+
+    def phases(self, method: EqualWeighting) -> dict[str, float]:
+        """Return the milliseconds of each phase in one step, the mean of a cycle."""
+        total = dict.fromkeys(PHASES, 0.0)
+        for _ in range(method.every):
+            marks = Phases(self.device)
+            self.step(method, marks)
+            for name, ms in marks.ms().items():
+                total[name] += ms / method.every
+        return {name: ms for name, ms in total.items() if ms > 0}
+
+    def clear(self) -> None:
+        """Forget what a step left that failed half-way."""
+        for p in self.model.parameters():
+            p.grad = None
+            if hasattr(p, "jac"):
+                del p.jac
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class EqualWeighting:
+    """The sum of the task losses."""
+
+    every = 1  # steps until they repeat
+
+    def gradients(self, work: Work, marks: Unmarked) -> None:
+        """Run forward and backward and mark the phases."""
+        heads = [work.model.heads[task] for task in work.tasks]
+        with work.autocast():
+            z = [work.model.encoder(images) for images in work.batch.images]
+            marks.mark("encoder_forward")
+            of_tasks = z * len(heads) if len(z) == 1 else z
+            with self.heads(marks):
+                losses = [
+                    task_loss(task, head(z), work.batch.labels[task])
+                    for task, head, z in zip(work.tasks, heads, of_tasks, strict=True)
+                ]
+            marks.mark("heads_forward")
+        self.backward(Forward(work.model.encoder, heads, losses, z), marks)
+
+    def heads(self, marks: Unmarked) -> AbstractContextManager:
+        """Return what the heads' forward runs under."""
+        return contextlib.nullcontext()
+
+    def backward(self, forward: Forward, marks: Unmarked) -> None:
+        marks.mark_at(forward.representations, "heads_backward")
+        sum(forward.losses).backward()
+        marks.mark("encoder_backward")
+
+
+class Peer(EqualWeighting):
+    """A form of :mod:`benchmarks.peers`; keeps the weights that it used."""
+
+    def __init__(self, form: ByTorchjd | SinglePass | AtRepresentation) -> None:
+        self.form = form
+        self.backward = form.backward
+
+
+class RepMTLMethod(EqualWeighting):
+    """Rep-MTL with fixed lambdas, which the dissected and the compiled step can write out.
+
+    measured: whether its calls measure the ratio of the gradients; else they are those between.
+    """
+
+    def __init__(
+        self, backend: str = "auto", *, fast: bool = False, every: int = 1, measured: bool = False
+    ) -> None:
+        self.criterion = RepMTL(LAMBDA, LAMBDA, backend=backend, every=every)
+        self.fast = fast
+        self.state = torch.zeros_like(self.criterion.get_extra_state())
+        if not measured:
+            self.state[0] = every * (FIRST + 1)  # the number of calls
+        self.every = every
+        self.dissected = 0
+
+    def heads(self, marks: Unmarked) -> AbstractContextManager:
+        if not self.fast:
+            return contextlib.nullcontext()
+        if isinstance(marks, Phases):
+            return second_order() if self._applies() else contextlib.nullcontext()
+        return self.criterion.second_order()
+
+    def backward(self, forward: Forward, marks: Unmarked) -> None:
+        z = forward.representations
+        if isinstance(marks, Phases):
+            self._dissect(forward, marks)
+        else:
+            if self.criterion.get_extra_state()[0] % self.every == 0:  # a cycle begins
+                self.criterion.set_extra_state(self.state)
+            self.criterion(forward.losses, z[0] if len(z) == 1 else z).backward()
+
+    def _applies(self) -> bool:
+        return self.dissected % self.every == 0
+
+    def _dissect(self, forward: Forward, marks: Phases) -> None:
+        """Do what the criterion does, by its parts: the criterion itself has no marks."""
+        c, z = self.criterion, forward.representations
+        total = sum(forward.losses)
+        applies = self._applies()
+        self.dissected += 1
+        if applies:
+            saliencies = task_saliencies(forward.losses, z[0] if len(z) == 1 else z)
+            marks.mark("saliencies")
+            lambdas = {"lambda_tsr": c.lambda_tsr, "lambda_csa": c.lambda_csa}
+            options = {"csa_temperature": c.csa_temperature, "backend": c.backend}
+            regulariser = rep_mtl_loss(saliencies, **lambdas, **options).total
+            total = total + self.every * regulariser
+            marks.mark("regularizer")
+            # Its backward comes first: it was computed last.
+            marks.mark_at(saliencies, "regularizer")
+        marks.mark_at(z, "heads_backward")
+        total.backward()
+        marks.mark("encoder_backward")
+
+
+class CompiledRepMTL(EqualWeighting):
+    """Rep-MTL with all gradients by ``torch.func``, forward and backward as one compiled graph.
+
+    This is the documented way; running statistics are updated where they are.
+    """
+
+    gradient: Callable | None = None
+
+    def gradients(self, work: Work, marks: Unmarked) -> None:
+        self.modules: dict[str, nn.Module] = {"encoder": work.model.encoder, **work.model.heads}
+        parameters = {k: dict(m.named_parameters()) for k, m in self.modules.items()}
+        buffers = {k: dict(m.named_buffers()) for k, m in self.modules.items()}
+        if self.gradient is None:
+            self.gradient = torch.compile(grad_and_value(self._objective), fullgraph=True)
+        with torch.no_grad():
+            grads, _ = self.gradient(parameters, buffers, *work.batch.images, work.batch.labels)
+        for name, of_module in parameters.items():
+            for key, parameter in of_module.items():
+                parameter.grad = grads[name][key]
+        marks.mark("compiled")
+
+    def _objective(self, parameters: dict, buffers: dict, images: Tensor, labels: dict) -> Tensor:
+        encoder = parameters["encoder"], buffers["encoder"]
+        z = functional_call(self.modules["encoder"], encoder, images)
+        losses, saliencies = [], []
+        for task, label in labels.items():
+            saliency, loss = grad_and_value(self._task_loss)(
+                z, buffers[task], parameters[task], task, label
+            )
+            losses.append(loss)
+            saliencies.append(saliency)
+        lambdas = {"lambda_tsr": LAMBDA, "lambda_csa": LAMBDA}
+        return sum(losses) + rep_mtl_loss(saliencies, **lambdas).total
+
+    def _task_loss(
+        self, z: Tensor, buffers: dict, parameters: dict, task: str, label: Tensor
+    ) -> Tensor:
+        output = functional_call(self.modules[task], (parameters, buffers), z)
+        return task_loss(task, output, label)
+
+
+# The decisive methods first: when time runs out, the last ones are left out.
+METHODS: dict[str, Callable[[int], EqualWeighting]] = {
+    EQUAL_WEIGHTING: lambda tasks: EqualWeighting(),
+    "rep_mtl_second_order": lambda tasks: RepMTLMethod(fast=True),
+    "rep_mtl": lambda tasks: RepMTLMethod(),
+    "rep_mtl_reference": lambda tasks: RepMTLMethod("reference"),
+    "rep_mtl_every": lambda tasks: RepMTLMethod(fast=True, every=EVERY),
+    "nash_mtl": lambda tasks: Peer(ByTorchjd(nash_mtl(tasks))),
+    "fairgrad": lambda tasks: Peer(ByTorchjd(fairgrad(tasks))),
+    "nash_mtl_single_pass": lambda tasks: Peer(SinglePass(nash_mtl(tasks))),
+    "fairgrad_single_pass": lambda tasks: Peer(SinglePass(fairgrad(tasks))),
+    "nash_mtl_representation": lambda tasks: Peer(AtRepresentation(nash_mtl(tasks))),
+    "fairgrad_representation": lambda tasks: Peer(AtRepresentation(fairgrad(tasks))),
+}
+NEED_TORCHJD = tuple(name for name in METHODS if name.startswith(("nash_mtl", "fairgrad")))
+COMPILED: dict[str, Callable[[int], EqualWeighting]] = {
+    EQUAL_WEIGHTING: METHODS[EQUAL_WEIGHTING],
+    "rep_mtl": METHODS["rep_mtl"],
+    "rep_mtl_second_order": METHODS["rep_mtl_second_order"],
+    "rep_mtl_compiled": lambda tasks: CompiledRepMTL(),
+}
+TITLES = {
+    "equal_weighting": "equal weighting",
+    "rep_mtl_reference": "Rep-MTL, reference losses",
+    "rep_mtl": "Rep-MTL, fused losses",
+    "rep_mtl_second_order": "Rep-MTL, fused, `second_order()`",
+    "rep_mtl_every": f"the same, `every={EVERY}`",
+    "rep_mtl_compiled": "Rep-MTL, step compiled as a whole",
+    "nash_mtl": "Nash-MTL (torchjd)",
+    "nash_mtl_single_pass": "Nash-MTL, own single pass",
+    "nash_mtl_representation": "Nash-MTL, at the representation",
+    "fairgrad": "FairGrad (torchjd)",
+    "fairgrad_single_pass": "FairGrad, own single pass",
+    "fairgrad_representation": "FairGrad, at the representation",
+}

@@ -1,0 +1,28 @@
+"""The parts of the benchmark, one file each: what is measured, its tables and its pictures."""
+
+from benchmarks.parts import (
+    compatibility,
+    kept,
+    kernels,
+    quality,
+    scaling,
+    second_order,
+    stages,
+    static,
+    steps,
+)
+
+# In the order of a run.
+PARTS = (
+    kernels.PART,
+    steps.PART,
+    quality.PART,
+    stages.PART,
+    second_order.PART,
+    kept.PART,
+    scaling.PART,
+    steps.COMPILED_PART,
+    quality.BENCH,
+    static.PART,
+    compatibility.PART,
+)

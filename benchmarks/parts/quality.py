@@ -1,0 +1,70 @@
+"""Training quality: a short training on MultiMNIST, and the tables of all studies."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.output import captioned, groups, markdown, say
+from benchmarks.part import Part, Run
+from benchmarks.quality import config, tables
+from benchmarks.quality.studies import run_study
+
+
+def measure(run: Run) -> None:
+    missing = [name for name in ("mlxtend", "torchjd") if find_spec(name) is None]
+    if missing or run.folder is None:
+        say(f"  left out: {', '.join(missing)} not installed")
+        return
+    study = config.study(config.find("bench"), seeds=[0] if run.quick else None)
+    with tempfile.TemporaryDirectory(prefix="repmtl-quality-") as work:
+        run_study(
+            study,
+            run.head,
+            folder=None,
+            out=run.folder,
+            work=Path(work),
+            jobs=min(4, os.cpu_count() or 1),
+            device=run.device.type,
+        )
+
+
+def accuracy_table(result: dict) -> str:
+    """Return each task's test accuracy by method, mean and standard deviation over seeds."""
+    tasks = list(result["rows"][0]["metrics"])
+    lines = []
+    for (method,), rows in groups(result["rows"], "method").items():
+        cells = [method]
+        for task in tasks:
+            values = [row["metrics"][task]["accuracy"] for row in rows]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f} %{spread}")
+        lines.append(cells)
+    (settings,) = result["datasets"].values()
+    text = (
+        f"MultiMNIST, {settings['training']['steps']} steps of {settings['training']['batch']} "
+        f"images, {len(result['seeds'])} seeds (mean and standard deviation), test accuracy."
+    )
+    return captioned(markdown(["method", *tasks], lines), result, text)
+
+
+def study_table(result: dict) -> str:
+    """Return `Delta_p` of every method and data set."""
+    text = (
+        f"Per cent, mean over tasks; mean and 95 % interval over {len(result['seeds'])} seeds. A "
+        "seed's run is compared with the base's run of that seed."
+    )
+    return captioned(tables.by_base(result["rows"]), result, text)
+
+
+PART = Part(
+    "quality",
+    "QUALITY: MultiMNIST, every method from the same weights on the same batches",
+    measure,
+    share=0.2,
+    on=("cpu", "cuda"),
+)
+BENCH = Part("quality_bench", tables={"accuracy": accuracy_table})
