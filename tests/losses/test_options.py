@@ -86,8 +86,7 @@ def test_options_of_a_module_are_its_attributes(called: type):
     parameters = list(inspect.signature(called).parameters)
     module = called()
     assert list(module.options()) == parameters
-    if called is not RepMTL:
-        assert set(inspect.get_annotations(called) | LossModule.__annotations__) == set(parameters)
+    assert set(inspect.get_annotations(called) | LossModule.__annotations__) == set(parameters)
     for name in parameters:
         setattr(module, name, marker := object())
         assert module.options()[name] is marker
@@ -139,8 +138,13 @@ def test_every_option_is_compared_between_ranks(kind: type, field: dataclasses.F
 def test_rows_of_all_losses_have_one_form_and_fit():
     for left in (BOTH, BOTH._replace(tsr=None), BOTH._replace(tsr=None, lambdas=None)):
         found = forward._facts(left, left.csa, SALIENCIES, None)
-        assert len(found) == len(row(BOTH))
-        assert 2 + len(found) <= _distributed.WIDTH  # after the kind and the batch
+        assert len(sent) == len(row(BOTH))
+        assert 2 + len(sent) <= _distributed.WIDTH  # after the kind and the batch
+
+
+def test_facts_of_the_criterion_fit():
+    facts_of_criterion = RepMTL()._checked_options().facts(calls=0)
+    assert 1 + len(facts_of_criterion) <= _distributed.WIDTH  # after the kind
 
 
 def test_facts_are_numbers_and_their_texts():
