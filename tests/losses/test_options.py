@@ -118,8 +118,8 @@ def test_losses_that_are_left_out_keep_their_place_in_the_schema():
 
 
 def row(evaluation: Config) -> list[float]:
-    found = forward._facts(evaluation, evaluation.csa, SALIENCIES, None)
-    return [fact.number() for fact in found]
+    facts_of_losses = forward._facts(evaluation, evaluation.csa, SALIENCIES, None)
+    return [fact.number() for fact in facts_of_losses]
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=FIELD_IDS)
@@ -137,7 +137,7 @@ def test_every_option_is_compared_between_ranks(kind: type, field: dataclasses.F
 
 def test_rows_of_all_losses_have_one_form_and_fit():
     for left in (BOTH, BOTH._replace(tsr=None), BOTH._replace(tsr=None, lambdas=None)):
-        found = forward._facts(left, left.csa, SALIENCIES, None)
+        sent = forward._facts(left, left.csa, SALIENCIES, None)
         assert len(sent) == len(row(BOTH))
         assert 2 + len(sent) <= _distributed.WIDTH  # after the kind and the batch
 

@@ -56,6 +56,7 @@ def test_compile_of_func_grad(backend: str):
     torch.testing.assert_close(found, grad(*tensors, positions=mask))
 
 
+@pytest.mark.slow
 @pytest.mark.cell("`positions=`, a mask of padding: `torch.compile`, `torch.vmap`, `torch.export`")
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_vmap(backend: str):
