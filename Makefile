@@ -103,5 +103,5 @@ gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 
 	echo "make gpu: tests and benchmark done; results in $(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
-	@rm -rf build dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(PACKAGE_STAMP)
+	@rm -rf build/lib* build/temp* build/bdist* dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(PACKAGE_STAMP)
 	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +

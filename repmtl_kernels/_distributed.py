@@ -105,7 +105,7 @@ class Fact(NamedTuple):
 
 
 # The numbers that a rank sends in one message. All messages are as long, so that an error can come
-# in place of any of them.
+# in place of any of them. A new option that ranks compare may need a larger number.
 WIDTH = 17
 # The first number of a message: its kind.
 _ERROR, _LOSSES, _CRITERION = 0, 1, 2
@@ -174,9 +174,10 @@ def _exchange_facts(
 def _exchange(group: ProcessGroup, message: Sequence[float], like: object) -> list[list[float]]:
     """Return the messages of all ranks.
 
-    On the CPU where the group has a backend for it. Else the host has to wait until the device has
-    come to this.
+    The exchange is on the CPU if the group has a backend for it. If not, the host waits for the
+    device.
     """
+    assert len(message) <= WIDTH
     row = [*map(float, message), *[0.0] * (WIDTH - len(message))]
     with torch_private.without_transforms():
         sent = torch.tensor([row], dtype=torch.float64, device=_device(group, like))

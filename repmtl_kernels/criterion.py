@@ -115,8 +115,8 @@ class RepMTL(LossModule):
             the CPU and on CUDA). See ``last.ratio``.
         start: the first ``start`` calls in training mode have no regulariser, and cost no more than
             the losses. Calls with the same ``step`` count as one.
-        ramp: after these the weight of the regulariser grows linearly, and is full at the
-            ``ramp``-th call.
+        ramp: after the first ``start`` calls the weight of the regulariser grows linearly, and is
+            full at the ``ramp``-th call after them.
         over, normalizer, tsr_temperature, tsr_floor: options of :func:`tsr_loss`.
         csa_temperature: option of :func:`csa_loss`.
         group: option of :func:`csa_loss`; all ranks give negatives. With ``strength`` all ranks
@@ -335,13 +335,13 @@ class RepMTL(LossModule):
                     options.check_observable(total)
                 check_graph(tasks)
                 if real:
-                    first_calls.explain(tasks, progress, applied)
+                    first_calls.check_losses(tasks, progress, applied)
                 tasks.check_batch(present, positions, options, group)
             if applied:
                 take_saliencies(tasks, scale)
                 if real:
                     first_calls.warn_of_no_means(tasks, progress, options)
-        if talks and not torch.compiler.is_compiling():  # which knows no values
+        if talks and not torch.compiler.is_compiling():  # a compiler knows no values
             _distributed.agree(talks, options.facts(progress.calls), arguments)
             progress.agreed = True
         if applied:

@@ -19,7 +19,7 @@ from repmtl_kernels._ground.saliency import (
     accumulation_dtype,
     canonical_mask,
     canonical_tasks,
-    held,
+    eps_or_zero,
     without_autocast,
 )
 from repmtl_kernels._losses.arguments import checked_call
@@ -145,7 +145,7 @@ def _entropy(tasks: list[Tensor], mask: Tensor | None, options: TsrOptions) -> T
             magnitude = magnitude + options.floor * _mean(magnitude, mask)
             if mask is not None:
                 magnitude = magnitude.where(mask, 0)
-        total = magnitude.sum(dim, keepdim=True) + held(options.eps, x.dtype)
+        total = magnitude.sum(dim, keepdim=True) + eps_or_zero(options.eps, x.dtype)
         p = magnitude / total.where(total != 0, 1)  # eq. 5
     elif over_tasks or mask is None:
         p = torch.softmax(x / temperature, dim)
@@ -183,7 +183,7 @@ def _contrastive(
 def _normalized(matrices: Tensor, eps: float) -> Tensor:
     """Return ``(..., C, C)`` over ``max(Frobenius norm, eps)``; a zero matrix stays zero."""
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    eps = held(eps, norm.dtype)
+    eps = eps_or_zero(eps, norm.dtype)
     norm = norm.clamp_min(eps) if eps > 0 else norm.where(norm != 0, 1)
     return matrices / norm
 

@@ -206,7 +206,7 @@ def settled(criterion: RepMTL) -> RepMTL:
 
     It checks no head and does not measure the ratio.
     """
-    criterion._progress.explained = _AllTasks()
+    criterion._progress.checked_derivatives = _AllTasks()
     criterion._progress.calls = FIRST + 1
     return criterion
 

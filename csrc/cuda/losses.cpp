@@ -92,7 +92,6 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad,
   check_outputs(saliencies, outputs, tasks);
   STD_TORCH_CHECK(saved.size() == kSavedTensors, "saved: expected ", int{kSavedTensors},
                   " tensors, got ", saved.size());
-  if (tasks.empty()) return;
   const int64_t T = shape.tasks, B = shape.batch;
   const ScalarType sums = accumulation_type(first);
   GradientInputs g{saved[kScale],
@@ -111,6 +110,7 @@ void losses_backward_op(Tensor grad_csa, std::optional<Tensor> position_grad,
   for (const SavedTensor i : {kWeight, kSimilarity, kInverse, kSlope}) {
     check_contiguous("saved", saved[i], {T, B}, first, sums);
   }
+  if (tasks.empty()) return;
   const Call on(first);
   const Mask counted = counted_mask_of(on, mask, first, shape);
   coefficients(on, type_of(first), T, B, data(grad_csa), data(saved[kWeight]),

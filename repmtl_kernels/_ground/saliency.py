@@ -23,7 +23,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def held(eps: float, dtype: torch.dtype) -> float:
+def eps_or_zero(eps: float, dtype: torch.dtype) -> float:
     """Return ``eps`` if ``dtype`` holds it as a normal number, else its limit, 0."""
     return eps if eps >= torch.finfo(dtype).tiny else 0.0
 

@@ -27,9 +27,11 @@ __all__ = [
     "ddp_waits_for_static_graph",
     "defined_function",
     "forward_mode_level",
+    "is_compiled",
     "is_fake",
     "is_flat_parameter",
     "is_functorch_wrapped",
+    "is_hook_of_fsdp1",
     "is_legacy_batched",
     "is_transform_active",
     "keeps_graph",
@@ -39,11 +41,13 @@ __all__ = [
     "running_backward",
     "saved_tensor_hooks",
     "sequence_number",
+    "uncompiled",
     "unsharded_parameters",
     "will_be_executed",
     "without_dispatch_modes",
     "without_transforms",
     "wrapped_module",
+    "writes_in_place",
 ]
 
 # --- tensors ---
@@ -74,7 +78,11 @@ def register_tuple(kind: type, flatten: Callable, unflatten: Callable, name: str
 
 
 def is_transform_active() -> bool:
-    """Return whether a ``torch.func`` transform runs, or ``vmap`` of the older kind."""
+    """Return whether a ``torch.func`` transform runs, or ``vmap`` of the older kind.
+
+    ``Function.apply`` is not for these. In a backward pass it is the ``vmap`` of a caller who wants
+    the rows of a Jacobian at once; ``is_grads_batched`` has another one.
+    """
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
@@ -136,6 +144,24 @@ def defined_function(node: Node) -> type[torch.autograd.Function]:
     return node._forward_cls  # type: ignore[attr-defined]
 
 
+# --- modules and tensors of heads ---
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wrapped, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` or ``module.compile`` made it compiled."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def writes_in_place(x: Tensor) -> int:
+    """Return how often ``x`` was written in place."""
+    return x._version
+
+
 # --- operations and libraries ---
 
 
@@ -178,6 +204,12 @@ def wrapped_module(node: Node) -> DistributedDataParallel:
 def ddp_waits_for_static_graph(wrapper: nn.Module) -> bool:
     """Return whether DDP will learn its static graph from the next backward pass."""
     return bool(wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued)
+
+
+def is_hook_of_fsdp1(hook: Any) -> bool:
+    """Return whether FullyShardedDataParallel (FSDP1) put this hook on a tensor."""
+    function = getattr(hook, "func", hook)  # it is a partial
+    return getattr(function, "__module__", "") == "torch.distributed.fsdp._runtime_utils"
 
 
 def is_flat_parameter(parameter: Tensor) -> bool:

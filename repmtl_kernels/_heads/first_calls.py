@@ -16,25 +16,25 @@ from repmtl_kernels._training.tasks import Tasks
 ENOUGH = 1 << 20
 
 
-def explain(tasks: Tasks, progress: Progress, applied: bool) -> None:
+def check_losses(tasks: Tasks, progress: Progress, applied: bool) -> None:
     """Raise if a loss can't be trained with. Once for each task, since it takes all derivatives."""
-    new = [task for task in tasks if task.key not in progress.explained]
+    new = [task for task in tasks if task.key not in progress.checked_derivatives]
     if not new or any(is_transformed(task.loss) for task in tasks):
         return
     if any(task.loss.grad_fn is None for task in tasks):  # it has no saliency either
         return
-    if preflight.explain(new, tasks, applied):
-        progress.explained.update(task.key for task in new)
+    if preflight.check_losses(new, tasks, applied):
+        progress.checked_derivatives.update(task.key for task in new)
 
 
 def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions) -> None:
     """Warn of saliencies without means. Once for each task, since it waits for the device."""
-    new = [task for task in tasks if task.key not in progress.looked_at]
+    new = [task for task in tasks if task.key not in progress.checked_means]
     if not new or is_transformed(tasks[0].loss):
         return
     if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    progress.looked_at.update(task.key for task in new)
+    progress.checked_means.update(task.key for task in new)
     for task in new:
         for saliency in task.own_saliencies:
             # One sample's means may be a single number, and that small by chance.

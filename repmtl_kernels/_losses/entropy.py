@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from repmtl_kernels._ground.saliency import held
+from repmtl_kernels._ground.saliency import eps_or_zero
 from repmtl_kernels._losses.options import TsrOptions
 from repmtl_kernels.backends.contract import Entropy, Stages
 
@@ -43,7 +43,7 @@ def _stage(
         over=options.over,
         normalizer=options.normalizer,
         temperature=options.temperature,
-        eps=held(options.eps, x.dtype),
+        eps=eps_or_zero(options.eps, x.dtype),
         with_grad=with_grad,
     )
 

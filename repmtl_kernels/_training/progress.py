@@ -28,8 +28,8 @@ class Progress:
         self.ratio = RunningMean(RATIO_DECAY)  # of the gradients' norms, at lambdas that sum to 1
         self.size = RunningMean(SIZE_DECAY)  # of dR/dS, for clip
         self.last_ratio: Tensor | None = None  # the last measured one, as that call applied it
-        self.explained: set[Hashable] = set()  # tasks that have second derivatives
-        self.looked_at: set[Hashable] = set()  # tasks whose saliencies were checked for means
+        self.checked_derivatives: set[Hashable] = set()  # tasks that have second derivatives
+        self.checked_means: set[Hashable] = set()  # tasks whose saliencies were checked for means
         self.agreed = False  # whether the ranks have compared their options
         self.weak = DeferredFlag()  # whether the lambdas have fallen too far
         self.warned_of_weak = False

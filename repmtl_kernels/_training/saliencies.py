@@ -143,9 +143,9 @@ def _if_compiled(task: Task) -> str:
     if not any("CompiledFunction" in node.name() for node in nodes):
         return ""
     return (
-        ". A torch.compile region gave one of the two: no gradient passes between results of the "
-        "same region, so where the encoder is compiled together with heads or losses, compile the "
-        "encoder alone"
+        ". The representation or the loss is a result of a torch.compile region: no gradient "
+        "passes between results of the same region, so where the encoder is compiled together with "
+        "heads or losses, compile the encoder alone"
     )
 
 

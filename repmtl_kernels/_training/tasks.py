@@ -72,8 +72,9 @@ class Level(NamedTuple):
 class Tasks(list[Task]):
     """The tasks of one call that have a loss, in the order of the losses.
 
-    A call fills it in four steps: it makes it of the losses, then come :meth:`place` (the
-    representations), :meth:`check_batch` (the masks) and ``take_saliencies`` of ``saliencies.py``.
+    A call fills it in four steps. The constructor takes the losses, :meth:`place` the
+    representations and :meth:`check_batch` the masks; then ``take_saliencies`` of ``saliencies.py``
+    takes the saliencies.
 
     Args:
         losses: as the user gave them.

@@ -22,7 +22,6 @@ pytestmark = [
 ]
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 # Threads of a block; a multiprocessor has 64 Ki registers.
-THREADS = 256
 
 
 def cuobjdump(*arguments: str) -> str:

@@ -19,7 +19,9 @@ from repmtl_kernels._training.tasks import Task
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def explain(losses: dict, representations: list[tuple[str, Tensor]], applied: bool = True) -> bool:
+def check_losses(
+    losses: dict, representations: list[tuple[str, Tensor]], applied: bool = True
+) -> bool:
     """One representation for each loss, with its name."""
     tasks = [
         Task(key, row, loss, loss, places=[place])
@@ -27,7 +29,7 @@ def explain(losses: dict, representations: list[tuple[str, Tensor]], applied: bo
             zip(losses.items(), representations, strict=True)
         )
     ]
-    return preflight.explain(tasks, tasks, applied)
+    return preflight.check_losses(tasks, tasks, applied)
 
 
 KNOWN = [
@@ -48,7 +50,7 @@ def test_explain_names_task_operation_and_remedy(name: str):
     z = tokens().requires_grad_() * 1
     losses = {"easy": z.square().mean(), "hard": head(z).square().mean()}
     with pytest.raises(SecondDerivativeError) as raised:
-        explain(losses, [("representation", z)] * 2)
+        check_losses(losses, [("representation", z)] * 2)
     message = str(raised.value)
     assert message.startswith("losses['hard']: "), message
     assert operation in message and remedy in message and "RepMTL.check(heads, z)" in message
@@ -60,21 +62,21 @@ def test_explain_looks_only_between_representation_and_loss():
     z = encoder(tokens())
     head = between(nn.Tanh()).to(DEVICE)
     losses = {0: (head(z).sum(-1, keepdim=True) * features).mean(), 1: z.mean()}
-    explain(losses, [("representation", z)] * 2)
+    check_losses(losses, [("representation", z)] * 2)
     leaf = tokens(requires_grad=True)
     other = tokens(requires_grad=True)
-    explain({0: leaf.mean(), 1: other.square().mean()}, [("a", leaf), ("b", other)])
+    check_losses({0: leaf.mean(), 1: other.square().mean()}, [("a", leaf), ("b", other)])
     attended = Attention()(other).mean()
     with pytest.raises(SecondDerivativeError, match=r"losses\[1\].*between b and"):
-        explain({0: leaf.mean(), 1: attended}, [("a", leaf), ("b", other)])
-    explain({1: attended}, [("a", leaf)])  # not between these two
+        check_losses({0: leaf.mean(), 1: attended}, [("a", leaf), ("b", other)])
+    check_losses({1: attended}, [("a", leaf)])  # not between these two
 
 
 def test_explain_does_not_follow_the_other_results_of_an_operation():
     first, second = tokens(requires_grad=True).tanh().unbind(0)
-    explain({0: Attention()(second[None]).mean() + first.mean()}, [("z", first)])
+    check_losses({0: Attention()(second[None]).mean() + first.mean()}, [("z", first)])
     with pytest.raises(SecondDerivativeError):
-        explain({0: Attention()(first[None]).mean() + second.mean()}, [("z", first)])
+        check_losses({0: Attention()(first[None]).mean() + second.mean()}, [("z", first)])
 
 
 def test_explain_visits_each_operation_once():
@@ -84,7 +86,7 @@ def test_explain_visits_each_operation_once():
     for _ in range(400):
         value = value + value.tanh()
         other = other + other.tanh()
-    explain({0: value.mean(), 1: (value * other).sum()}, [("z", z)] * 2)
+    check_losses({0: value.mean(), 1: (value * other).sum()}, [("z", z)] * 2)
 
 
 def test_explain_leaves_a_region_with_representation_and_loss_to_the_criterion():
@@ -96,7 +98,7 @@ def test_explain_leaves_a_region_with_representation_and_loss_to_the_criterion()
         return z, z.square().mean()
 
     z, loss = both(tokens())
-    explain({0: loss}, [("representation", z)])
+    check_losses({0: loss}, [("representation", z)])
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -111,7 +113,7 @@ def test_explain_data_parallel_results_that_are_copies(option: str, tmp_path):
         def forward(self, x):
             z = self.encoder(x)
             loss = self.head(z).square().mean()
-            explain({0: loss}, [("representation", z)])
+            check_losses({0: loss}, [("representation", z)])
             return z, loss
 
     store = f"file://{tmp_path}/store"
@@ -119,9 +121,9 @@ def test_explain_data_parallel_results_that_are_copies(option: str, tmp_path):
     try:
         z, loss = DistributedDataParallel(Model(), **{option: True})(torch.randn(B, D))
         with pytest.raises(SecondDerivativeError, match=r"losses\[0\].*inside the wrapped module"):
-            explain({0: loss}, [("representation", z)])
+            check_losses({0: loss}, [("representation", z)])
         with pytest.raises(SecondDerivativeError, match="inside the wrapped module"):
-            explain({0: loss * 2}, [("representation", z)])
-        explain({0: z.square().mean()}, [("representation", z)])  # heads outside
+            check_losses({0: loss * 2}, [("representation", z)])
+        check_losses({0: z.square().mean()}, [("representation", z)])  # heads outside
     finally:
         dist.destroy_process_group()

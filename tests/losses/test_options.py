@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,20 @@ def test_losses_that_are_left_out_keep_their_place_in_the_schema():
 def row(evaluation: Config) -> list[float]:
     facts_of_losses = forward._facts(evaluation, evaluation.csa, SALIENCIES, None)
     return [fact.number() for fact in facts_of_losses]
+
+
+@pytest.mark.parametrize(("kind", "field"), FIELDS, ids=FIELD_IDS)
+def test_every_option_reaches_the_operators_of_all_stages(kind: type, field: dataclasses.Field):
+    if kind is Lambdas or field.name == "memory":
+        pytest.skip("these operators save the Gram matrices, and the caller weighs the losses")
+    entry = {TsrOptions: "tsr", CsaOptions: "csa"}[kind]
+    other = kind(**{field.name: OTHER_VALUES.get(field.name, 0.75)})
+    sent = []
+    operators = SimpleNamespace(losses=lambda *arguments: sent.append(arguments[3:]))
+    for options in (kind(), other):
+        evaluation = BOTH._replace(**{"tsr": None, "csa": None} | {entry: options})
+        forward._run_fused(operators, evaluation, SALIENCIES, None, None)
+    assert sent[0] != sent[1]
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=FIELD_IDS)

@@ -22,7 +22,6 @@ if not (ROOT / "setup.py").exists():
 pytest.importorskip("setuptools", minversion="77", reason="reads PEP 639 metadata")
 pytestmark = pytest.mark.slow  # each test builds the package
 
-TEST_NATIVE = ROOT / "tests" / "backends" / "test_native.py"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_native = pytest.mark.skipif(
     native_library.status("cpu") != "ok", reason=native_library.status("cpu")

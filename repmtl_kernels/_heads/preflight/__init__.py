@@ -6,7 +6,7 @@ They name the operation of a head that has no second derivative, its module and 
 from repmtl_kernels._heads.preflight.faults import SecondDerivativeError
 from repmtl_kernels._heads.preflight.graph import made_from_another
 from repmtl_kernels._heads.preflight.heads import check
-from repmtl_kernels._heads.preflight.losses import explain
+from repmtl_kernels._heads.preflight.losses import check_losses
 from repmtl_kernels._heads.preflight.means import without_means
 
-__all__ = ["SecondDerivativeError", "check", "explain", "made_from_another", "without_means"]
+__all__ = ["SecondDerivativeError", "check", "check_losses", "made_from_another", "without_means"]

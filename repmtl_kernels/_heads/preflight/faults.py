@@ -68,7 +68,8 @@ STATIC_GRAPH = Fault(
 )
 
 _SDPA = "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-# The beginnings of names of operations, why these can't be differentiated twice, and the remedy.
+# The beginnings of the names of operations, as autograd names their nodes (`Foo` of
+# `FooBackward0`), why these can't be differentiated twice, and the remedy.
 _KNOWN = (
     (
         ("CompiledFunction",),

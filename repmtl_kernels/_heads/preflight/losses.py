@@ -31,7 +31,7 @@ from repmtl_kernels._training.saliencies import without_hooks
 from repmtl_kernels._training.tasks import Task
 
 
-def explain(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
+def check_losses(new: Sequence[Task], tasks: Sequence[Task], applied: bool) -> bool:
     """Look at the graphs of losses, and raise if Rep-MTL can't train with one of them.
 
     Operations that are known to have no second derivative come first, since they may fail with an
@@ -109,8 +109,7 @@ def _sharded_fault(z: Tensor, nodes: Iterable[Node]) -> Fault | None:
     """
     sharded: set[int] = set()
     for hook in torch_private.backward_hooks(z).values():
-        function = getattr(hook, "func", hook)  # FSDP1's is a partial
-        if getattr(function, "__module__", "") == "torch.distributed.fsdp._runtime_utils":
+        if torch_private.is_hook_of_fsdp1(hook):
             return FSDP1
         sharded |= {id(p) for p in torch_private.unsharded_parameters(hook)}
     for node in nodes:

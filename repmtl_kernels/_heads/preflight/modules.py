@@ -80,14 +80,14 @@ class Calls:
 
     def label(self, module: nn.Module) -> str:
         """Return the name and class of a module, as messages show it."""
-        kind = type(getattr(module, "_orig_mod", module)).__name__
+        kind = type(torch_private.uncompiled(module)).__name__
         name = self.modules[module]
         return f"{name!r} ({kind})" if name else kind
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile`` or ``module.compile`` compiles its forward."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    return torch_private.is_compiled(module)
 
 
 def modules_of(head: object) -> dict[nn.Module, str]:
@@ -170,4 +170,4 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 
 def version_of(tensors: Iterable[Tensor]) -> int:
     """Return a number that changes when one of the tensors is written."""
-    return sum(t._version for t in tensors)
+    return sum(map(torch_private.writes_in_place, tensors))

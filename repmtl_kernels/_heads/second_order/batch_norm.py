@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from repmtl_kernels._ground import torch_private
 from repmtl_kernels._ground.saliency import accumulation_dtype
 from repmtl_kernels._heads.second_order import choice
-from repmtl_kernels._heads.second_order.engine import transformed, visible, wanted
+from repmtl_kernels._heads.second_order.engine import gradients_needed, not_a_leaf
 
 
 class Operands(NamedTuple):
@@ -63,7 +63,7 @@ def batch_norm(
             assert running_mean is not None and running_var is not None
             mean, invstd = running_mean, torch.rsqrt(running_var.to(precise) + eps)
         statistics = mean.to(precise), invstd.to(precise)
-    operands = Operands(visible(x), visible(weight), visible(bias), *statistics, training)
+    operands = Operands(not_a_leaf(x), not_a_leaf(weight), not_a_leaf(bias), *statistics, training)
     y = BatchNorm.apply([result], *operands)
     y.grad_fn.output = TensorWeakRef(y)
     _made[y] = Made(operands, y.grad_fn)
@@ -102,7 +102,7 @@ class BatchNorm(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        needs = tuple(wanted(ctx)[1:4])
+        needs = tuple(gradients_needed(ctx)[1:4])
         y = ctx.output()
         if y is not None and not torch_private.keeps_graph():
             _made.pop(y, None)  # frees its operands together with the graph
@@ -132,7 +132,7 @@ class BatchNormReLU(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        needs = tuple(wanted(ctx)[2:5])
+        needs = tuple(gradients_needed(ctx)[2:5])
         if grad is None:
             return (None,) * 8
         *operands, output = ctx.saved_tensors
@@ -146,10 +146,10 @@ class BatchNormReLU(Function):
 
 def _gradients(training, needs, grad, x, weight, mean, invstd, *, output=None):
     """Return the gradients of x, weight and bias that are needed."""
-    if transformed():
+    if torch_private.is_transform_active():
         gradients = _first_gradient(training, grad, x, weight, mean, invstd, output)
         return _only(needs, gradients)
-    operands = visible(grad), x, weight, mean, invstd, output
+    operands = not_a_leaf(grad), x, weight, mean, invstd, output
     return BatchNormGradient.apply(training, needs, *operands)
 
 
@@ -166,14 +166,14 @@ class BatchNormGradient(Function):
 
     @staticmethod
     def backward(ctx, *vectors):
-        needs = tuple(wanted(ctx)[2:5])
+        needs = tuple(gradients_needed(ctx)[2:5])
         if all(vector is None for vector in vectors):
             return (None,) * 8
-        if transformed():
+        if torch_private.is_transform_active():
             second = _second_gradient_of_rows(ctx.training, vectors, *ctx.saved_tensors)
             gradients = _only(needs, second)
         else:
-            operands = *map(visible, vectors), *ctx.saved_tensors
+            operands = *map(not_a_leaf, vectors), *ctx.saved_tensors
             gradients = BatchNormSecondGradient.apply(ctx.training, needs, *operands)
         return None, None, *gradients, None, None, None
 
@@ -192,7 +192,7 @@ class BatchNormSecondGradient(Function):
     @staticmethod
     def backward(ctx, *vectors):
         *operands, mean, invstd, output = ctx.saved_tensors
-        needs = wanted(ctx)[2:8]
+        needs = gradients_needed(ctx)[2:8]
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             # Separate inputs: in the outer graph they may depend on each other.

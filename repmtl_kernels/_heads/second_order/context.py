@@ -18,7 +18,6 @@ from repmtl_kernels._ground import torch_private
 from repmtl_kernels._heads.second_order.batch_norm import batch_norm, relu
 from repmtl_kernels._heads.second_order.contract import MaybeTensor
 from repmtl_kernels._heads.second_order.convolution import Geometry, convolution
-from repmtl_kernels._heads.second_order.engine import transformed
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 # A stride, a padding or a dilation: one for all dimensions, or one for each.
@@ -124,7 +123,7 @@ def _applicable() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and not transformed()
+        and not torch_private.is_transform_active()
         and torch_private.forward_mode_level() < 0
         and not torch.jit.is_tracing()
     )

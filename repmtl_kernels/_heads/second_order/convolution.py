@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from repmtl_kernels._ground import torch_private
 from repmtl_kernels._ground.saliency import without_autocast
-from repmtl_kernels._heads.second_order.engine import transformed, visible, wanted
+from repmtl_kernels._heads.second_order.engine import gradients_needed, not_a_leaf
 
 
 class Geometry(NamedTuple):
@@ -32,9 +33,9 @@ class Geometry(NamedTuple):
 
 def convolution(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``aten.convolution`` of a batch."""
-    if transformed():
+    if torch_private.is_transform_active():
         return _output(geometry, x, weight, bias)
-    return Output.apply(geometry, visible(x), visible(weight), visible(bias))
+    return Output.apply(geometry, not_a_leaf(x), not_a_leaf(weight), not_a_leaf(bias))
 
 
 class Output(Function):
@@ -49,7 +50,7 @@ class Output(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        _, for_x, for_weight, for_bias = wanted(ctx)
+        _, for_x, for_weight, for_bias = gradients_needed(ctx)
         if grad is None:
             return None, None, None, None
         x, weight = ctx.saved_tensors
@@ -74,7 +75,7 @@ class InputGradient(Function):
 
     @staticmethod
     def backward(ctx, v):
-        _, for_grad, for_weight, _ = wanted(ctx)
+        _, for_grad, for_weight, _ = gradients_needed(ctx)
         if v is None:
             return None, None, None, None
         grad, weight = ctx.saved_tensors
@@ -98,7 +99,7 @@ class WeightGradient(Function):
 
     @staticmethod
     def backward(ctx, v):
-        _, for_grad, for_x, _ = wanted(ctx)
+        _, for_grad, for_x, _ = gradients_needed(ctx)
         if v is None:
             return None, None, None, None
         grad, x = ctx.saved_tensors
@@ -111,15 +112,15 @@ class WeightGradient(Function):
 
 
 def _input_gradient(geometry: Geometry, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-    if transformed():
+    if torch_private.is_transform_active():
         return _backward(geometry, grad, like.detach(), weight, 0)
-    return InputGradient.apply(geometry, visible(grad), visible(weight), like.detach())
+    return InputGradient.apply(geometry, not_a_leaf(grad), not_a_leaf(weight), like.detach())
 
 
 def _weight_gradient(geometry: Geometry, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    if transformed():
+    if torch_private.is_transform_active():
         return _backward(geometry, grad, x, like.detach(), 1)
-    return WeightGradient.apply(geometry, visible(grad), visible(x), like.detach())
+    return WeightGradient.apply(geometry, not_a_leaf(grad), not_a_leaf(x), like.detach())
 
 
 def _output(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
