@@ -54,6 +54,6 @@ def assert_as_whole(rank: int, sizes, loss, whole_loss=None, *, tolerance=1e-9, 
     # The average over ranks of the gradient at this rank's saliencies: other ranks have none there.
     grads = [g / dist.get_world_size() for g in torch.autograd.grad(value, mine)]
     expected = [g[own(rank, sizes)] for g in torch.autograd.grad(exact, everything)]
-    for found, wanted in zip(grads, expected, strict=True):
+    for actual, wanted in zip(grads, expected, strict=True):
         atol = tolerance * wanted.abs().max().item()
-        torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=atol)

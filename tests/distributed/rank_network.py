@@ -76,9 +76,9 @@ def trained_alone(**options) -> list[Tensor]:
     return [p.detach() for p in network.parameters()]
 
 
-def assert_same_parameters(found, expected: list[Tensor]) -> None:
-    found = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in found]
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_same_parameters(actual, expected: list[Tensor]) -> None:
+    actual = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in actual]
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=1e-9)
 
 

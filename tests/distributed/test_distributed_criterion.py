@@ -33,7 +33,7 @@ def check_one_strength_for_all_ranks(rank: int) -> None:
     criterion = RepMTL(strength=0.1, group="world")
     network = Network()
     wrapped = DistributedDataParallel(network)
-    found = []
+    actual = []
     for x, targets in batches(half(rank)):
         step(wrapped, criterion, x, targets, False)
         last = criterion.last
@@ -41,11 +41,11 @@ def check_one_strength_for_all_ranks(rank: int) -> None:
         by_rank = [torch.empty_like(factor) for _ in range(2)]
         dist.all_gather(by_rank, factor)
         torch.testing.assert_close(*by_rank, rtol=1e-12, atol=0)
-        found.append(factor)
+        actual.append(factor)
         ratios = [torch.empty_like(last.ratio[None]) for _ in range(2)]
         dist.all_gather(ratios, last.ratio[None])
         assert ratios[0] != ratios[1], "or the test can't fail"
-    assert found[-1] != found[0]
+    assert actual[-1] != actual[0]
 
 
 def check_a_criterion_that_one_rank_cannot_call(rank: int) -> None:
@@ -170,8 +170,8 @@ def check_levels_with_positions(rank: int) -> None:
         return regularizer.detach(), network
 
     value, whole = trained(slice(None))
-    found, network = trained(half(rank), group="world")
-    torch.testing.assert_close(average(found), value, rtol=1e-9, atol=0)
+    actual, network = trained(half(rank), group="world")
+    torch.testing.assert_close(average(actual), value, rtol=1e-9, atol=0)
     for ours, theirs in zip(network.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(average(ours.grad), theirs.grad, rtol=1e-9, atol=1e-12)
 
@@ -187,9 +187,9 @@ def check_steps_of_several_calls(rank: int) -> None:
         if last.applied:
             weights.append((last.regularizer / (0.5 * last.tsr + 0.5 * last.csa)).item())
     assert applied == [True, True, False, False, True]
-    found = [torch.empty(3) for _ in range(2)]
-    dist.all_gather(found, torch.tensor(weights))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    actual = [torch.empty(3) for _ in range(2)]
+    dist.all_gather(actual, torch.tensor(weights))
+    torch.testing.assert_close(*actual, rtol=1e-6, atol=0)
     assert weights[0] == weights[1]
 
 

@@ -100,15 +100,15 @@ def check_what_was_received_is_freed(rank: int) -> None:
     stages = choice.load("eager")
     gather, contrast, received, alive = _distributed._all_gather, stages.contrast, [], []
 
-    def spy_gather(found, *args, **options):
-        received.append(weakref.ref(found))
-        return gather(found, *args, **options)
+    def spy_gather(actual, *args, **options):
+        received.append(weakref.ref(actual))
+        return gather(actual, *args, **options)
 
     def spy_contrast(*args, **options):
         until = time.monotonic() + 5  # gloo's thread lets go of it a little later
-        while any(found() is not None for found in received) and time.monotonic() < until:
+        while any(actual() is not None for actual in received) and time.monotonic() < until:
             time.sleep(0.01)
-        alive.extend(found() is not None for found in received)
+        alive.extend(actual() is not None for actual in received)
         return contrast(*args, **options)
 
     with (
@@ -163,7 +163,7 @@ def test_device_of_an_exchange() -> None:
         ("meta:fake", [torch.empty(1), {"a": here}], "meta"),
         ("cuda:nccl", "not a tensor", "cuda"),
     ):
-        with mock.patch.object(dist, "get_backend_config", lambda group, found=backend: found):
+        with mock.patch.object(dist, "get_backend_config", lambda group, actual=backend: actual):
             assert _distributed._device(group, near) == torch.device(expected)
     group.bound_device_id = torch.device("cuda", 3)
     with mock.patch.object(dist, "get_backend_config", lambda group: "cuda:nccl"):
@@ -194,18 +194,18 @@ def test_memory_of_the_contrast_of_32768_samples(backend: str) -> None:
     unit /= unit.norm(dim=2, keepdim=True) * tasks**0.5
     unit[first : first + local] = anchors.unit.transpose(0, 1)
     all_samples = contract.AllSamples(unit.transpose(0, 1), first, torch.ones_like)
-    found = None
+    actual = None
 
     def call():
-        nonlocal found
-        found = stages.contrast(anchors, temperature=0.5, with_grad=True, all_samples=all_samples)
+        nonlocal actual
+        actual = stages.contrast(anchors, temperature=0.5, with_grad=True, all_samples=all_samples)
 
     peak = memory.peak_extra_bytes(call, torch.device("cpu"))
     ranks_of_64 = cost.Setting(tasks, local, channels)
     assert unit.nbytes == cost.anchors(ranks_of_64, total // local)
     assert peak > cost.block(ranks_of_64, total // local)
-    gradient = found.grad.nbytes
-    assert torch.isfinite(found.grad).all() and found.logsumexp.shape == (local,)
+    gradient = actual.grad.nbytes
+    assert torch.isfinite(actual.grad).all() and actual.logsumexp.shape == (local,)
     assert 0 < peak - gradient < 64e6, f"{peak / 1e6:.0f} MB"
 
 

@@ -69,8 +69,8 @@ def check_low_temperatures(rank: int) -> None:
             for backend in cpu_backends():
                 mine = leaves([s[own(rank, sizes)].float() for s in whole])
                 value = csa_loss(mine, group="world", temperature=temperature, backend=backend)
-                found = torch.stack(torch.autograd.grad(value, mine)) / dist.get_world_size()
-                error = (found - expected).norm() / expected.norm()
+                actual = torch.stack(torch.autograd.grad(value, mine)) / dist.get_world_size()
+                error = (actual - expected).norm() / expected.norm()
                 assert error < 4e-6, (sizes, temperature, backend, error)
 
 
@@ -103,9 +103,9 @@ def check_both_losses_of_unequal_batches(rank: int) -> None:
 def check_stacked_tokens_and_no_gradient(rank: int) -> None:
     whole = torch.stack(whole_batch(6)).mT  # (T, B, N, C)
     mine = whole[:, own(rank, (4, 2))].clone()
-    found = csa_loss(mine, channel_dim=-1, group="world")
-    assert not found.requires_grad
-    torch.testing.assert_close(average(found), csa_loss(whole, channel_dim=-1), rtol=1e-12, atol=0)
+    actual = csa_loss(mine, channel_dim=-1, group="world")
+    assert not actual.requires_grad
+    torch.testing.assert_close(average(actual), csa_loss(whole, channel_dim=-1), rtol=1e-12, atol=0)
 
 
 def check_what_is_wrong_is_told_to_every_rank(rank: int) -> None:
@@ -187,9 +187,9 @@ def check_compiled(rank: int) -> None:
     compiled = torch.compile(csa_loss, backend="aot_eager", fullgraph=True)
     mine = leaves([s[own(rank, (4, 4))] for s in whole_batch(8)])
     expected = csa_loss(mine, group="world")
-    found = compiled(mine, group="world")
-    assert found == expected
-    grads = torch.autograd.grad(found, mine)
+    actual = compiled(mine, group="world")
+    assert actual == expected
+    grads = torch.autograd.grad(actual, mine)
     for ours, theirs in zip(grads, torch.autograd.grad(expected, mine), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -226,8 +226,8 @@ def check_sharded_encoder_with_skip_connections(rank: int) -> None:
 
     whole = trained(slice(None))
     for view in (False, True):
-        found = trained(half(rank), sharded=[0], view=view, group="world")
-        for ours, theirs in zip(found.parameters(), whole.parameters(), strict=True):
+        actual = trained(half(rank), sharded=[0], view=view, group="world")
+        for ours, theirs in zip(actual.parameters(), whole.parameters(), strict=True):
             grad = ours.grad
             grad = grad.full_tensor() if hasattr(grad, "full_tensor") else average(grad)
             torch.testing.assert_close(grad, theirs.grad, rtol=0, atol=1e-12)

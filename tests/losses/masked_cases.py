@@ -125,9 +125,9 @@ def cut_csa(saliencies, mask, *, temperature=0.5, eps=0.0, present=None) -> Tens
     return torch.stack(losses).mean()
 
 
-def assert_same(found: Tensor, exact: Tensor, tensors: list[Tensor], tolerance=1e-12) -> None:
-    torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
-    grads = torch.autograd.grad(found, tensors, allow_unused=True)
+def assert_same(actual: Tensor, exact: Tensor, tensors: list[Tensor], tolerance=1e-12) -> None:
+    torch.testing.assert_close(actual, exact, rtol=tolerance, atol=tolerance)
+    grads = torch.autograd.grad(actual, tensors, allow_unused=True)
     exact_grads = torch.autograd.grad(exact, tensors, allow_unused=True)
     for grad, wanted in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e3 * tolerance, atol=10 * tolerance)

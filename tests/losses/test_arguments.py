@@ -228,8 +228,8 @@ def test_numbers_that_float32_does_not_hold(function, option, others, value):
     for half in (torch.bfloat16, torch.float16):
         with pytest.raises(ValueError, match=f"^{option}: .*torch.float32"):
             function([s.to(half) for s in GOOD], **{option: value}, **others)
-    found = function([s.double() for s in GOOD], **{option: value}, **others)
-    assert torch.isfinite(found if isinstance(found, torch.Tensor) else found.csa)
+    actual = function([s.double() for s in GOOD], **{option: value}, **others)
+    assert torch.isfinite(actual if isinstance(actual, torch.Tensor) else actual.csa)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,8 @@ def test_numbers_that_float32_does_not_hold(function, option, others, value):
 )
 def test_numbers_whose_limit_is_zero(function, option):
     for small in (1e-40, 5e-324, Fraction(1, 10**500)):
-        found, limit = (function(GOOD, **{option: value}) for value in (small, 0))
-        torch.testing.assert_close(found, limit)
+        actual, limit = (function(GOOD, **{option: value}) for value in (small, 0))
+        torch.testing.assert_close(actual, limit)
     with pytest.raises(ValueError, match=rf"^{option}: .*of at most 3\.4e\+38.*torch.float32"):
         function(GOOD, **{option: 1e39})
 
@@ -335,8 +335,8 @@ def test_modules_are_the_functions():
     assert RepMTLLoss(tsr_floor=0.3)(GOOD).tsr == rep_mtl_loss(GOOD, tsr_floor=0.3).tsr
     assert rep_mtl_loss(GOOD, tsr_floor=0.3).tsr == tsr_loss(GOOD, floor=0.3)
     torch.testing.assert_close(CSALoss(temperature=0.2)(GOOD), csa_loss(GOOD, temperature=0.2))
-    found = RepMTLLoss(lambda_tsr=0.3, lambda_csa=0.4, eps=1e-6)(GOOD)
-    assert found == rep_mtl_loss(GOOD, lambda_tsr=0.3, lambda_csa=0.4, eps=1e-6)
+    actual = RepMTLLoss(lambda_tsr=0.3, lambda_csa=0.4, eps=1e-6)(GOOD)
+    assert actual == rep_mtl_loss(GOOD, lambda_tsr=0.3, lambda_csa=0.4, eps=1e-6)
     assert "temperature=0.2" in repr(CSALoss(temperature=0.2))
 
 

@@ -50,8 +50,8 @@ def test_compile_full_graph(backend: str, loss: Loss):
     tensors = CASE.make(torch.float32)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*tensors), function(*tensors))
-    for found, expected in zip(_grads(compiled, tensors), _grads(function, tensors), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(_grads(compiled, tensors), _grads(function, tensors), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("where", ["call", "backward", "region"])
@@ -73,11 +73,11 @@ def test_autocast_changes_nothing_of_a_compiled_loss(backend: str, where: str):
         pytest.skip("inductor needs a C++ compiler")
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
     with autocast("call"):
-        found = compiled(*tensors)
+        actual = compiled(*tensors)
     with autocast("backward"):
-        grads = torch.autograd.grad(found, tensors)
+        grads = torch.autograd.grad(actual, tensors)
     expected = csa_loss(tensors, backend=backend)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert relative_error(grads, torch.autograd.grad(expected, tensors)) < 1e-6
 
 
@@ -89,8 +89,8 @@ def test_compile_with_inductor():
 
     tensors = CASE.make(torch.float32)
     compiled = torch.compile(function, fullgraph=True)
-    for found, expected in zip(_grads(compiled, tensors), _grads(function, tensors), strict=True):
-        torch.testing.assert_close(found, expected)
+    for actual, expected in zip(_grads(compiled, tensors), _grads(function, tensors), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.cell("the same, any batch and image size, forward and backward in three compilations")
@@ -108,9 +108,9 @@ def test_compile_with_dynamic_shapes(backend: str):
     for batch, *image in sizes:
         shape = (batch, 7, *image)
         tensors = [torch.randn(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
-        found, expected = compiled(*tensors), loss(*tensors)
-        torch.testing.assert_close(found, expected)
-        grads, expected_grads = (torch.autograd.grad(x, tensors) for x in (found, expected))
+        actual, expected = compiled(*tensors), loss(*tensors)
+        torch.testing.assert_close(actual, expected)
+        grads, expected_grads = (torch.autograd.grad(x, tensors) for x in (actual, expected))
         torch.testing.assert_close(grads, expected_grads)
         counts.append(counter.frame_count)
     assert counts == [1, 2, 3, 3, 3, 3]
@@ -122,8 +122,8 @@ def test_compile_with_dynamic_shapes(backend: str):
 def test_func_grad(backend: str, loss: Loss):
     tensors = CASE.make(torch.float32)
     expected = torch.autograd.grad(loss.public(tensors, backend=backend), tensors)
-    found = torch.func.grad(lambda *s: loss.public(s, backend=backend), argnums=(0, 1))(*tensors)
-    for f, e in zip(found, expected, strict=True):
+    actual = torch.func.grad(lambda *s: loss.public(s, backend=backend), argnums=(0, 1))(*tensors)
+    for f, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(f, e)
 
 
@@ -142,8 +142,8 @@ def test_func_grad_inside_compile(backend: str):
         return rep_mtl_loss([saliency(w) for w in heads], backend=backend).total
 
     expected = torch.func.grad(regularizer)(z)
-    found = torch.compile(torch.func.grad(regularizer), fullgraph=True, backend="aot_eager")(z)
-    torch.testing.assert_close(found, expected)
+    actual = torch.compile(torch.func.grad(regularizer), fullgraph=True, backend="aot_eager")(z)
+    torch.testing.assert_close(actual, expected)
     z.requires_grad_()
     (plain,) = torch.autograd.grad(regularizer(z), z)
     torch.testing.assert_close(plain, expected)
@@ -161,10 +161,10 @@ def test_func_grad_of_leaves_inside_compile(graph: bool):
         with pytest.raises(Exception, match=ours):
             compiled(s)
         with torch.no_grad():
-            found = compiled(s)
+            actual = compiled(s)
     else:
-        found = compiled(s.detach())
-    torch.testing.assert_close(found, torch.func.grad(tsr_loss)(s).detach())
+        actual = compiled(s.detach())
+    torch.testing.assert_close(actual, torch.func.grad(tsr_loss)(s).detach())
 
 
 def test_criterion_that_is_compiled():
@@ -224,8 +224,8 @@ def test_batched_gradients_are_refused(backend: str, refused):
     single = torch.autograd.grad(total, tensors, retain_graph=True)
     seeds = torch.tensor([1.0, -2.0], device=DEVICE)
     with refused_but_by_the_reference(refused, backend, RuntimeError, "is_grads_batched"):
-        found = torch.autograd.grad(total, tensors, seeds, is_grads_batched=True)
-        for f, s in zip(found, single, strict=True):
+        actual = torch.autograd.grad(total, tensors, seeds, is_grads_batched=True)
+        for f, s in zip(actual, single, strict=True):
             torch.testing.assert_close(f, torch.stack([s, -2 * s]))
 
 
@@ -281,8 +281,8 @@ def test_vmap_and_grad(backend: str):
     def whole(a, b):
         return vmap(per_seed(backend), (0, 2))(a, b).sum()
 
-    found = grad(whole, argnums=(0, 1))(a, b)
-    torch.testing.assert_close([found[0], found[1].movedim(2, 0)], loop)
+    actual = grad(whole, argnums=(0, 1))(a, b)
+    torch.testing.assert_close([actual[0], actual[1].movedim(2, 0)], loop)
     a.requires_grad_()
     (plain,) = torch.autograd.grad(whole(a, b), a)
     torch.testing.assert_close(plain, loop[0])
@@ -320,9 +320,9 @@ def test_the_second_order_step_over_seeds():
 
         return rep_mtl_loss([saliency(w) for w in heads], backend="eager").total
 
-    found = vmap(grad(regularizer))(heads)
+    actual = vmap(grad(regularizer))(heads)
     loop = torch.stack([grad(regularizer)(h) for h in heads])
-    torch.testing.assert_close(found, loop)
+    torch.testing.assert_close(actual, loop)
 
 
 # --- torch.export ---
@@ -357,9 +357,9 @@ def test_export(backend: str):
     loaded = torch.export.load(file).module()
     for batch, *image in sizes:
         a, b = (torch.randn(batch, 6, *image, device=DEVICE) for _ in range(2))
-        found, expected = loaded(a, b), module(a, b)
-        torch.testing.assert_close(found, expected)
-        found_grad = torch.autograd.grad(found, loaded.weight)
+        actual, expected = loaded(a, b), module(a, b)
+        torch.testing.assert_close(actual, expected)
+        found_grad = torch.autograd.grad(actual, loaded.weight)
         torch.testing.assert_close(found_grad, torch.autograd.grad(expected, module.weight))
     if backend != "reference":
         targets = [str(node.target) for node in exported.graph.nodes]

@@ -69,11 +69,11 @@ def test_parts_of_the_fused_loss(backend: str):
     case = Case(3, 4, 10, (3, 4))
     dtype = torch.float64 if supports(backend, torch.float64) else torch.float32
     tensors = case.make(dtype)
-    found = rep_mtl_loss(tensors, lambda_tsr=0.7, lambda_csa=1.3, backend=backend)
-    torch.testing.assert_close(found.tsr, reference.tsr_loss(tensors).to(found.tsr.dtype))
-    torch.testing.assert_close(found.csa, reference.csa_loss(tensors).to(found.csa.dtype))
-    torch.testing.assert_close(found.total, 0.7 * found.tsr + 1.3 * found.csa)
-    for part, literal in ((found.tsr, reference.tsr_loss), (found.csa, reference.csa_loss)):
+    actual = rep_mtl_loss(tensors, lambda_tsr=0.7, lambda_csa=1.3, backend=backend)
+    torch.testing.assert_close(actual.tsr, reference.tsr_loss(tensors).to(actual.tsr.dtype))
+    torch.testing.assert_close(actual.csa, reference.csa_loss(tensors).to(actual.csa.dtype))
+    torch.testing.assert_close(actual.total, 0.7 * actual.tsr + 1.3 * actual.csa)
+    for part, literal in ((actual.tsr, reference.tsr_loss), (actual.csa, reference.csa_loss)):
         grads = torch.autograd.grad(part, tensors, retain_graph=True)
         torch.testing.assert_close(grads, torch.autograd.grad(literal(tensors), tensors))
 
@@ -88,16 +88,16 @@ def test_present_averages_over_the_tasks_that_are_there(backend: str):
     with torch.no_grad():  # a task without a label has no saliency there; sample 3 has none at all
         for t, s in enumerate(tensors):
             s[~present[t]] = 0
-    found, grads = value_and_grads(
+    actual, grads = value_and_grads(
         LOSSES[1].public, case, tensors, backend=backend, present=present
     )
     doubled = [t.detach().double().requires_grad_() for t in tensors]
     exact, exact_grads = value_and_grads(reference.csa_loss, case, doubled, present=present)
-    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=0)
     for g, e in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-6)
     everywhere = LOSSES[1].public(tensors, backend=backend)
-    assert abs(everywhere - found) > 1e-3  # the mask matters
+    assert abs(everywhere - actual) > 1e-3  # the mask matters
 
 
 def test_present_by_hand():
@@ -135,10 +135,10 @@ def test_autocast_changes_nothing(backend: str, loss: Loss, backward: bool):
     expected = loss.public(tensors, backend=backend)
     expected_grads = torch.autograd.grad(expected, tensors)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        found = loss.public(tensors, backend=backend)
+        actual = loss.public(tensors, backend=backend)
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=backward):
-        grads = torch.autograd.grad(found, tensors)
-    assert torch.equal(found, expected)
+        grads = torch.autograd.grad(actual, tensors)
+    assert torch.equal(actual, expected)
     assert all(torch.equal(g, e) for g, e in zip(grads, expected_grads, strict=True))
 
 
@@ -157,8 +157,8 @@ def test_autocast_changes_no_second_derivative(dtype: torch.dtype, where: tuple[
             size = sum(g.float().square().sum() for g in grads)
             return [*grads, *torch.autograd.grad(size, tensors)]
 
-    for found, expected in zip(second(*where), second(False, False), strict=True):
-        assert torch.equal(found, expected)
+    for actual, expected in zip(second(*where), second(False, False), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -184,9 +184,9 @@ def test_default_device_changes_nothing(backend: str):
     tensors = Case(2, 3, 20, (4, 5)).make(torch.float32)
     expected = rep_mtl_loss(tensors, backend=backend).total
     with torch.device("meta"):
-        found = rep_mtl_loss(tensors, backend=backend).total
-        grads = torch.autograd.grad(found, tensors)
-    assert torch.equal(found, expected)
+        actual = rep_mtl_loss(tensors, backend=backend).total
+        grads = torch.autograd.grad(actual, tensors)
+    assert torch.equal(actual, expected)
     for g, e in zip(grads, torch.autograd.grad(expected, tensors), strict=True):
         assert torch.equal(g, e)
 
@@ -283,8 +283,8 @@ def test_tsr_of_the_paper_by_hand():
         if backend == "triton":
             first, second = first.to("cuda" if torch.cuda.is_available() else "cpu"), second
             second = second.to(first.device)
-        found = tsr_loss([first, second], backend=backend)
-        torch.testing.assert_close(found.cpu(), entropy / 2)
+        actual = tsr_loss([first, second], backend=backend)
+        torch.testing.assert_close(actual.cpu(), entropy / 2)
 
 
 def test_floor_by_hand():
@@ -295,9 +295,9 @@ def test_floor_by_hand():
     for backend in ("reference", *BACKENDS):
         first = torch.tensor([[[1.0, 2.0], [1.0, 4.0]]], device=DEVICE)
         second = torch.tensor([[[-3.0, 0.0], [-3.0, 0.0]]], device=DEVICE, requires_grad=True)
-        found = tsr_loss([first, second], floor=0.4, backend=backend)
-        torch.testing.assert_close(found.detach().cpu(), entropy)
-        (grad,) = torch.autograd.grad(found, second)
+        actual = tsr_loss([first, second], floor=0.4, backend=backend)
+        torch.testing.assert_close(actual.detach().cpu(), entropy)
+        (grad,) = torch.autograd.grad(actual, second)
         assert (grad[..., 1] == 0).all() and (grad[..., 0] != 0).all()  # that of |x| at 0 is 0
 
 

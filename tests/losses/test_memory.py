@@ -72,9 +72,9 @@ def test_recomputing_changes_no_bit(
     run = partial(value_and_grads, _total, case, case.make(dtype), backend=backend)
     value, grads = run(memory="save")
     for memory in ("recompute", "auto"):
-        again, found = run(memory=memory)
+        again, actual = run(memory=memory)
         assert torch.equal(again, value)
-        assert all(torch.equal(f, g) for f, g in zip(found, grads, strict=True))
+        assert all(torch.equal(f, g) for f, g in zip(actual, grads, strict=True))
 
 
 LITERAL = Loss("total", partial(_total, memory="recompute"), LOSSES[2].literal)
@@ -114,9 +114,9 @@ def test_bytes_that_are_kept_are_those_of_the_formulas(backend: str):
     shape = Shape("", 3, 4, 24, 4, 5, 4, "")
     tensors = Case(3, 4, 24, (4, 5)).make(torch.float32)
     loss = partial(csa_loss, tensors, backend=backend)
-    found = {m: kept.kept_bytes(partial(loss, memory=m), tensors) for m in ("save", "recompute")}
-    assert found["recompute"] == kept.rest(shape)
-    assert found["save"] - kept.rest(shape) == kept.matrices(shape) + kept.projections(shape)
+    actual = {m: kept.kept_bytes(partial(loss, memory=m), tensors) for m in ("save", "recompute")}
+    assert actual["recompute"] == kept.rest(shape)
+    assert actual["save"] - kept.rest(shape) == kept.matrices(shape) + kept.projections(shape)
 
 
 @pytest.mark.skipif(
@@ -166,11 +166,11 @@ def test_the_graph_may_be_kept_and_nothing_is_written(backend: str):
     assert all(torch.equal(t.detach(), b) for t, b in zip(tensors, before, strict=True))
     plain = rep_mtl_loss(tensors, backend=backend)
     for name in ("tsr", "csa"):
-        found, expected = (
+        actual, expected = (
             torch.autograd.grad(getattr(p, name), tensors, retain_graph=True)
             for p in (parts, plain)
         )
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -280,17 +280,17 @@ def _state(network: Network) -> tuple[dict, dict]:
 @pytest.mark.parametrize("converted", [False, True], ids=["plain", "converted"])
 def test_checkpointed_heads_and_encoder(converted: bool, memory: str):
     """Running statistics are updated once a step, as without; PyTorch alone does it again."""
-    plain, found, bare = (Network() for _ in range(3))
-    for other in (found, bare):
+    plain, actual, bare = (Network() for _ in range(3))
+    for other in (actual, bare):
         other.load_state_dict(plain.state_dict())
     if converted:
-        convert_second_order(found.heads)
-    before = dict(found.named_buffers())
+        convert_second_order(actual.heads)
+    before = dict(actual.named_buffers())
     for _ in range(2):
         plain.step("no", RepMTL(0.5, 0.5))
-        found.step("contexts", RepMTL(0.5, 0.5, memory=memory))
+        actual.step("contexts", RepMTL(0.5, 0.5, memory=memory))
         bare.step("checkpoint", settled(RepMTL(0.5, 0.5)))
-    (grads, buffers), (expected, once) = _state(found), _state(plain)
+    (grads, buffers), (expected, once) = _state(actual), _state(plain)
     torch.testing.assert_close(grads, expected)
     torch.testing.assert_close(buffers, once)
     assert all(buffers[name] is before[name] for name in before)
@@ -305,10 +305,10 @@ def test_checkpointed_heads_and_encoder(converted: bool, memory: str):
 
 def test_checkpointing_without_the_regulariser():
     plain = Network()
-    found = copy.deepcopy(plain)
+    actual = copy.deepcopy(plain)
     plain.step("no", RepMTL(0.5, 0.5).eval())
-    found.step("contexts", RepMTL(0.5, 0.5).eval())
-    torch.testing.assert_close(_state(found), _state(plain))
+    actual.step("contexts", RepMTL(0.5, 0.5).eval())
+    torch.testing.assert_close(_state(actual), _state(plain))
 
 
 def test_the_function_runs_again_on_what_the_forward_found():

@@ -185,11 +185,11 @@ def test_any_shape_and_scale(backend, tasks, batch, channels, positions, exponen
     doubles = [t.detach().double().requires_grad_() for t in rounded]
     options = {"lambda_tsr": 1.0, "lambda_csa": 1.0}
     exact = rep_mtl_loss(doubles, backend="reference", **options)
-    found = rep_mtl_loss(rounded, backend=backend, **options)
-    assert abs(found.total.item() - exact.total.item()) < 2e-6 * max(1.0, abs(exact.total.item()))
+    actual = rep_mtl_loss(rounded, backend=backend, **options)
+    assert abs(actual.total.item() - exact.total.item()) < 2e-6 * max(1.0, abs(exact.total.item()))
     # The floor is rounding's share of the terms that cancel, which are of order 1 / |S_bt|.
     for part, floor in (("tsr", 1e-6), ("total", 3e-6)):
-        grads = torch.autograd.grad(getattr(found, part), rounded, retain_graph=True)
+        grads = torch.autograd.grad(getattr(actual, part), rounded, retain_graph=True)
         exact_grads = torch.autograd.grad(getattr(exact, part), doubles, retain_graph=True)
         for grad, exact_grad, s in zip(grads, exact_grads, doubles, strict=True):
             size = s.detach().norm(dim=(1, 2), keepdim=True)
@@ -206,13 +206,13 @@ def _with_means_of_their_own_size(saliencies: list[Tensor], seed: int) -> list[T
     One sign, since the anchor of one channel is a mean too.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    actual = []
     for s in saliencies:
         shape = (len(s), 1, s.shape[2])
         means = torch.empty(shape, dtype=s.dtype).uniform_(-1, 1, generator=generator).exp()
         signs = torch.randint(0, 2, (len(s), 1, 1), generator=generator) * 2 - 1
-        found.append(s.detach() - s.detach().mean(1, keepdim=True) + (means * signs).to(DEVICE))
-    return found
+        actual.append(s.detach() - s.detach().mean(1, keepdim=True) + (means * signs).to(DEVICE))
+    return actual
 
 
 @pytest.mark.parametrize("over", ["tasks", "space"])

@@ -44,8 +44,8 @@ from repmtl_kernels.backends import choice
 def test_tsr_of_what_is_cut_out(backend: str, form: dict, kind: str):
     case = Case(3, 4, 6, (3, 5))
     tensors, mask = case.make(torch.float64), mask_of(case, kind)
-    found = tsr_loss(tensors, positions=mask, backend=backend, **form)
-    assert_same(found, cut_tsr(tensors, mask, **form), tensors)
+    actual = tsr_loss(tensors, positions=mask, backend=backend, **form)
+    assert_same(actual, cut_tsr(tensors, mask, **form), tensors)
 
 
 @pytest.mark.parametrize("kind", ["prefix", "random", "empty"])
@@ -58,8 +58,8 @@ def test_csa_of_what_is_cut_out(backend: str, eps: float, channels: int, kind: s
     present = torch.ones(3, 4, dtype=torch.bool, device=DEVICE)
     present[0, 1] = present[2, 0] = present[1, 0] = False
     for labels in (None, present):
-        found = csa_loss(tensors, positions=mask, eps=eps, present=labels, backend=backend)
-        assert_same(found, cut_csa(tensors, mask, eps=eps, present=labels), tensors)
+        actual = csa_loss(tensors, positions=mask, eps=eps, present=labels, backend=backend)
+        assert_same(actual, cut_csa(tensors, mask, eps=eps, present=labels), tensors)
 
 
 # --- every backend against the reference ---
@@ -125,10 +125,10 @@ def test_a_mask_of_everything_changes_nothing(backend: str):
         everything = torch.ones(case.batch, *case.spatial, dtype=torch.bool, device=DEVICE)
         tensors = case.make(torch.float32)
         expected, grads = value_and_grads(BOTH.public, case, tensors, backend=backend)
-        found, again = value_and_grads(
+        actual, again = value_and_grads(
             BOTH.public, case, tensors, backend=backend, positions=everything
         )
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(again, grads, rtol=1e-4, atol=1e-6)
 
 
@@ -142,9 +142,9 @@ def test_strides_of_the_mask(backend: str):
     views = [(mask.mT.contiguous().mT, mask), (one, one.contiguous()), (big.copy_(mask), mask)]
     for view, dense in views:
         assert not view.is_contiguous()
-        found = rep_mtl_loss(tensors, positions=view, backend=backend)
+        actual = rep_mtl_loss(tensors, positions=view, backend=backend)
         expected = rep_mtl_loss(tensors, positions=dense, backend=backend)
-        assert torch.equal(found.total, expected.total)
+        assert torch.equal(actual.total, expected.total)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=FORM_IDS)

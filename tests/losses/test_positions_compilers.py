@@ -40,9 +40,9 @@ def test_compile_full_graph(backend: str):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for kind in ("random", "empty"):
         mask = mask_of(CASE, kind)
-        found, expected = compiled(*tensors, positions=mask), function(*tensors, positions=mask)
-        torch.testing.assert_close(found, expected)
-        grads = torch.autograd.grad(found, tensors)
+        actual, expected = compiled(*tensors, positions=mask), function(*tensors, positions=mask)
+        torch.testing.assert_close(actual, expected)
+        grads = torch.autograd.grad(actual, tensors)
         torch.testing.assert_close(grads, torch.autograd.grad(expected, tensors))
 
 
@@ -52,8 +52,8 @@ def test_compile_of_func_grad(backend: str):
     function, mask = _objective(backend), mask_of(CASE, "random")
     tensors = [t.detach() for t in CASE.make(torch.float32)]
     grad = torch.func.grad(function)
-    found = torch.compile(grad, fullgraph=True, backend="aot_eager")(*tensors, positions=mask)
-    torch.testing.assert_close(found, grad(*tensors, positions=mask))
+    actual = torch.compile(grad, fullgraph=True, backend="aot_eager")(*tensors, positions=mask)
+    torch.testing.assert_close(actual, grad(*tensors, positions=mask))
 
 
 @pytest.mark.slow
@@ -74,8 +74,8 @@ def test_vmap(backend: str):
             [x if dim is None else x[k] for x, dim in zip(given, dims, strict=True)]
             for k in range(3)
         ]
-        found = torch.vmap(loss, dims)(*given)
-        torch.testing.assert_close(found, torch.stack([loss(*one) for one in each]))
+        actual = torch.vmap(loss, dims)(*given)
+        torch.testing.assert_close(actual, torch.stack([loss(*one) for one in each]))
         grads = torch.vmap(torch.func.grad(loss), dims)(*given)
         exact = torch.stack([torch.func.grad(loss)(*one) for one in each])
         torch.testing.assert_close(grads, exact)
@@ -109,9 +109,9 @@ def test_export(backend: str):
     exported = torch.export.export(module, given(3, 7), dynamic_shapes=shapes)
     loaded = exported.run_decompositions().module()
     for arguments in (given(3, 7), given(5, 4)):
-        found, expected = loaded(*arguments), module(*arguments)
-        torch.testing.assert_close(found, expected)
-        grad = torch.autograd.grad(found, loaded.weight)
+        actual, expected = loaded(*arguments), module(*arguments)
+        torch.testing.assert_close(actual, expected)
+        grad = torch.autograd.grad(actual, loaded.weight)
         torch.testing.assert_close(grad, torch.autograd.grad(expected, module.weight))
 
 

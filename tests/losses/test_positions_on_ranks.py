@@ -40,12 +40,12 @@ def check_average_is_that_of_the_whole_batch(rank: int) -> None:
         everything = [v.clone().requires_grad_() for v in values]
         mine = [v[samples].clone().requires_grad_() for v in values]
         exact = module(everything, positions=mask)
-        found = module(mine, positions=mask[samples], group="world")
+        actual = module(mine, positions=mask[samples], group="world")
         for field in ("tsr", "csa", "total"):
-            value = getattr(found, field).detach().clone()
+            value = getattr(actual, field).detach().clone()
             dist.all_reduce(value)
             torch.testing.assert_close(value / 2, getattr(exact, field), rtol=1e-10, atol=1e-12)
-        grads = torch.autograd.grad(found.total, mine)
+        grads = torch.autograd.grad(actual.total, mine)
         for grad, wanted in zip(grads, torch.autograd.grad(exact.total, everything), strict=True):
             torch.testing.assert_close(grad / 2, wanted[samples], rtol=1e-8, atol=1e-12)
 
@@ -53,9 +53,9 @@ def check_average_is_that_of_the_whole_batch(rank: int) -> None:
 def check_csa_alone_and_by_modules(rank: int) -> None:
     values, mask = whole_batch(6)
     samples = slice(0, 2) if rank == 0 else slice(2, None)
-    found = CSALoss(group="world")([v[samples] for v in values], positions=mask[samples])
-    dist.all_reduce(found)
-    torch.testing.assert_close(found / 2, csa_loss(values, positions=mask), rtol=1e-10, atol=0)
+    actual = CSALoss(group="world")([v[samples] for v in values], positions=mask[samples])
+    dist.all_reduce(actual)
+    torch.testing.assert_close(actual / 2, csa_loss(values, positions=mask), rtol=1e-10, atol=0)
 
 
 def check_nothing_there_on_one_rank_or_on_all(rank: int) -> None:
@@ -64,12 +64,12 @@ def check_nothing_there_on_one_rank_or_on_all(rank: int) -> None:
         mask[empty] = False
         samples = slice(0, 3) if rank == 0 else slice(3, None)
         mine = [v[samples].clone().requires_grad_() for v in values]
-        found = rep_mtl_loss(mine, positions=mask[samples], group="world")
+        actual = rep_mtl_loss(mine, positions=mask[samples], group="world")
         exact = rep_mtl_loss(values, positions=mask)
-        value = found.tsr.detach().clone()
+        value = actual.tsr.detach().clone()
         dist.all_reduce(value)
         torch.testing.assert_close(value / 2, exact.tsr, rtol=1e-10, atol=1e-12)
-        assert all(g.isfinite().all() for g in torch.autograd.grad(found.total, mine))
+        assert all(g.isfinite().all() for g in torch.autograd.grad(actual.total, mine))
 
 
 def check_all_give_a_mask_or_none(rank: int) -> None:

@@ -50,8 +50,8 @@ def test_garbage_changes_no_bit(backend: str, dtype: torch.dtype, case: Case):
     mask = mask_of(case, "empty" if case.batch > 2 else "random")
     run = partial(value_and_grads, BOTH.public, case, backend=backend, positions=mask)
     value, grads = run(case.make(dtype))
-    found, again = run(with_garbage(case, dtype, mask))
-    assert torch.isfinite(value) and torch.equal(found, value)
+    actual, again = run(with_garbage(case, dtype, mask))
+    assert torch.isfinite(value) and torch.equal(actual, value)
     others = ~over_channels(case, mask)
     for grad, expected in zip(again, grads, strict=True):
         assert torch.equal(grad, expected)
@@ -65,8 +65,8 @@ def test_garbage_in_every_distribution(backend: str, form: dict):
     mask = mask_of(case, "empty")
     run = partial(value_and_grads, tsr_loss, case, backend=backend, positions=mask, **form)
     value, grads = run(case.make(torch.float32))
-    found, again = run(with_garbage(case, torch.float32, mask))
-    assert torch.equal(found, value)
+    actual, again = run(with_garbage(case, torch.float32, mask))
+    assert torch.equal(actual, value)
     for grad, expected in zip(again, grads, strict=True):
         assert torch.equal(grad, expected)
         assert (grad.masked_select(~over_channels(case, mask)) == 0).all()
@@ -109,13 +109,13 @@ def padded(case: Case, tensors: list[Tensor], mask: Tensor) -> tuple[list[Tensor
     place = (slice(None), *(slice(1, 1 + n) for n in mask.shape[1:]))
     wide = mask.new_zeros(len(mask), *sizes)
     wide[place] = mask
-    found = []
+    actual = []
     for tensor in tensors:
         moved = tensor.detach().movedim(case.channel_dim, 1)
         big = moved.new_full((*moved.shape[:2], *sizes), math.nan)
         big[(slice(None), *place)] = moved
-        found.append(big.movedim(1, case.channel_dim).requires_grad_())
-    return found, wide
+        actual.append(big.movedim(1, case.channel_dim).requires_grad_())
+    return actual, wide
 
 
 @pytest.mark.parametrize(
@@ -138,9 +138,9 @@ def test_wider_padding_changes_nothing(backend: str, dtype: torch.dtype, case: C
     for loss in (TSR, CSA, BOTH):
         run = partial(value_and_grads, loss.public, case, backend=backend)
         value, grads = run(tensors, positions=mask)
-        found, wide_grads = run(wide, positions=wide_mask)
+        actual, wide_grads = run(wide, positions=wide_mask)
         tolerance = VALUE_TOLERANCE[dtype]
-        torch.testing.assert_close(found, value, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual, value, rtol=tolerance, atol=tolerance)
         place = [wide_mask.unsqueeze(case.channel_dim).expand_as(g) for g in wide_grads]
         inner = [mask.unsqueeze(case.channel_dim).expand_as(g) for g in grads]
         kept = [g.movedim(case.channel_dim, -1)[wide_mask] for g in wide_grads]
@@ -160,10 +160,10 @@ def test_the_largest_magnitude_is_that_of_what_is_there(backend: str):
         tensors = [t.detach() for t in case.make(torch.float32, scale=scale)]
         for t in tensors:
             t.masked_fill_(~over_channels(case, mask), 1.0)
-        found, grads = value_and_grads(
+        actual, grads = value_and_grads(
             csa_loss, case, [t.requires_grad_() for t in tensors], positions=mask, backend=backend
         )
-        torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=2e-6)
         assert all(g.isfinite().all() for g in grads)
 
 
@@ -196,15 +196,15 @@ def test_a_sample_without_positions_is_one_of_zeros(backend: str, eps: float):
         t[2] = 0
     zeros = [t.requires_grad_() for t in zeros]
     for loss in (csa_loss, partial(tsr_loss, over="space")):
-        found, grads = value_and_grads(
+        actual, grads = value_and_grads(
             loss, case, with_garbage(case, torch.float32, mask), positions=mask, eps=eps,
             backend=backend,
         )  # fmt: skip
         expected, exact = value_and_grads(loss, case, zeros, eps=eps, backend=backend)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(grads, exact, rtol=1e-4, atol=1e-6)
         assert all((g[2] == 0).all() for g in grads)
     # Over tasks it is no part of the mean.
-    found = tsr_loss(zeros, positions=mask, eps=eps, backend=backend)
+    actual = tsr_loss(zeros, positions=mask, eps=eps, backend=backend)
     some = tsr_loss([z[[0, 1, 3]] for z in zeros], eps=eps, backend=backend)
-    torch.testing.assert_close(found, some)
+    torch.testing.assert_close(actual, some)

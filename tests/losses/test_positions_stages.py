@@ -111,29 +111,29 @@ def test_stages(backend: str, dtype: torch.dtype, case: Case):
     flat = mask.flatten(1)
     views = [t.detach() for t in with_garbage(case, dtype, mask)]
     zeros = [v.masked_fill(~over_channels(case, mask), 0).double() for v in views]
-    found = stages.statistics(views, positions=True, channels=True, mask=flat)
+    actual = stages.statistics(views, positions=True, channels=True, mask=flat)
     exact = eager.statistics(zeros, positions=True, channels=True)
     count = flat.sum(1).clamp_min(1)[:, None]
     rounding = {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found.positions.double(), exact.positions, **rounding)
-    assert (found.positions.masked_select(~flat) == 0).all()
+    torch.testing.assert_close(actual.positions.double(), exact.positions, **rounding)
+    assert (actual.positions.masked_select(~flat) == 0).all()
     means = exact.channels * flat.shape[1] / count
-    torch.testing.assert_close(found.channels.double(), means, **rounding)
-    scaled = found.scale.double() * torch.stack([z.abs().amax((1, 2, 3)) for z in zeros])
+    torch.testing.assert_close(actual.channels.double(), means, **rounding)
+    scaled = actual.scale.double() * torch.stack([z.abs().amax((1, 2, 3)) for z in zeros])
     assert ((scaled[:, :-1] >= 0.5) & (scaled[:, :-1] < 2)).all()
-    assert (found.scale[:, -1] == 1).all() and (found.channels[:, -1] == 0).all()
+    assert (actual.scale[:, -1] == 1).all() and (actual.channels[:, -1] == 0).all()
     for only in ("positions", "channels"):
         wanted = {"positions": False, "channels": False} | {only: True}
         alone = stages.statistics(views, mask=flat, **wanted)
-        torch.testing.assert_close(getattr(alone, only), getattr(found, only))
-    unit = eager.anchors(found.channels, eps=0.0, with_grad=False).unit
-    gram = stages.gram(views, found.scale, unit, eps=0.0, with_grad=True, mask=flat)
+        torch.testing.assert_close(getattr(alone, only), getattr(actual, only))
+    unit = eager.anchors(actual.channels, eps=0.0, with_grad=False).unit
+    gram = stages.gram(views, actual.scale, unit, eps=0.0, with_grad=True, mask=flat)
     assert gram.matrix.isfinite().all() and (gram.similarity[:, -1] == 0).all()
     if math.prod(case.spatial) <= case.channels:
         assert (gram.matrix.masked_select(~flat[:, None]) == 0).all()
         assert (gram.matrix.masked_select(~flat[:, :, None]) == 0).all()
         assert (gram.projection.masked_select(~flat[:, None]) == 0).all()
-    without = stages.gram(views, found.scale, unit, eps=0.0, with_grad=False, mask=flat)
+    without = stages.gram(views, actual.scale, unit, eps=0.0, with_grad=False, mask=flat)
     torch.testing.assert_close(without.similarity, gram.similarity, rtol=1e-6, atol=0)
 
 

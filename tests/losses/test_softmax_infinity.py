@@ -35,9 +35,9 @@ def test_minus_infinity_in_a_softmax(backend: str, dtype: torch.dtype, over: str
     doubled = [t.double().requires_grad_() for t in tensors]
     exact, exact_grads = value_and_grads(reference.tsr_loss, case, doubled, **form)
     tensors = [t.requires_grad_() for t in tensors]
-    found, grads = value_and_grads(tsr_loss, case, tensors, backend=backend, **form)
+    actual, grads = value_and_grads(tsr_loss, case, tensors, backend=backend, **form)
     assert exact.isfinite() and all(g.isfinite().all() for g in (*grads, *exact_grads))
-    torch.testing.assert_close(found.double(), exact, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(actual.double(), exact, rtol=2e-6, atol=1e-6)
     assert relative_error(grads, exact_grads) <= max(1e-5, GRAD_TOLERANCE[dtype])
     assert (grads[1][0, :, 0, 1] == 0).all()
 
@@ -53,8 +53,8 @@ def test_what_has_no_softmax_gives_nan(backend: str, kind: str, over: str):
     else:
         tensors[1][0, 0, 0] = float(kind)
         tensors[1][0, 0, 1] = -math.inf
-    found = tsr_loss(tensors, over=over, normalizer="softmax", backend=backend)
-    assert found.isnan()
+    actual = tsr_loss(tensors, over=over, normalizer="softmax", backend=backend)
+    assert actual.isnan()
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 70), (2, 3, 4), (17, 2, 5), (2, 2, 5000)], ids=str)
@@ -74,8 +74,8 @@ def test_entropy_stage_takes_minus_infinity(backend: str, over: str, shape: tupl
     (exact_grad,) = torch.autograd.grad(exact, exact_x)
     options = {"over": over, "normalizer": "softmax", "temperature": 0.5, "eps": 0.0}
     stage = choice.load(backend).entropy
-    found = stage(x.float(), with_grad=True, **options)
-    torch.testing.assert_close(found.value.double(), exact.detach(), rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(found.grad.double(), exact_grad, rtol=1e-4, atol=1e-8)
-    assert (found.grad[x == -math.inf] == 0).all()
-    assert torch.equal(stage(x.float(), with_grad=False, **options).value, found.value)
+    actual = stage(x.float(), with_grad=True, **options)
+    torch.testing.assert_close(actual.value.double(), exact.detach(), rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(actual.grad.double(), exact_grad, rtol=1e-4, atol=1e-8)
+    assert (actual.grad[x == -math.inf] == 0).all()
+    assert torch.equal(stage(x.float(), with_grad=False, **options).value, actual.value)
