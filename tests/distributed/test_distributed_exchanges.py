@@ -1,4 +1,4 @@
-"""What two ranks send each other, when, and how much memory it takes.
+"""The messages of two ranks: their contents, their times, and the memory that they take.
 
 The functions called ``check_...`` run on both ranks, all in one pair of processes. The name of one
 is the name of its test.
@@ -96,13 +96,13 @@ def check_anchors_travel_during_the_gram_stage(rank: int) -> None:
 
 
 def check_what_was_received_is_freed(rank: int) -> None:
-    """Of unequal batches: padded, it is as large as the anchors that are kept."""
+    """The gathered tensor of unequal batches is padded, and as large as the anchors."""
     stages = choice.load("eager")
     gather, contrast, received, alive = _distributed._all_gather, stages.contrast, [], []
 
-    def spy_gather(actual, *args, **options):
-        received.append(weakref.ref(actual))
-        return gather(actual, *args, **options)
+    def spy_gather(gathered, *args, **options):
+        received.append(weakref.ref(gathered))
+        return gather(gathered, *args, **options)
 
     def spy_contrast(*args, **options):
         until = time.monotonic() + 5  # gloo's thread lets go of it a little later

@@ -1,4 +1,4 @@
-"""What is kept for the backward: Gram matrices saved or made again, and checkpointed heads."""
+"""The memory of the backward pass: Gram matrices saved or made again, checkpointed heads."""
 
 import copy
 import os
@@ -294,7 +294,7 @@ def test_checkpointed_heads_and_encoder(converted: bool, memory: str):
     torch.testing.assert_close(grads, expected)
     torch.testing.assert_close(buffers, once)
     assert all(buffers[name] is before[name] for name in before)
-    # What happens without the contexts: twice in the encoder, in heads three times.
+    # Without the contexts they are updated twice in the encoder, in heads three times.
     counts = {name: b.item() for name, b in bare.named_buffers() if name.endswith("tracked")}
     assert counts == {
         "encoder.1.num_batches_tracked": 4,

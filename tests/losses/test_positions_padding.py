@@ -1,4 +1,4 @@
-"""What the saliencies hold where no position exists has no part in the losses."""
+"""Values of the saliencies where no position exists have no part in the losses."""
 
 import math
 from functools import partial
