@@ -61,7 +61,6 @@ class ByTorchjd:
     def __init__(self, aggregator: nn.Module) -> None:
         self.aggregator = aggregator
         self.chunk: int | None = None
-        self.weights: list[Tensor] = []
 
     def tune(self, step: Callable[[], object], wait: Callable[[], None]) -> None:
         """Set the faster ``chunk``: which one it is depends on network and device."""
@@ -82,7 +81,7 @@ class ByTorchjd:
         marks.mark_at(z, "heads_backward", times=len(forward.losses))
         mtl_backward(forward.losses, features=z, parallel_chunk_size=self.chunk)
         marks.mark("encoder_backward")
-        self.weights.append(jac_to_grad(forward.encoder.parameters(), self.aggregator))
+        jac_to_grad(forward.encoder.parameters(), self.aggregator)
         marks.mark("weighting")
 
 
@@ -91,7 +90,6 @@ class SinglePass:
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.weighting = aggregator.weighting
-        self.weights: list[Tensor] = []
 
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         saliencies = heads_backward(forward)
@@ -108,7 +106,6 @@ class SinglePass:
         weights = self.weighting(jacobian)
         for p, gradient in zip(parameters, (weights @ jacobian).split(sizes), strict=True):
             p.grad = gradient.view_as(p)
-        self.weights.append(weights)
         marks.mark("weighting")
 
 
@@ -117,7 +114,6 @@ class AtRepresentation:
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.weighting = aggregator.weighting
-        self.weights: list[Tensor] = []
 
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         (z,) = forward.representations
@@ -127,7 +123,6 @@ class AtRepresentation:
         jacobian = torch.stack([s.flatten() for s in saliencies]).to(forward.losses[0].dtype)
         weights = self.weighting(jacobian)
         gradient = (weights @ jacobian).view_as(z).to(z.dtype)
-        self.weights.append(weights)
         marks.mark("weighting")
         z.backward(gradient)
         marks.mark("encoder_backward")

@@ -21,19 +21,11 @@ class Split:
 
     inputs: ``(n, ...)``; in multi-input learning one such tensor per task. uint8 is normalised on
         its way to the network.
-    targets: per task, ``(n, ...)``; a missing label has the value that its kind of task says.
+    targets: per task, ``(n, ...)``; a pixel without a label has its kind's value for that.
     """
 
     inputs: Inputs
     targets: dict[str, Tensor]
-
-    def __post_init__(self) -> None:
-        for task, target in self.targets.items():
-            if len(self.of(task)) != len(target):
-                raise ValueError(
-                    f"{task}: expected as many inputs as targets, got {len(self.of(task))} inputs "
-                    f"and {len(target)} targets"
-                )
 
     def of(self, task: str) -> Tensor:
         """Return the inputs of this task."""
@@ -66,12 +58,6 @@ class Dataset:
         return [task.name for task in self.tasks]
 
     @cached_property
-    def labelled(self) -> dict[str, Tensor]:
-        """Which training samples have a label, by task."""
-        targets = self.splits["train"].targets
-        return {task.name: task.kind.labelled(targets[task.name]) for task in self.tasks}
-
-    @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of each channel of the 8-bit training images."""
         train = self.splits["train"]
@@ -90,21 +76,15 @@ class Dataset:
         return (inputs.float() / 255 - mean) / std
 
     def only(self, task: str) -> Dataset:
-        """Return this task alone, without the training samples that have no label for it."""
-        if task not in self.names:
-            raise ValueError(f"task: expected one of {', '.join(self.names)}; got {task!r}")
+        """Return this task alone."""
         splits = {
             name: Split(split.of(task), {task: split.targets[task]})
             for name, split in self.splits.items()
         }
-        rows = self.labelled[task].nonzero().squeeze(1)
-        splits["train"] = splits["train"].take({task: rows})
         return Dataset(tuple(t for t in self.tasks if t.name == task), splits)
 
     def with_fraction(self, fraction: float, seed: int) -> Dataset:
         """Return it with this share of the training samples, drawn by the seed."""
-        if not 0 < fraction <= 1:
-            raise ValueError(f"label_fraction: expected a number in (0, 1], got {fraction}")
         if fraction == 1:
             return self
         rows = {}
@@ -117,11 +97,11 @@ class Dataset:
     def batch_size(self, wanted: int) -> int:
         return min(wanted, *(self.splits["train"].size(task) for task in self.names))
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Split, dict[str, Tensor]]:
-        """Return the batch of a step and, per task, which of its samples have a label.
+    def batch(self, step: int, size: int, seed: int) -> Split:
+        """Return the batch of a step.
 
-        Epochs are permutations that seed and epoch determine, whatever came before.
-        In multi-input learning each task goes through its own samples.
+        Seed and epoch determine an epoch's permutation. In multi-input learning each task goes
+        through its own samples.
         """
         train, rows = self.splits["train"], {}
         for task in self.names:
@@ -129,7 +109,7 @@ class Dataset:
             epoch, place = divmod(step, count // size)
             order = _permutation(count, seed, task if self.multi_input else "", epoch)
             rows[task] = order[place * size : (place + 1) * size]
-        return train.take(rows), {task: self.labelled[task][i] for task, i in rows.items()}
+        return train.take(rows)
 
     def chunks(self, split: str, task: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs and targets of a split, in order."""

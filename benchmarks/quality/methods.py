@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor
 
 from benchmarks.networks import Model
@@ -13,12 +12,8 @@ from benchmarks.peers import Forward, SinglePass, fairgrad, nash_mtl
 from benchmarks.phases import Unmarked
 from repmtl_kernels import RepMTL
 
-# By task; None where a batch has no label for a task at all.
-Losses = dict[str, Tensor | None]
-Representation = Tensor | dict[str, Tensor]
-# By task: which samples of the batch have a label.
-Present = dict[str, Tensor]
-
+Losses = dict[str, Tensor]  # by task
+Representation = Tensor | dict[str, Tensor]  # multi-input: by task
 # Options of RepMTL that may be shares of all steps instead.
 SHARES = {"start_share": "start", "ramp_share": "ramp"}
 
@@ -29,8 +24,8 @@ class EqualWeighting:
     def heads_context(self) -> AbstractContextManager:
         return nullcontext()
 
-    def backward(self, losses: Losses, z: Representation, network: Model, present: Present) -> None:
-        sum(loss for loss in losses.values() if loss is not None).backward()
+    def backward(self, losses: Losses, z: Representation, network: Model) -> None:
+        sum(losses.values()).backward()
 
     def values(self) -> dict[str, Tensor]:
         """Return values of the last step, for the log."""
@@ -46,12 +41,8 @@ class RepMTLMethod(EqualWeighting):
     def heads_context(self) -> AbstractContextManager:
         return self.criterion.second_order()
 
-    def backward(self, losses: Losses, z: Representation, network: Model, present: Present) -> None:
-        everywhere = all(bool(there.all()) for there in present.values())
-        # Decided on the host, where the labels are.
-        first = next(iter(z.values())) if isinstance(z, dict) else z
-        mask = None if everywhere else torch.stack(list(present.values())).to(first.device)
-        self.criterion(losses, z, present=mask).backward()
+    def backward(self, losses: Losses, z: Representation, network: Model) -> None:
+        self.criterion(losses, z).backward()
 
     def values(self) -> dict[str, Tensor]:
         ratio = self.criterion.last.ratio
@@ -63,24 +54,12 @@ class GradientWeighting(EqualWeighting):
 
     def __init__(self, aggregator) -> None:
         self.form = SinglePass(aggregator)
-        self.name = type(aggregator).__name__
 
-    def backward(self, losses: Losses, z: Representation, network: Model, present: Present) -> None:
-        if absent := [task for task, loss in losses.items() if loss is None]:
-            raise ValueError(
-                f"{self.name} needs every task in every batch; a batch has no label for "
-                f"{', '.join(absent)}"
-            )
+    def backward(self, losses: Losses, z: Representation, network: Model) -> None:
         heads = [network.heads[task] for task in losses]
         representations = list(z.values()) if isinstance(z, dict) else [z]
-        self.form.weights.clear()
         forward = Forward(network.encoder, heads, list(losses.values()), representations)
         self.form.backward(forward, Unmarked())
-
-    def values(self) -> dict[str, Tensor]:
-        (weights,) = self.form.weights
-        share = weights.detach() / weights.sum()
-        return {f"weight_share_{t}": w for t, w in enumerate(share)}
 
 
 def fairgrad_of_paper(tasks: int, *, alpha: float = 2.0, **options) -> GradientWeighting:

@@ -48,8 +48,6 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 def delta_per_metric(metrics: Metrics, base: Metrics) -> Metrics:
     """Return by how many per cent each metric is better than the base's: eq. 11 for one metric."""
-    if metrics.keys() != base.keys():
-        raise ValueError(f"base: expected the tasks {list(metrics)}, got {list(base)}")
     deltas: Metrics = {}
     for task, values in metrics.items():
         deltas[task] = {}
@@ -76,8 +74,6 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
         record = records[run.key]
         row = by_run.setdefault((run.dataset, run.label, run.seed), _row(run))
         row["metrics"] |= record["test"]
-        if "validation" in record:
-            row.setdefault("validation", {}).update(record["validation"])
         row["cpu_seconds"] = round(row["cpu_seconds"] + record["cpu_seconds"], 2)
         # Another study may have asked for those of the same run.
         if study.spectra and "spectra" in record:

@@ -24,10 +24,6 @@ class Kind:
         self.classes = classes
         self.channels = classes if self.outputs is None else self.outputs
 
-    def labelled(self, targets: Tensor) -> Tensor:
-        """Return which of the ``(n, ...)`` targets have any label, ``(n,)`` bool."""
-        return self.valid(targets).view(len(targets), -1).any(1)
-
     def valid(self, targets: Tensor) -> Tensor:
         """Return which pixels or samples have a label."""
         raise NotImplementedError

@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -58,13 +57,13 @@ class Trainer:
     def train_step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step)
-        batch, present = self.dataset.batch(step, self.size, self.run.seed)
+        batch = self.dataset.batch(step, self.size, self.run.seed)
         if self.settings["flip"]:
             batch = flipped(self.dataset, batch, stream(self.run.seed, "flip", step))
         z = self.encode(batch)
-        losses = self.losses(batch, present, z)
+        losses = self.losses(batch, z)
         self.optimizer.zero_grad()
-        self.method.backward(losses, z, self.network, present)
+        self.method.backward(losses, z, self.network)
         self.optimizer.step()
         if step % self.settings["log_every"] == 0:
             values = {k: float(v) for k, v in self.method.values().items()}
@@ -79,16 +78,11 @@ class Trainer:
 
         return {task: one(task) for task in data.names} if data.multi_input else one(data.names[0])
 
-    def losses(
-        self, batch: Split, present: dict[str, Tensor], z: methods.Representation
-    ) -> methods.Losses:
-        losses: methods.Losses = {}
+    def losses(self, batch: Split, z: methods.Representation) -> methods.Losses:
+        losses = {}
         with self.method.heads_context():
             for task in self.dataset.tasks:
                 target = batch.targets[task.name].to(self.device)
-                if not present[task.name].any():
-                    losses[task.name] = None
-                    continue
                 mine = z[task.name] if isinstance(z, dict) else z
                 output = self.network.head(task.name, mine, target.shape[-2:])
                 losses[task.name] = task.kind.loss(output, target)
@@ -157,7 +151,7 @@ def execute(
     record = {
         "run": str(run),
         "history": trainer.history,
-        **{s: trainer.evaluate(s) for s in ("validation", "test") if s in dataset.splits},
+        "test": trainer.evaluate("test"),
         "cpu_seconds": round(time.process_time() - began, 2),
     }
     if spectra:
@@ -199,11 +193,6 @@ def exponent(module: nn.Module) -> float | None:
 
     None: no layer is large enough.
     """
-    if find_spec("weightwatcher") is None:
-        raise ModuleNotFoundError(
-            "weightwatcher, which a study with `spectra = true` needs, is not installed: "
-            "pip install weightwatcher"
-        )
     import weightwatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)

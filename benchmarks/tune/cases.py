@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,21 +54,16 @@ class Case:
         return f"{self.kernel} {self.shape.name} {self.mode} {self.layout}"
 
 
-def cases(
-    kernels: Sequence[str], shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]
-) -> list[Case]:
+def cases(shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]) -> list[Case]:
     """Return the decisive cases first: what a deadline leaves out is at the end."""
     decisive = [s for s in shapes if s.name not in OTHERS]
     others = [s for s in shapes if s.name in OTHERS]
     planned: list[Case] = []
-    for layout in layouts:
-        for group in (decisive, others):
-            for mode in modes:
-                for shape in group:
-                    for kernel in KERNELS:
-                        case = Case(kernel, shape, mode, layout)
-                        if kernel in kernels and _is_new(case, planned):
-                            planned.append(case)
+    for layout, group in itertools.product(layouts, (decisive, others)):
+        for mode, shape, kernel in itertools.product(modes, group, KERNELS):
+            case = Case(kernel, shape, mode, layout)
+            if _is_new(case, planned):
+                planned.append(case)
     return planned
 
 

@@ -44,9 +44,6 @@ class Compiled:
     error: str | None = None
     request: Request | None = None
     hash: str | None = None  # of its kernels: equal ones are the same program
-    registers: int | None = None
-    spill_bytes: int | None = None
-    shared_bytes: int | None = None
 
 
 def compile_all(
@@ -105,19 +102,11 @@ def compile_one(job: Job, capability: int) -> Compiled:
     # Many tasks take several launches, a variant each.
     variants = [k for k in kernels.values() if k.metadata.name == name]
     made = [inspect(k, capability, instructions=False) for k in variants]
-    spill_bytes = max(m.spill_bytes for m in made)
-    shared_bytes = max(m.shared_bytes for m in made)
-    return Compiled(
-        case,
-        tile,
-        job.tile is None,
-        _why_not(spill_bytes, shared_bytes, capability),
-        request,
-        " ".join(sorted(k.hash for k in variants)),
-        max(m.registers for m in made),
-        spill_bytes,
-        shared_bytes,
+    error = _why_not(
+        max(m.spill_bytes for m in made), max(m.shared_bytes for m in made), capability
     )
+    hashes = " ".join(sorted(k.hash for k in variants))
+    return Compiled(case, tile, job.tile is None, error, request, hashes)
 
 
 def _failed(job: Job, error: str) -> Compiled:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import floors
 from benchmarks.cases import Effort, input_sets
 from benchmarks.results import rounded
 from benchmarks.rotation import Rotating, graphed
@@ -135,77 +132,26 @@ def _each(timing: Timing, sets: int) -> Timing:
     return timing._replace(ms=timing.ms / sets, spread=timing.spread / sets)
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Yield the names of the kernels that this process compiles within the block."""
-    names: list[str] = []
-
-    def listen(*, src, cache_hit: bool, **_: object) -> None:
-        if not cache_hit:
-            names.append(src.name)
-
-    knobs = triton.knobs.compilation
-    before, knobs.listener = knobs.listener, listen
-    try:
-        yield names
-    finally:
-        knobs.listener = before
-
-
-def rows_of(measured: Sequence[Measured], ceilings: dict) -> list[dict]:
+def rows_of(measured: Sequence[Measured]) -> list[dict]:
     """Return the rows of a case, whose first one is the tile of the tables."""
-    return [_row(m, measured[0].timing, ceilings) for m in measured]
+    return [_row(m, measured[0].timing) for m in measured]
 
 
-def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
-    candidate, timing = measured.candidate, measured.timing
-    case, s = candidate.case, candidate.case.shape
+def _row(measured: Measured, baseline: Timing | None) -> dict:
+    candidate, timing, case = measured.candidate, measured.timing, measured.candidate.case
     row = {
         "kernel": case.kernel,
-        "shape": s.name,
-        "T": s.tasks,
-        "B": s.batch,
-        "C": s.channels,
-        "N": s.positions,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "shape": case.shape.name,
         "mode": case.mode,
         "layout": case.layout,
         "tile": None if candidate.tile is None else shown(candidate.tile),
-        "candidate": None if candidate.tile is None else candidate.tile._asdict(),
         "baseline": candidate.is_baseline,
-        "registers": candidate.registers,
-        "spill_bytes": candidate.spill_bytes,
-        "shared_bytes": candidate.shared_bytes,
         "ms": None,
         "error": measured.error,
     }
     if timing is not None and baseline is not None:
-        floor = floor_ms(case, ceilings)
-        figures = {
-            "ms": timing.ms,
-            "spread": timing.spread,
-            "ratio": timing.ms / baseline.ms,
-            "floor_ms": floor,
-            "fraction": floor / timing.ms,
-        }
-        row |= rounded(figures) | {"rounds": timing.rounds}
+        row |= rounded(timing._asdict() | {"ratio": timing.ms / baseline.ms})
     return row
-
-
-def floor_ms(case: Case, ceilings: dict) -> float:
-    """Return the floor of the stage that launches the kernel."""
-    # Both 16-bit dtypes have one rate.
-    precision = {"ieee": "float32", "float16": "bfloat16"}.get(case.mode, case.mode)
-    rate = floors.matmul_rate(ceilings["matmul_tflops"], precision)
-    tiling = floors.EXACT if case.mode == "ieee" else floors.TENSOR_CORES
-    count = partial(floors.forward_passes, "csa_loss")
-    if case.kernel in ("gradient", "pull"):
-        count = partial(floors.backward_passes, "csa_loss")
-    work = count(case.shape, case.dtype.itemsize, tiling)
-    if case.kernel in ("statistics", "gram"):
-        statistics, gram = work
-        work = [statistics if case.kernel == "statistics" else gram]
-    return floors.floor_ms(work, ceilings["copy_gbs"], rate)
 
 
 def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:

@@ -90,9 +90,6 @@ def test_a_study_expands_to_its_runs(study_file):
         ("seeds", "seedz", r"study\.toml: unknown 'seedz'; known are .*seeds"),
         ("steps = 4", "step = 4", r"training: unknown 'step'; known are .*steps"),
         ('against = "alone"', 'beside = "alone"', r"methods: unknown 'beside'"),
-        ('name = "equal"', 'name = "alone"', "methods with different names"),
-        ('against = "alone"', 'against = "one"', "against: no method is named 'one'"),
-        ("seeds = [0, 1, 2]", "seeds = []", "expected 'seeds', a list that is not empty"),
     ],
 )
 def test_a_study_with_a_mistake(study_file, old, new, message):
@@ -114,7 +111,7 @@ def test_committed_studies_are_sound():
     paths = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
     assert {"table", "tools", "potholes", "office_surf"} <= {p.stem for p in paths}
     for path in paths:
-        if path.stem != "usual":
+        if "datasets" in config.read(path):
             study = config.study(path)
             for settings in study.datasets.values():
                 assert settings["data"]["name"] in loaders.LOADERS
