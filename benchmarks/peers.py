@@ -34,25 +34,24 @@ class Forward(NamedTuple):
     representations: list[Tensor]  # one that all tasks share; multi-input: one per task
 
     def of_tasks(self) -> list[Tensor]:
-        """Return the representation of each task."""
         shared = len(self.representations) == 1
         return self.representations * len(self.losses) if shared else self.representations
 
 
-def nash_mtl(tasks: int, **options):
-    """Return torchjd's Nash-MTL; without options in LibMTL's and its own default setting."""
+def nash_mtl(tasks: int) -> nn.Module:
+    """Return torchjd's Nash-MTL in LibMTL's and its own default setting."""
     from torchjd.aggregation import NashMTL
 
     # Its solver says once that solving Nash-MTL's problem again is no faster. It is measured so.
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not")
-    return NashMTL(n_tasks=tasks, **options)
+    return NashMTL(n_tasks=tasks)
 
 
-def fairgrad(tasks: int, *, alpha: float = 1.0, **options):
+def fairgrad(tasks: int, *, alpha: float = 1.0) -> nn.Module:
     """Return torchjd's FairGrad, with LibMTL's alpha."""
     from torchjd.aggregation import FairGrad
 
-    return FairGrad(alpha=alpha, **options)
+    return FairGrad(alpha=alpha)
 
 
 class ByTorchjd:
@@ -85,11 +84,15 @@ class ByTorchjd:
         marks.mark("weighting")
 
 
-class SinglePass:
-    """Each head once and the encoder once for each task: torchjd's gradients."""
+class OwnPasses:
+    """Passes of this file's own, with the weights of an aggregator of torchjd."""
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.weighting = aggregator.weighting
+
+
+class SinglePass(OwnPasses):
+    """Each head once and the encoder once for each task: torchjd's gradients."""
 
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         saliencies = heads_backward(forward)
@@ -109,11 +112,8 @@ class SinglePass:
         marks.mark("weighting")
 
 
-class AtRepresentation:
+class AtRepresentation(OwnPasses):
     """For one representation that all tasks share."""
-
-    def __init__(self, aggregator: nn.Module) -> None:
-        self.weighting = aggregator.weighting
 
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         (z,) = forward.representations

@@ -1,9 +1,4 @@
-"""The cost of negatives of all ranks, from formulas: nothing here is measured.
-
-``python -m benchmarks.report`` writes the table into docs/distributed.md. A test on two ranks
-counts the bytes that :func:`gathered` and :func:`reduced` say, another measures the memory of the
-contrast stage.
-"""
+"""The cost of negatives of all ranks, from formulas: nothing here is measured."""
 
 from __future__ import annotations
 
@@ -19,8 +14,6 @@ BYTES_PER_SECOND = 25e9
 
 
 class Setting(NamedTuple):
-    """Sizes of one rank's step."""
-
     tasks: int = 4
     batch: int = 64  # of each rank
     channels: int = 512

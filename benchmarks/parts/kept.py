@@ -1,7 +1,4 @@
-"""The memory that CSA keeps for its backward, with and without its Gram matrices: bytes and time.
-
-The bytes are formulas, and counted: a tensor counts once, with what is saved of it.
-"""
+"""The memory that CSA keeps for its backward, with and without its Gram matrices."""
 
 from __future__ import annotations
 
@@ -64,7 +61,6 @@ def at_a_time(s: Shape, itemsize: int = 4) -> int:
 
 
 def table() -> str:
-    """Return the formulas' table."""
     header = ["shape", "T, B, C, N", "saliencies", "matrices, saved", "of the saliencies"]
     header += ["made again, at a time"]
     lines = [

@@ -104,9 +104,6 @@ PLANS = {
 }
 
 
-# --- what is measured ---
-
-
 @dataclass(frozen=True)
 class LossPoint:
     """``rep_mtl_loss`` at one size."""
@@ -116,7 +113,7 @@ class LossPoint:
     case: Case
 
     def __str__(self) -> str:
-        return str(self.case)
+        return f"{self.case}, {self.sweep} {self.value}"
 
     def calls(self, device: torch.device) -> tuple[dict[str, Callable[[], Rotating]], float]:
         """Return makers of the contestants' calls, and the exact value of the first inputs."""
@@ -141,11 +138,6 @@ class LossPoint:
 @dataclass(frozen=True)
 class AnchorPoint(LossPoint):
     """The contrast stage: B samples against all G, or all against each other where B is G."""
-
-    def __str__(self) -> str:
-        s = self.case.shape
-        size = f"T{s.tasks} B{s.batch} G{self.value} C{s.channels}"
-        return f"contrast {self.sweep} ({size}) {self.case.precision.name}"
 
     def calls(self, device: torch.device) -> tuple[dict[str, Callable[[], Rotating]], float]:
         s = self.case.shape
@@ -276,9 +268,6 @@ def measure_point(
             graphs=False,
         )
         return line_up.report_rows(at, contest.rows(device, ceilings, effort))
-
-
-# --- what the documents show ---
 
 
 class Line(NamedTuple):

@@ -1,7 +1,4 @@
-"""The training step of every method on the networks of the field, in turns on the same batch.
-
-The part ``compiled`` compiles the step on a small network.
-"""
+"""The training step of every method, in turns on the same batch."""
 
 from __future__ import annotations
 
@@ -57,7 +54,7 @@ class Case:
     makers: Mapping[str, Callable[[int], EqualWeighting]] = field(default_factory=lambda: METHODS)
 
     def methods(self) -> dict[str, Callable[[int], EqualWeighting]]:
-        """Return those that can be measured here."""
+        """Return the methods that can be measured here."""
         without_peers = find_spec("torchjd") is None
         return {
             name: make
@@ -68,16 +65,11 @@ class Case:
         }
 
     def labels(self, method: str) -> dict:
-        n = self.network
         return {
-            "network": n.name,
+            "network": self.network.name,
             "method": method,
             "dtype": self.precision.name,
-            "architecture": str(n),
-            "T": len(n.tasks),
-            "B": n.batch,
-            "height": n.height,
-            "width": n.width,
+            "architecture": str(self.network),
         }
 
     def __str__(self) -> str:
@@ -85,7 +77,6 @@ class Case:
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the decisive cases first."""
     precisions = PRECISIONS[device_type]
     scaled = [network.scaled(device_type) for network in NETWORKS]
     if quick:
@@ -229,9 +220,6 @@ def broken(rows: list[dict]) -> list[str]:
         if r["error"] and "OutOfMemory" not in r["error"]
         if r["method"] in METHODS and r["method"] not in NEED_TORCHJD
     ]
-
-
-# --- what the documents show ---
 
 
 def table(result: dict) -> str:

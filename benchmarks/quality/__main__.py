@@ -44,15 +44,9 @@ def main(words: list[str] | None = None) -> None:
     for name in options.studies:
         study = config.study(config.find(name), options.seeds)
         out = options.out or results.RESULTS / slug(device)
-        run_study(
-            study,
-            describe(device),
-            folder=loaders.data_folder(options.data),
-            out=out,
-            work=options.work,
-            jobs=options.jobs,
-            device=options.device,
-        )
+        folder = loaders.data_folder(options.data)
+        where = {"folder": folder, "work": options.work, "device": options.device}
+        run_study(study, describe(device), out, jobs=options.jobs, **where)
         pictures.draw(out, f"quality_{study.name}")
 
 

@@ -106,7 +106,6 @@ def read(path: Path) -> dict:
 
 
 def study(path: Path, seeds: list[int] | None = None) -> Study:
-    """Return the study of a file."""
     content = read(path)
     _known(path.name, content, STUDY_KEYS)
     overrides = content.get("override", {})

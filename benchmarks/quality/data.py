@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -28,11 +27,7 @@ class Split:
     targets: dict[str, Tensor]
 
     def of(self, task: str) -> Tensor:
-        """Return the inputs of this task."""
         return self.inputs[task] if isinstance(self.inputs, dict) else self.inputs
-
-    def size(self, task: str) -> int:
-        return len(self.targets[task])
 
     def take(self, rows: dict[str, Tensor]) -> Split:
         """Return these rows of each task; shared inputs are those of the first task."""
@@ -60,13 +55,11 @@ class Dataset:
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of each channel of the 8-bit training images."""
-        train = self.splits["train"]
-        images = list(train.inputs.values()) if self.multi_input else [train.inputs]
-        if images[0].dtype != torch.uint8:
+        images = self.splits["train"].inputs
+        if self.multi_input or images.dtype != torch.uint8:
             return None
-        values = torch.cat([x.transpose(0, 1).flatten(1) for x in images], dim=1).float() / 255
-        shape = (1, -1) + (1,) * (images[0].ndim - 2)
-        return values.mean(1).view(shape), values.std(1).view(shape)
+        values = images.transpose(0, 1).flatten(1).float() / 255
+        return values.mean(1).view(1, -1, 1, 1), values.std(1).view(1, -1, 1, 1)
 
     def prepared(self, inputs: Tensor) -> Tensor:
         """Return a batch as the network takes it."""
@@ -76,7 +69,6 @@ class Dataset:
         return (inputs.float() / 255 - mean) / std
 
     def only(self, task: str) -> Dataset:
-        """Return this task alone."""
         splits = {
             name: Split(split.of(task), {task: split.targets[task]})
             for name, split in self.splits.items()
@@ -89,32 +81,23 @@ class Dataset:
             return self
         rows = {}
         for task in self.names:
-            count = self.splits["train"].size(task)
+            count = len(self.splits["train"].targets[task])
             order = _permutation(count, seed, task if self.multi_input else "", "fraction")
             rows[task] = order[: max(1, round(fraction * count))].sort().values
         return replace(self, splits={**self.splits, "train": self.splits["train"].take(rows)})
 
     def batch_size(self, wanted: int) -> int:
-        return min(wanted, *(self.splits["train"].size(task) for task in self.names))
+        return min(wanted, *(len(self.splits["train"].targets[task]) for task in self.names))
 
     def batch(self, step: int, size: int, seed: int) -> Split:
-        """Return the batch of a step.
-
-        Seed and epoch determine an epoch's permutation. In multi-input learning each task goes
-        through its own samples.
-        """
+        """Return the batch of a step; seed and epoch determine an epoch's permutation."""
         train, rows = self.splits["train"], {}
         for task in self.names:
-            count = train.size(task)
+            count = len(train.targets[task])
             epoch, place = divmod(step, count // size)
             order = _permutation(count, seed, task if self.multi_input else "", epoch)
             rows[task] = order[place * size : (place + 1) * size]
         return train.take(rows)
-
-    def chunks(self, split: str, task: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets of a split, in order."""
-        here = self.splits[split]
-        yield from zip(here.of(task).split(size), here.targets[task].split(size), strict=True)
 
 
 def stream(seed: int, *names: object) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 
 from benchmarks.multimnist import TASKS as DIGITS
 from benchmarks.multimnist import load_mnist
@@ -64,7 +64,7 @@ def tools(folder: Path | None, *, size: tuple[int, int] = (72, 96)) -> Dataset:
         targets = {
             "segmentation": _classes(npz["seg"][chosen], size),
             "depth": _values(torch.from_numpy(depth[chosen]).unsqueeze(1), size),
-            "normals": _unit(_values(_channels_first(normal[chosen]), size)),
+            "normals": normalize(_values(_channels_first(normal[chosen]), size), dim=1),
         }
         splits[split] = Split(_images(npz["image"][chosen], size), targets)
     classes = len(npz["class_names"])
@@ -118,9 +118,6 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
 }
 
 
-# --- arrays ---
-
-
 def _npz(folder: Path | None, file: str, name: str, source: str) -> dict[str, np.ndarray]:
     path = folder and folder / file
     if path is None or not path.exists():
@@ -156,8 +153,3 @@ def _values(values: Tensor, size: tuple[int, int]) -> Tensor:
     there = (values != 0).any(1, keepdim=True).float()
     share = adaptive_avg_pool2d(there, size)
     return adaptive_avg_pool2d(values * there, size) / share.where(share > 0, 1)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Return unit vectors; a zero stays zero."""
-    return torch.nn.functional.normalize(vectors, dim=1)

@@ -23,11 +23,7 @@ def build(
     head_dilations: Sequence[int] = (1, 2, 3),
     **options,
 ) -> Model:
-    """Return the network for a data set.
-
-    The weights of the encoder and of each head depend on the seed alone: multi-task and single-task
-    runs of one seed start from the same weights.
-    """
+    """Return the network; its first weights depend on the seed alone, task by task."""
     example = dataset.prepared(dataset.splits["train"].of(dataset.names[0])[:2])
     torch.manual_seed(stream(seed, "encoder"))
     shared = ENCODERS[encoder](example.shape[1], **options)

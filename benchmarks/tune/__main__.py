@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -54,12 +55,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--write", type=Path, metavar="FILE",
         help=f"write the faster tiles there, as {tile_table.VARIABLE} takes them")  # fmt: skip
     options = parser.parse_args(words)
-    if options.workers < 1:
-        parser.error(f"--workers: expected at least 1; got {options.workers}")
-    try:
-        options.sizes = [shape_of_size(*size) for size in options.size]
-    except ValueError as error:
-        parser.error(str(error))
+    if min(options.workers, *itertools.chain(*options.size), 1) < 1:
+        parser.error("--workers and --size: expected numbers of at least 1")
     return options
 
 
@@ -81,8 +78,8 @@ def main() -> None:
 
 
 def shapes(options: argparse.Namespace) -> list[Shape]:
-    names = options.shape or ([] if options.sizes else list(SHAPES))
-    return options.sizes + shapes_named(names)
+    names = options.shape or ([] if options.size else list(SHAPES))
+    return [shape_of_size(*size) for size in options.size] + shapes_named(names)
 
 
 def tune(
@@ -126,16 +123,14 @@ def compiled_line_ups(
     jobs = [Job(case, tile) for case in planned for tile in (None, *case.candidates)]
     say(f"compiling {len(jobs)} candidates of {len(planned)} cases, {workers} at a time")
     line_ups: dict[Case, list[Compiled]] = {case: [] for case in planned}
-    missing = dict.fromkeys(planned, 0)
-    for job, compiled in zip(jobs, compile_all(jobs, capability, workers, until), strict=True):
-        here = line_ups[job.case]
-        if compiled is None:
-            missing[job.case] += 1
-        elif compiled.hash is None or all(compiled.hash != other.hash for other in here):
-            here.append(compiled)
-    for case, count in missing.items():
-        if count:
-            run.note(f"left out for time: {count} candidates of {case}")
+    compiled = compile_all(jobs, capability, workers, until)
+    for one in filter(None, compiled):
+        here = line_ups[one.case]
+        if one.hash is None or all(one.hash != other.hash for other in here):
+            here.append(one)
+    if missing := compiled.count(None):
+        run.note(f"left out for time: {missing} candidates")
+    for case in planned:
         first = next(iter(line_ups[case]), None)
         if first is None or not first.is_baseline or first.request is None:
             why = "not compiled in time" if first is None or not first.is_baseline else first.error

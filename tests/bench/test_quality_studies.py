@@ -123,8 +123,7 @@ def test_committed_studies_are_sound():
 @pytest.mark.slow
 def test_the_command_from_study_to_tables_and_pictures(study_file, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda device: dict.fromkeys(
-        results.HEAD))  # fmt: skip
+    monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda device: {"commit": ""})
     out, work = tmp_path / "out", tmp_path / "work"
     given = [str(study_file), "--out", str(out), "--work", str(work), "--jobs", "1"]
     main(given)
@@ -198,8 +197,8 @@ def test_runs_in_processes_of_their_own_give_the_same(tmp_path):
     runs = [
         config.Run("surf", "equal", "equal", "equal", {}, seed, None, settings) for seed in (0, 1)
     ]
-    alone = studies.run_all(runs, tmp_path, tmp_path / "one", jobs=1)
-    together = studies.run_all(runs, tmp_path, tmp_path / "two", jobs=2)
+    alone = studies.run_all(runs, 1, folder=tmp_path, work=tmp_path / "one")
+    together = studies.run_all(runs, 2, folder=tmp_path, work=tmp_path / "two")
     for run in runs:
         assert together[run.key]["test"] == alone[run.key]["test"]
 

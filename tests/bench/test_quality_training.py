@@ -7,9 +7,8 @@ import torch
 from quality_data import NETWORK, REP_MTL, dense, domains, make_run
 
 from benchmarks.quality import loaders, pretraining, studies, training
-from benchmarks.quality.data import Dataset, Split
+from benchmarks.quality.data import Split
 from benchmarks.quality.pretraining import build
-from benchmarks.quality.tasks import Task
 
 
 @pytest.fixture(autouse=True)
@@ -111,11 +110,11 @@ def test_single_task_runs_start_from_the_same_weights():
 def test_flipping_mirrors_images_and_labels_alike():
     images = torch.arange(2 * 3 * 2 * 4).view(2, 3, 2, 4).to(torch.uint8)
     normals = torch.randn(2, 3, 2, 4)
-    data = Dataset((Task.of("normals", "normals"),), {"train": Split(images, {"normals": normals})})
+    batch = Split(images, {"normals": normals})
     sign = torch.tensor([-1.0, 1, 1]).view(3, 1, 1)
     seen = set()
     for seed in range(8):
-        found = training.flipped(data, data.splits["train"], seed)
+        found = training.flipped(batch, seed)
         for i in range(2):
             turned = bool((found.inputs[i] == images[i].flip(-1)).all())
             expected = normals[i].flip(-1) * sign if turned else normals[i]
@@ -135,7 +134,7 @@ def test_pretraining_gives_every_method_the_same_better_encoder(tmp_path):
     data, how = "dense", {"kind": "rotation", "steps": 3, "batch": 4}
     runs = [make_run(data, pretraining=how), make_run(data, "rep_mtl", REP_MTL, pretraining=how)]
     assert runs[0].pretraining_key == runs[1].pretraining_key != None  # noqa: E711
-    records = studies.run_all(runs, None, tmp_path, jobs=1)
+    records = studies.run_all(runs, 1, folder=None, work=tmp_path)
     assert len(records) == 2
     (file,) = tmp_path.glob("*.encoder.pt")
     learned = torch.load(file, weights_only=True)
