@@ -58,6 +58,11 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
+def of_rows(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a Markdown table of rows that map a column's title to a cell."""
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
+
+
 def captioned(table: str, result: dict, text: str) -> str:
     """Return a table with its caption: ``text``, then machine, PyTorch, commit and date."""
     changed = ", with changes" if result["dirty"] else ""

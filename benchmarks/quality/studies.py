@@ -34,9 +34,7 @@ def run_study(
     what = f"quality_{study.name}"
     settings = {"datasets": study.datasets, "seeds": study.seeds}
     results.save(out, what, head, rows, notes=[], **settings)
-    used = sum(record["cpu_seconds"] for record in records.values())
-    spent = time.monotonic() - began
-    say(f"\n{tables.by_base(rows)}\n{out / what}.json; {used:.0f} s of training, {spent:.0f} s")
+    say(f"\n{tables.by_base(rows)}\n{out / what}.json; {time.monotonic() - began:.0f} s")
 
 
 def run_all(runs: list[Run], jobs: int, spectra: bool = False, **where: object) -> dict[str, dict]:

@@ -67,7 +67,6 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
         record = records[run.key]
         row = by_run.setdefault((run.dataset, run.label, run.seed), _row(run))
         row["metrics"] |= record["test"]
-        row["cpu_seconds"] = round(row["cpu_seconds"] + record["cpu_seconds"], 2)
         # Another study may have asked for those of the same run.
         if study.spectra and "spectra" in record:
             row.setdefault("spectra", {})[run.task or "all"] = record["spectra"]
@@ -94,7 +93,6 @@ def _row(run: Run) -> dict:
         "seed": run.seed,
         "settings": {"method": run.method, **run.options},
         "metrics": {},
-        "cpu_seconds": 0.0,
     }
 
 
