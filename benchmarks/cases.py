@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import Shape
 from repmtl_kernels.backends.availability import refusal
 
 FP32_PRECISION = "REPMTL_FP32_PRECISION"  # of the Triton kernels
@@ -50,8 +50,7 @@ class Effort(NamedTuple):
 class Case:
     """The same call on the same inputs for all contestants.
 
-    layout: ``contiguous`` and ``channels_last`` ``(B, C, H, W)`` and ``tokens`` ``(B, N, C)`` come
-    as a list of T tensors, ``stacked`` as one of ``(T, B, C, H, W)``.
+    layout: ``contiguous`` or ``channels_last`` ``(B, C, H, W)``, or ``tokens`` ``(B, N, C)``.
     """
 
     function: str
@@ -78,7 +77,6 @@ class Case:
             "B": s.batch,
             "C": s.channels,
             "N": s.positions,
-            "full_B": SHAPES.get(s.name, s).batch,
             "dtype": str(self.precision.dtype).removeprefix("torch."),
             "precision": self.precision.name,
             "layout": self.layout,
@@ -91,14 +89,11 @@ class Case:
 
 
 def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
-    """Return sets of T saliencies, or of one stacked tensor."""
+    """Return sets of T saliencies."""
     s, layout = case.shape, case.layout
     size = (s.batch, s.channels, s.height, s.width)
     if layout == "tokens":
         size = (s.batch, s.positions, s.channels)
-    tensors = s.tasks
-    if layout == "stacked":
-        size, tensors = (s.tasks, *size), 1
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     generator = torch.Generator(device).manual_seed(0)
     return [
@@ -106,7 +101,7 @@ def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:
             torch.randn(size, generator=generator, device=device, dtype=case.precision.dtype)
             .contiguous(memory_format=memory_format)
             .requires_grad_()
-            for _ in range(tensors)
+            for _ in range(s.tasks)
         ]
         for _ in range(input_sets(s.elements * case.itemsize, device))
     ]

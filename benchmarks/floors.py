@@ -67,10 +67,7 @@ def _gram_flops(shape: Shape, tiling: Tiling) -> float:
 
 
 def backward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
-    """Return the pass for the anchors' gradient, and the one that reads S and Gram and writes dS.
-
-    TSR's gradient is constant along the channels: an expanded view with nothing to write.
-    """
+    """Return the passes of the anchors' gradient and of dS; TSR's is an expanded view."""
     if function == "tsr_loss":
         return []
     read = shape.elements * itemsize

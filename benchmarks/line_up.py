@@ -127,7 +127,6 @@ def broken(rows: list[dict]) -> list[str]:
 
 
 def report_rows(what: object, rows: list[dict]) -> list[dict]:
-    """Print what was measured and return it."""
     shown = [
         f"{row['backend']}{' graph' if row['graph'] else ''} "
         + (row["error"] or f"{row['ms']:.4g} ms, {100 * row['fraction']:.2g}%")

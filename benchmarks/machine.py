@@ -45,17 +45,10 @@ def machine(device: torch.device) -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "busy_cores_before": busy_cores(),
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        about |= {
-            "gpu": gpu.name,
-            "gpu_memory_gb": round(gpu.total_memory / 1e9, 1),
-            "multiprocessors": gpu.multi_processor_count,
-            "capability": f"{gpu.major}.{gpu.minor}",
-        }
+        about["gpu"] = torch.cuda.get_device_name(device)
     return about
 
 
@@ -104,10 +97,7 @@ def git_state() -> tuple[str, bool | None]:
 
 
 def ceilings(device: torch.device) -> dict:
-    """Return the measured rates, the best that were seen.
-
-    ``copy_gbs``: 1e9 bytes read and written per second; ``matmul_tflops``: for each precision.
-    """
+    """Return the best rates seen: GB/s of a copy, and TFLOP/s of products by precision."""
     gpu = device.type == "cuda"
 
     def best_ms(call: partial) -> float:

@@ -1,7 +1,4 @@
-"""The methods of a training step: each leaves gradients in ``.grad`` of every parameter.
-
-Every phase of a step is marked, see :mod:`benchmarks.phases`.
-"""
+"""The methods of a training step: gradients in ``.grad``, and marks of the phases."""
 
 from __future__ import annotations
 
@@ -103,7 +100,7 @@ class EqualWeighting:
 
 
 class Peer(EqualWeighting):
-    """A form of :mod:`benchmarks.peers`; keeps the weights that it used."""
+    """A form of :mod:`benchmarks.peers`."""
 
     def __init__(self, form: ByTorchjd | SinglePass | AtRepresentation) -> None:
         self.form = form
@@ -168,10 +165,7 @@ class RepMTLMethod(EqualWeighting):
 
 
 class CompiledRepMTL(EqualWeighting):
-    """Rep-MTL with all gradients by ``torch.func``, forward and backward as one compiled graph.
-
-    This is the documented way; running statistics are updated where they are.
-    """
+    """Rep-MTL by ``torch.func``, forward and backward as one compiled graph."""
 
     gradient: Callable | None = None
 

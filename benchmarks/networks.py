@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, l1_loss
 
-# --- layers, encoders and heads ---
-
 
 class Block(nn.Module):
     """A residual block: convolutions and batch norms, ReLU between them and after the sum."""
@@ -42,14 +40,12 @@ class Flat(nn.Module):
 def plain(
     inputs: int, outputs: int, kernel: int = 3, stride: int = 1, dilation: int = 1
 ) -> list[nn.Module]:
-    """Return convolution and batch norm."""
     padding = dilation * (kernel // 2)
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False)
     return [layer, nn.BatchNorm2d(outputs)]
 
 
 def activated(*arguments: int) -> list[nn.Module]:
-    """Return convolution, batch norm and ReLU."""
     return [*plain(*arguments), nn.ReLU()]
 
 
@@ -115,27 +111,13 @@ def residual_encoder(
     inputs: int,
     *,
     widths: Sequence[int] = (16, 32, 64),
-    blocks: int = 1,
     strides: Sequence[int] = (2, 2, 1),
     dilations: Sequence[int] = (1, 1, 2),
-    pool: bool = False,
 ) -> nn.Sequential:
-    """Return a stem, then a stage of residual blocks for each further width, as a dilated ResNet.
-
-    pool: the representation is the mean over positions, ``(B, C)``.
-    """
-    if not len(widths) == len(strides) == len(dilations):
-        raise ValueError(
-            "network: expected as many strides and dilations as widths, got "
-            f"{len(strides)}, {len(dilations)} and {len(widths)}"
-        )
+    """Return a stem, then a residual block for each further width, as in a dilated ResNet."""
     layers = activated(inputs, widths[0], 3, strides[0], dilations[0])
-    for before, width, stride, dilation in zip(
-        widths, widths[1:], strides[1:], dilations[1:], strict=False
-    ):
-        layers.append(basic(before, width, stride, dilation))
-        layers += [basic(width, width, 1, dilation) for _ in range(blocks - 1)]
-    return nn.Sequential(*layers, *([Flat()] if pool else []))
+    sizes = zip(widths[:-1], widths[1:], strides[1:], dilations[1:], strict=True)
+    return nn.Sequential(*layers, *(basic(*size) for size in sizes))
 
 
 def mlp_encoder(
@@ -177,12 +159,10 @@ class ASPP(nn.Module):
 
 
 def classifier(inputs: int, outputs: int, *, width: int, spatial: bool) -> nn.Sequential:
-    """Return a linear layer after a hidden one of this width; 0: no hidden layer."""
+    """Return a linear layer; of maps after a hidden layer and the mean over positions."""
     if not spatial:
-        hidden = [nn.Linear(inputs, width), nn.ReLU()] if width else []
-        return nn.Sequential(*hidden, nn.Linear(width or inputs, outputs))
-    hidden = activated(inputs, width) if width else []
-    return nn.Sequential(*hidden, Flat(), nn.Linear(width or inputs, outputs))
+        return nn.Sequential(nn.Linear(inputs, outputs))
+    return nn.Sequential(*activated(inputs, width), Flat(), nn.Linear(width, outputs))
 
 
 class Model(nn.Module):
@@ -199,9 +179,6 @@ class Model(nn.Module):
         if y.ndim == 2 or y.shape[2:] == tuple(size):
             return y
         return interpolate(y, tuple(size), mode="bilinear", align_corners=False)
-
-
-# --- the networks of the field ---
 
 
 @dataclass(frozen=True)
@@ -221,7 +198,6 @@ class Network:
     on_cpu: Mapping[str, object] = field(default_factory=dict)  # what is smaller there
 
     def scaled(self, device_type: str) -> Network:
-        """Return this network in the size for ``device_type``."""
         return replace(self, **self.on_cpu) if device_type == "cpu" else self
 
     def __str__(self) -> str:
@@ -235,7 +211,6 @@ class Network:
         )
 
     def model(self) -> Model:
-        """Return it with random weights."""
         channels = RESNETS[self.encoder].channels(self.base)
         encoder = resnet(self.encoder, self.base, pool=self.multi_input)
         if self.multi_input:

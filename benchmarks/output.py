@@ -1,17 +1,14 @@
-"""Lines and progress bars of a run, and the pieces of tables and pictures."""
+"""Lines of a run, and the pieces of tables and pictures."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Item = TypeVar("Item")
 
 # Contestants of the losses and their stages, in the order of a table's columns.
 TITLES = {
@@ -52,27 +49,18 @@ STYLE = {
 
 
 def say(text: str = "") -> None:
-    """Print a line at once."""
     print(text, flush=True)
-
-
-def track(items: Sequence[Item], what: str) -> Iterator[Item]:
-    """Yield the items, with a progress bar on a terminal where rich is installed."""
-    if find_spec("rich") is None or not sys.stdout.isatty():
-        yield from items
-        return
-    from rich.progress import track as with_bar
-
-    yield from with_bar(items, what, transient=True)
-
-
-# --- tables ---
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with all columns but the first aligned to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def of_rows(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a Markdown table of rows that map a column's title to a cell."""
+    return markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def captioned(table: str, result: dict, text: str) -> str:
@@ -96,6 +84,10 @@ def on_gpu(result: dict) -> bool:
     return "gpu" in result["machine"]
 
 
+def where(rows: Sequence[dict], **values: object) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
 def groups(rows: Sequence[dict], *keys: str) -> dict[tuple, list[dict]]:
     """Return the rows by the values of these keys, in the order of the rows."""
     by_values: dict[tuple, list[dict]] = {}
@@ -105,7 +97,6 @@ def groups(rows: Sequence[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def by(rows: Sequence[dict], key: str) -> dict[str, dict]:
-    """Return the last row of each value of a key."""
     return {row[key]: row for row in rows}
 
 
@@ -127,9 +118,6 @@ def amount(size: float) -> str:
     units = {"TB": 1e12, "GB": 1e9, "MB": 1e6}
     unit = next((unit for unit, scale in units.items() if size >= scale), "MB")
     return f"{size / units[unit]:.3g} {unit}"
-
-
-# --- pictures ---
 
 
 def draw(folder: Path, makers: Mapping[str, Callable[[], Figure | None]]) -> list[Path]:

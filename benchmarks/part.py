@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks import results
-from benchmarks.output import say, track
+from benchmarks.output import say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,15 +54,10 @@ class Run:
                 self.folder, self.name, self.head, self.rows, **self.more, notes=self.notes
             )
 
-    def each(
-        self, cases: Sequence, measure: Callable[..., list[dict]], *, least: float = 0.0
-    ) -> None:
-        """Measure every case and save its rows; note the cases that time or memory leave out.
-
-        A case does not start with less than ``least`` seconds left.
-        """
-        for case in track(cases, self.name):
-            if self.left < least:
+    def each(self, cases: Sequence, measure: Callable[..., list[dict]]) -> None:
+        """Measure every case and save its rows; note the cases that time or memory leave out."""
+        for case in cases:
+            if self.left < 0:
                 self.note(f"left out for time: {case}")
                 continue
             try:
@@ -83,8 +78,7 @@ class Part:
     tables: by their names in the documents, from the content of the result file.
     figures: by file name, from the same; None is no figure.
     broken: says which rows are failures of this package.
-    share: of the time, beside the other parts of a run; on: devices whose default run has the part;
-    least: seconds that it needs in a default run.
+    share: of the time, beside the other parts of a run; on: devices whose default run has the part.
     """
 
     name: str
@@ -95,7 +89,6 @@ class Part:
     broken: Callable[[list[dict]], list[str]] = lambda rows: []
     share: float = 0.3
     on: Sequence[str] = ()
-    least: float = 0.0
 
 
 def described(error: BaseException) -> str:

@@ -34,25 +34,24 @@ class Forward(NamedTuple):
     representations: list[Tensor]  # one that all tasks share; multi-input: one per task
 
     def of_tasks(self) -> list[Tensor]:
-        """Return the representation of each task."""
         shared = len(self.representations) == 1
         return self.representations * len(self.losses) if shared else self.representations
 
 
-def nash_mtl(tasks: int, **options):
-    """Return torchjd's Nash-MTL; without options in LibMTL's and its own default setting."""
+def nash_mtl(tasks: int) -> nn.Module:
+    """Return torchjd's Nash-MTL in LibMTL's and its own default setting."""
     from torchjd.aggregation import NashMTL
 
     # Its solver says once that solving Nash-MTL's problem again is no faster. It is measured so.
     warnings.filterwarnings("ignore", message="You are solving a parameterized problem that is not")
-    return NashMTL(n_tasks=tasks, **options)
+    return NashMTL(n_tasks=tasks)
 
 
-def fairgrad(tasks: int, *, alpha: float = 1.0, **options):
+def fairgrad(tasks: int, *, alpha: float = 1.0) -> nn.Module:
     """Return torchjd's FairGrad, with LibMTL's alpha."""
     from torchjd.aggregation import FairGrad
 
-    return FairGrad(alpha=alpha, **options)
+    return FairGrad(alpha=alpha)
 
 
 class ByTorchjd:
@@ -61,7 +60,6 @@ class ByTorchjd:
     def __init__(self, aggregator: nn.Module) -> None:
         self.aggregator = aggregator
         self.chunk: int | None = None
-        self.weights: list[Tensor] = []
 
     def tune(self, step: Callable[[], object], wait: Callable[[], None]) -> None:
         """Set the faster ``chunk``: which one it is depends on network and device."""
@@ -82,16 +80,19 @@ class ByTorchjd:
         marks.mark_at(z, "heads_backward", times=len(forward.losses))
         mtl_backward(forward.losses, features=z, parallel_chunk_size=self.chunk)
         marks.mark("encoder_backward")
-        self.weights.append(jac_to_grad(forward.encoder.parameters(), self.aggregator))
+        jac_to_grad(forward.encoder.parameters(), self.aggregator)
         marks.mark("weighting")
 
 
-class SinglePass:
-    """Each head once and the encoder once for each task: torchjd's gradients."""
+class OwnPasses:
+    """Passes of this file's own, with the weights of an aggregator of torchjd."""
 
     def __init__(self, aggregator: nn.Module) -> None:
         self.weighting = aggregator.weighting
-        self.weights: list[Tensor] = []
+
+
+class SinglePass(OwnPasses):
+    """Each head once and the encoder once for each task: torchjd's gradients."""
 
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         saliencies = heads_backward(forward)
@@ -108,16 +109,11 @@ class SinglePass:
         weights = self.weighting(jacobian)
         for p, gradient in zip(parameters, (weights @ jacobian).split(sizes), strict=True):
             p.grad = gradient.view_as(p)
-        self.weights.append(weights)
         marks.mark("weighting")
 
 
-class AtRepresentation:
+class AtRepresentation(OwnPasses):
     """For one representation that all tasks share."""
-
-    def __init__(self, aggregator: nn.Module) -> None:
-        self.weighting = aggregator.weighting
-        self.weights: list[Tensor] = []
 
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         (z,) = forward.representations
@@ -127,7 +123,6 @@ class AtRepresentation:
         jacobian = torch.stack([s.flatten() for s in saliencies]).to(forward.losses[0].dtype)
         weights = self.weighting(jacobian)
         gradient = (weights @ jacobian).view_as(z).to(z.dtype)
-        self.weights.append(weights)
         marks.mark("weighting")
         z.backward(gradient)
         marks.mark("encoder_backward")

@@ -8,7 +8,6 @@ for what comes from formulas alone: ``ranks``, the cost of negatives of all rank
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Callable
 from functools import partial
@@ -32,10 +31,6 @@ SIMULATED: dict[str, Callable[[], str]] = {"ranks": distributed.table, "kept": k
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__, formatter_class=raw
-    ).parse_args()
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         written = draw_results(folder)
         for path in sorted(folder.glob("quality_*.json")):
@@ -62,19 +57,16 @@ def refresh_documents() -> None:
 
 def refresh(document: Path, results: Path) -> None:
     """Replace what is between the markers whose machine has results."""
+
+    def filled(match: re.Match[str]) -> str:
+        made = _made(match["name"], match["machine"], results)
+        return match[0] if made is None else f"{match['open']}{made}\n{match['close']}"
+
     text = document.read_text()
-    fresh = MARKED.sub(partial(_filled, results=results), text)
+    fresh = MARKED.sub(filled, text)
     if fresh != text:
         document.write_text(fresh)
         say(f"tables: {document.name}")
-
-
-def _filled(match: re.Match[str], results: Path) -> str:
-    made = _made(match["name"], match["machine"], results)
-    if made is None:
-        say(f"bench:{match['name']}:{match['machine']}: no results of this machine")
-        return match[0]
-    return f"{match['open']}{made}\n{match['close']}"
 
 
 def _made(name: str, machine: str, results: Path) -> str | None:

@@ -60,10 +60,7 @@ FACTORED: dict[str, Callable[..., Tensor]] = {
 
 
 def statistics(saliencies: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return what the statistics stage gives, in three reductions for each task.
-
-    The largest magnitudes stand for their powers of two.
-    """
+    """Return what the statistics stage gives, in three reductions for each task."""
     return [
         (
             s.mean(1, dtype=torch.float32),

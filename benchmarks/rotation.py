@@ -28,9 +28,8 @@ class Rotating(Generic[Inputs]):
 def graphed(call: Rotating, device: torch.device, pool: tuple[int, int] | None = None) -> Rotating:
     """Return the same as CUDA graphs, one for each set of inputs: replays rotate as calls do.
 
-    A replay returns what its capture returned, with the replay's values. Everything has to have run
-    once: what compiles can't be captured. Raises what the capture raises, and before it a
-    RuntimeError for a call that waits for the device, which would make the capture fail.
+    Everything has to have run once: what compiles can't be captured. Raises what the capture
+    raises, and before it a RuntimeError for a call that waits for the device.
 
     pool: memory that graphs share whose results nobody reads; default: memory of its own.
     """

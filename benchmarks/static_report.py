@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import functools
 import itertools
 import json
@@ -19,8 +18,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -29,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import report, results
 from benchmarks.cases import triton_products_in
-from benchmarks.machine import git_state, versions
+from benchmarks.machine import describe
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels._heads.second_order import triton as batch_norm
 from repmtl_kernels.backends import choice
@@ -40,47 +39,11 @@ DATACENTER = (80, 90, 100)  # in the committed report
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-@dataclass(frozen=True)
-class KernelReport:
-    """One compiled variant of one kernel."""
-
-    kernel: str
-    capability: int
-    registers: int
-    spill_bytes: int  # local memory of one thread
-    shared_bytes: int
-    warps: int
-    # None where the instructions were not read.
-    global_loads: dict[str, int] | None  # width in bits -> instructions, LDG and LDGSTS
-    matrix_instructions: dict[str, int] | None  # HGMMA, UTCHMMA, HMMA
-    # Whether each HGMMA waits for the one before: ptxas may decide so for all of a kernel.
-    serial: bool | None
-
-
-class _AheadOfTimeDriver:
-    """Answers what a launch asks of the active driver; there is no device behind it."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-
 @contextlib.contextmanager
 def compiled_instead_of_launched(
     capability: int, only: str | None = None
 ) -> Iterator[dict[str, object]]:
-    """Only compile for ``capability`` where a kernel is launched; yield the kernels by hash.
-
-    only: the name of the kernel that is compiled; launches of others do nothing. None: all are.
-    """
+    """Compile where a kernel is launched, ``only`` this one; yield the kernels by hash."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: kernels of this process cannot be compiled")
     compiled: dict[str, object] = {}
@@ -94,7 +57,13 @@ def compiled_instead_of_launched(
         return kernel
 
     JITFunction.run = compile_only
-    triton.runtime.driver.set_active(_AheadOfTimeDriver(capability))
+    # Answers what a launch asks of the active driver; there is no device behind it.
+    driver = SimpleNamespace(
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
+    triton.runtime.driver.set_active(driver)
     try:
         yield compiled
     finally:
@@ -102,25 +71,25 @@ def compiled_instead_of_launched(
         triton.runtime.driver._active = None
 
 
-def inspect(kernel, capability: int, *, instructions: bool = True) -> KernelReport:
-    """Return a kernel's report; to count ``instructions`` takes as long as to compile."""
+def inspect(kernel, capability: int, *, instructions: bool = True) -> dict:
+    """Return what the compiler made of one variant of a kernel.
+
+    To count ``instructions`` takes as long as to compile: ``global_loads`` by their width in bits,
+    ``matrix_instructions`` by name, and whether each HGMMA waits for the one before (``serial``).
+    """
     with _cubin_file(kernel.asm["cubin"]) as cubin:
         usage = _cuobjdump("--dump-resource-usage", cubin)
     numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
-    loads = matrix = serial = None
-    if instructions:
-        loads, matrix, serial = _instructions(kernel.asm["cubin"])
-    return KernelReport(
-        kernel=kernel.metadata.name,
-        capability=capability,
-        registers=int(numbers["REG"]),
-        spill_bytes=int(numbers["STACK"]) + int(numbers["LOCAL"]),
-        shared_bytes=kernel.metadata.shared,
-        warps=kernel.metadata.num_warps,
-        global_loads=loads,
-        matrix_instructions=matrix,
-        serial=serial,
-    )
+    counted = _instructions(kernel.asm["cubin"]) if instructions else (None, None, None)
+    return {
+        "kernel": kernel.metadata.name,
+        "capability": capability,
+        "registers": int(numbers["REG"]),
+        "spill_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        **dict(zip(("global_loads", "matrix_instructions", "serial"), counted, strict=True)),
+    }
 
 
 @functools.cache  # shapes and modes have kernels in common
@@ -139,7 +108,6 @@ def _instructions(cubin: bytes) -> tuple[dict[str, int], dict[str, int], bool]:
 
 
 def _width(load: str) -> str:
-    """Return the bits that one thread loads."""
     bits = re.search(r"\.[US]?(8|16|64|128|256)\b", load)
     return bits[1] if bits else "32"
 
@@ -178,26 +146,16 @@ def products_of(mode: str) -> AbstractContextManager[None]:
 def compile_stages(
     shape: Shape, mode: str, layout: str, capability: int, *, masked: bool = False
 ) -> list:
-    """Compile what a forward and backward of ``rep_mtl_loss`` launch, by the stages' own code.
-
-    masked: with ``positions``.
-    """
+    """Compile what ``rep_mtl_loss`` launches, by the stages; ``masked``: with positions."""
     stages = choice.load("triton")
     dtype, _ = MODES[mode]
     saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
     mask = torch.empty(shape.batch, shape.positions, dtype=torch.bool) if masked else None
     with products_of(mode), compiled_instead_of_launched(capability) as compiled:
         statistics = stages.statistics(saliencies, positions=True, channels=True, mask=mask)
-        for over in ("tasks", "space"):
-            for normalizer in ("abs", "softmax"):
-                entropy = stages.entropy(
-                    statistics.positions,
-                    over=over,
-                    normalizer=normalizer,
-                    temperature=1.0,
-                    eps=0.0,
-                    with_grad=True,
-                )
+        options = {"temperature": 1.0, "eps": 0.0, "with_grad": True}
+        for over, kind in itertools.product(("tasks", "space"), ("abs", "softmax")):
+            entropy = stages.entropy(statistics.positions, over=over, normalizer=kind, **options)
         anchors = stages.anchors(statistics.channels, eps=0.0, with_grad=True)
         gram = stages.gram(
             saliencies, statistics.scale, anchors.unit, eps=0.0, with_grad=True, mask=mask
@@ -220,10 +178,7 @@ def compile_stages(
 
 
 def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) -> list:
-    """Compile the derivatives of batch norm with a ReLU behind it, in training.
-
-    There are no matrix products in them, so that float32 has one mode.
-    """
+    """Compile batch norm's derivatives; without products, float32 has one mode."""
     dtype, precision = MODES[mode]
     if precision not in (None, "ieee"):
         return []
@@ -285,22 +240,14 @@ def main() -> None:
     ):
         for kernel in KERNELS[kernels](SHAPES[name], mode, layout, capability):
             wanted = options.disassemble is None or kernel.metadata.name in options.disassemble
-            about = asdict(inspect(kernel, capability, instructions=wanted))
+            about = inspect(kernel, capability, instructions=wanted)
             rows.append({"shape": name, "layout": layout, "mode": mode, **about})
             if not options.json:
                 print(rows[-1], flush=True)
     if options.json:
         json.dump(rows, sys.stdout)
     if options.everything:
-        commit, dirty = git_state()
-        head = {
-            "machine": {"name": "compiler"},
-            "versions": versions(),
-            "commit": commit,
-            "dirty": dirty,
-            "date": datetime.date.today().isoformat(),
-            "measured": {},
-        }
+        head = describe(torch.device("cpu"), measure=False) | {"machine": {"name": "compiler"}}
         results.save(results.RESULTS / "compiler", "static", head, merged(rows))
         report.refresh_documents()
 

@@ -1,10 +1,8 @@
-"""The targets that the kernels have to reach on an H200, checked from result files alone.
-
-A target is met by a backend whose worst selected row is within the bound.
-"""
+"""The targets of an H200, each met by a backend whose worst selected row is within it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,7 @@ FILES = ("kernels", "stages")
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a row, perhaps against the same case's row of a rival.
-
-    of: from the row, the rival's row and the measured rates.
-    """
+    """A number of a row, its rival's row and the measured rates."""
 
     of: Callable[[dict, dict, dict], float]
     larger_is_better: bool
@@ -56,55 +51,57 @@ class Target:
         return all(row.get(key, False) == value for key, value in self.rows.items())
 
 
+def _stage(name: str, quantity: Quantity, bound: float, rival: str | None = None, **rows) -> Target:
+    fixed = {"layout": "contiguous", "graph": True}
+    return Target(name, "stages", fixed | rows, quantity, bound, rival)
+
+
+def _loss(name: str, quantity: Quantity, bound: float, rival: str | None = None, **rows) -> Target:
+    fixed = {"direction": "forward_backward", "layout": "contiguous"}
+    return Target(name, "kernels", fixed | rows, quantity, bound, rival)
+
+
 def _targets() -> Iterator[Target]:
-    training = {"direction": "forward_backward", "layout": "contiguous"}
-    for shape in ("nyuv2", "cityscapes"):
-        for precision in ("bfloat16", "tf32"):
-            rows = {"function": "statistics", "variant": "both", "layout": "contiguous"}
-            rows |= {"shape": shape, "precision": precision, "graph": True}
-            name = f"statistics at {shape}, {precision}: bandwidth"
-            yield Target(name, "stages", rows, BANDWIDTH, 0.9)
+    for shape, precision in itertools.product(("nyuv2", "cityscapes"), ("bfloat16", "tf32")):
+        rows = {"function": "statistics", "variant": "both", "shape": shape, "precision": precision}
+        yield _stage(f"statistics at {shape}, {precision}: bandwidth", BANDWIDTH, 0.9, **rows)
 
-    rows = training | {"function": "tsr_loss", "shape": "nyuv2", "precision": "bfloat16"}
-    rows["graph"] = True
+    rows = {"function": "tsr_loss", "shape": "nyuv2", "precision": "bfloat16", "graph": True}
     name = "tsr_loss, forward and backward, nyuv2, bfloat16"
-    yield Target(f"{name}: floor", "kernels", rows, FLOOR, 0.8)
-    yield Target(f"{name}: against the reference", "kernels", rows, FASTER, 10, "reference")
+    yield _loss(f"{name}: floor", FLOOR, 0.8, **rows)
+    yield _loss(f"{name}: against the reference", FASTER, 10, "reference", **rows)
 
-    rows = {"function": "gram", "variant": "with gradient", "layout": "contiguous"}
-    rows |= {"shape": "nyuv2", "precision": "bfloat16", "graph": True}
+    rows = {"function": "gram", "variant": "with gradient"}
+    rows |= {"shape": "nyuv2", "precision": "bfloat16"}
     name = "gram at nyuv2, bfloat16: against the library's full matrix"
-    yield Target(name, "stages", rows, FASTER, 1.5, "bmm")
+    yield _stage(name, FASTER, 1.5, "bmm", **rows)
 
-    training["function"] = "rep_mtl_loss"
     both = "rep_mtl_loss, forward and backward"
     for precision, floor in (("bfloat16", 0.7), ("tf32", 0.6)):
+        rows = {"function": "rep_mtl_loss", "precision": precision, "graph": False}
         for shape, literal, factored, memory in (
             ("nyuv2", 5, 2.2, 0.4),
             ("cityscapes", 30, 3, 0.1),
         ):
-            rows = training | {"shape": shape, "precision": precision, "graph": False}
-            name = f"{both}, {shape}, {precision}"
             for what, quantity, bound, rival in (
                 ("floor", FLOOR, floor, None),
                 ("against the reference", FASTER, literal, "reference"),
                 ("against the factored form", FASTER, factored, "factored"),
                 ("memory against the reference", MEMORY, memory, "reference"),
             ):
-                yield Target(f"{name}: {what}", "kernels", rows, quantity, bound, rival)
-        rows = training | {"precision": precision, "graph": False}
+                name = f"{both}, {shape}, {precision}: {what}"
+                yield _loss(name, quantity, bound, rival, **rows, shape=shape)
         for form, rival in (
             ("reference", "reference_compiled"),
             ("factored form", "factored_compiled"),
         ):
             name = f"{both}, everywhere, {precision}: against torch.compile of the {form}"
-            yield Target(name, "kernels", rows, FASTER, 1, rival)
-    for shape in ("office49", "office1"):
-        for precision in ("bfloat16", "tf32"):
-            rows = training | {"shape": shape, "precision": precision, "graph": True}
-            name = f"{both}, {shape}, {precision}, CUDA graphs"
-            yield Target(f"{name}: time", "kernels", rows, MICROSECONDS, 100)
-            yield Target(f"{name}: against the reference", "kernels", rows, FASTER, 10, "reference")
+            yield _loss(name, FASTER, 1, rival, **rows)
+    for shape, precision in itertools.product(("office49", "office1"), ("bfloat16", "tf32")):
+        rows = {"function": "rep_mtl_loss", "precision": precision, "shape": shape, "graph": True}
+        name = f"{both}, {shape}, {precision}, CUDA graphs"
+        yield _loss(f"{name}: time", MICROSECONDS, 100, **rows)
+        yield _loss(f"{name}: against the reference", FASTER, 10, "reference", **rows)
     for precision, bound in (("float32", 1e-5), ("tf32", 1e-3), ("bfloat16", 1e-2)):
         rows = {"direction": "forward_backward", "precision": precision, "graph": False}
         name = f"gradients against float64, everywhere, {precision}"
@@ -115,8 +112,6 @@ TARGETS = tuple(_targets())
 
 
 class Worst(NamedTuple):
-    """The worst of a target's rows."""
-
     value: float
     shape: str
     rows: int

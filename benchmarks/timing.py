@@ -48,10 +48,7 @@ def block_ms(call: Callable[[], object], calls: int, device: torch.device) -> fl
 def side_by_side(
     contestants: Mapping[Name, Callable[[], object]], device: torch.device, effort: Effort
 ) -> dict[Name, Timing]:
-    """Return the times of contestants that took turns (A B C A B C ...): a drift hits all alike.
-
-    Each contestant must have been called before (compiled, warm).
-    """
+    """Return the times of warm contestants that took turns: a drift hits all alike."""
     calls = {}
     for name, call in contestants.items():
         once = block_ms(call, 1, device) / 1e3

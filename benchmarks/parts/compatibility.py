@@ -8,7 +8,6 @@ from repmtl_kernels.backends.choice import BACKENDS
 
 
 def table(result: dict) -> str:
-    """Return a line for each feature, a column for each backend."""
     lines = []
     for (feature,), rows in groups(result["rows"], "feature").items():
         of = by(rows, "backend")

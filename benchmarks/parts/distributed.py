@@ -1,15 +1,10 @@
-"""The cost of negatives of all ranks, from formulas: nothing here is measured.
-
-``python -m benchmarks.report`` writes the table into docs/distributed.md. A test on two ranks
-counts the bytes that :func:`gathered` and :func:`reduced` say, another measures the memory of the
-contrast stage.
-"""
+"""The cost of negatives of all ranks, from formulas: nothing here is measured."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from benchmarks.output import amount, markdown
+from benchmarks.output import amount, of_rows
 from repmtl_kernels._distributed import WIDTH
 from repmtl_kernels.backends.eager.contrast import CONTRAST_BLOCK
 
@@ -19,8 +14,6 @@ BYTES_PER_SECOND = 25e9
 
 
 class Setting(NamedTuple):
-    """Sizes of one rank's step."""
-
     tasks: int = 4
     batch: int = 64  # of each rank
     channels: int = 512
@@ -73,22 +66,21 @@ def gram_work(s: Setting) -> int:
 
 def table() -> str:
     s = Setting()
-    header = [
-        "ranks", "samples", "received per step", f"at {BYTES_PER_SECOND / 1e9:g} GB/s",
-        "everyone's anchors", "products at a time", "all products, never made",
-        "multiply-adds, against the rest of CSA",
-    ]  # fmt: skip
-    lines = [
-        [
-            f"{ranks:,}",
-            f"{ranks * s.batch:,}",
-            amount(received(s, ranks)),
-            f"{1e3 * received(s, ranks) / BYTES_PER_SECOND:.2g} ms",
-            amount(anchors(s, ranks)),
-            amount(block(s, ranks)),
-            amount(all_products(s, ranks)),
-            f"{work(s, ranks):.1e} ({work(s, ranks) / gram_work(s):.3g}x)",
-        ]
+    rows = [
+        {
+            "ranks": f"{ranks:,}",
+            "samples": f"{ranks * s.batch:,}",
+            "received per step": amount(received(s, ranks)),
+            f"at {BYTES_PER_SECOND / 1e9:g} GB/s": (
+                f"{1e3 * received(s, ranks) / BYTES_PER_SECOND:.2g} ms"
+            ),
+            "everyone's anchors": amount(anchors(s, ranks)),
+            "products at a time": amount(block(s, ranks)),
+            "all products, never made": amount(all_products(s, ranks)),
+            "multiply-adds, against the rest of CSA": (
+                f"{work(s, ranks):.1e} ({work(s, ranks) / gram_work(s):.3g}x)"
+            ),
+        }
         for ranks in RANKS
     ]
     caption = (
@@ -96,4 +88,4 @@ def table() -> str:
         f"each rank, T = {s.tasks}, B = {s.batch}, C = {s.channels}, N = {s.positions}, float32; "
         "the rate of the network is an assumption, its latency is left out."
     )
-    return f"{markdown(header, lines)}\n\n{caption}"
+    return f"{of_rows(rows)}\n\n{caption}"

@@ -1,7 +1,4 @@
-"""The memory that CSA keeps for its backward, with and without its Gram matrices: bytes and time.
-
-The bytes are formulas, and counted: a tensor counts once, with what is saved of it.
-"""
+"""The memory that CSA keeps for its backward, with and without its Gram matrices."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from benchmarks.cases import PRECISIONS, Case, Effort, backends, make_inputs
 from benchmarks.line_up import FORWARD_BACKWARD
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.networks import activated
-from benchmarks.output import amount, captioned, markdown, say, size_of
+from benchmarks.output import amount, captioned, of_rows, say, size_of
 from benchmarks.part import Part, Run
 from benchmarks.parts.kernels import call_of
 from benchmarks.results import rounded
@@ -64,25 +61,22 @@ def at_a_time(s: Shape, itemsize: int = 4) -> int:
 
 
 def table() -> str:
-    """Return the formulas' table."""
-    header = ["shape", "T, B, C, N", "saliencies", "matrices, saved", "of the saliencies"]
-    header += ["made again, at a time"]
-    lines = [
-        [
-            name,
-            f"{s.tasks}, {s.batch}, {s.channels}, {s.positions}",
-            amount(saliencies(s)),
-            amount(matrices(s)),
-            f"{100 * matrices(s) / saliencies(s):.3g} %",
-            amount(at_a_time(s)),
-        ]
+    rows = [
+        {
+            "shape": name,
+            "T, B, C, N": f"{s.tasks}, {s.batch}, {s.channels}, {s.positions}",
+            "saliencies": amount(saliencies(s)),
+            "matrices, saved": amount(matrices(s)),
+            "of the saliencies": f"{100 * matrices(s) / saliencies(s):.3g} %",
+            "made again, at a time": amount(at_a_time(s)),
+        }
         for name, s in SHAPES.items()
     ]
     caption = (
         "From the formulas above by `benchmarks/parts/kept.py`, not measured: float32 at the "
         "batches of the networks; bfloat16 and float16 have half of it."
     )
-    return f"{markdown(header, lines)}\n\n{caption}"
+    return f"{of_rows(rows)}\n\n{caption}"
 
 
 def kept_bytes(loss: Callable[[], Tensor], inputs: list[Tensor]) -> int:
@@ -175,36 +169,42 @@ def _step(
 
 def kept_table(result: dict) -> str:
     """Return bytes until the backward, peak and time of both choices, for each backend."""
-    header = ["shape", "T, B, C, N", "backend", "kept: saved, made again"]
-    header += ["peak: saved, made again", "time, made again"]
-    lines = []
-    for row in result["rows"]:
-        pairs = [
-            f"{row[f'save_{what}']:.4g} MB, {row[f'recompute_{what}']:.4g} MB"
-            for what in ("mb", "peak_mb")
-        ]
-        lines.append([row["shape"], size_of(row), row["backend"], *pairs, f"{row['ratio']:.2f}x"])
+    rows = [
+        {
+            "shape": row["shape"],
+            "T, B, C, N": size_of(row),
+            "backend": row["backend"],
+            "kept: saved, made again": f"{row['save_mb']:.4g} MB, {row['recompute_mb']:.4g} MB",
+            "peak: saved, made again": (
+                f"{row['save_peak_mb']:.4g} MB, {row['recompute_peak_mb']:.4g} MB"
+            ),
+            "time, made again": f"{row['ratio']:.2f}x",
+        }
+        for row in result["rows"]
+    ]
     text = (
         "csa_loss in float32. Kept: between forward and backward, without the saliencies. Peak: "
         "over forward and backward, with the gradients, without the saliencies. Time of forward "
         "and backward, as a multiple of the time with saved matrices, with both in turns."
     )
-    return captioned(markdown(header, lines), result, text)
+    return captioned(of_rows(rows), result, text)
 
 
 def checkpoint_table(result: dict) -> str:
     """Return the peak of a small network's step, by what of it is checkpointed."""
-    header = ["checkpointed", "equal weighting", "Rep-MTL"]
-    keys = ("equal_weighting_peak_mb", "rep_mtl_peak_mb")
-    lines = [
-        [row["checkpointed"], *(f"{row[key]:.4g} MB" for key in keys)]
+    rows = [
+        {
+            "checkpointed": row["checkpointed"],
+            "equal weighting": f"{row['equal_weighting_peak_mb']:.4g} MB",
+            "Rep-MTL": f"{row['rep_mtl_peak_mb']:.4g} MB",
+        }
         for row in result["checkpointed"]
     ]
     text = (
         f"Peak of a step of a small network: encoder of {2 * LAYERS} convolutions with batch norm, "
         f"{HEADS} heads of {LAYERS}, all of one width and map size."
     )
-    return captioned(markdown(header, lines), result, text)
+    return captioned(of_rows(rows), result, text)
 
 
 PART = Part(

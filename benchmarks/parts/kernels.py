@@ -47,15 +47,8 @@ DECISIVE = (
     ("rep_mtl_loss", FLOAT16, ("nyuv2", "cityscapes"), False),
     ("rep_mtl_loss", TF32X3, ("nyuv2", "cityscapes"), False),
 )
-DECISIVE_LAYOUTS = (
-    *(("nyuv2", "channels_last"), ("cityscapes", "channels_last")),
-    *(("vit196", "tokens"), ("vit1024", "tokens"), ("nyuv2", "stacked"), ("cityscapes", "stacked")),
-)
 
 Loss = Callable[[Sequence[Tensor]], Tensor]
-
-
-# --- what is measured ---
 
 
 def planned(device_type: str, quick: bool) -> list[Case]:
@@ -89,7 +82,7 @@ def _cuda_cases() -> list[Case]:
     of_layouts = [
         Case("rep_mtl_loss", SHAPES[name], precision, layout)
         for precision in (BFLOAT16, TF32)
-        for name, layout in DECISIVE_LAYOUTS
+        for name, layout in LAYOUTS
     ]
     rest = [
         Case(function, shape, precision)
@@ -121,7 +114,6 @@ def contestants(case: Case, device: torch.device) -> dict[str, Loss]:
 
 
 def of_backend(case: Case, backend: str) -> Loss:
-    """Return this package's function with this backend."""
     public = partial(getattr(repmtl_kernels, case.function), backend=backend)
     if case.function == "rep_mtl_loss":
         return loss_of(case, lambda *args, **options: public(*args, **options, **WEIGHTS).total)
@@ -130,8 +122,7 @@ def of_backend(case: Case, backend: str) -> Loss:
 
 def loss_of(case: Case, function: Callable[..., Tensor]) -> Loss:
     """Return a function of saliencies as a function of one of the case's sets of inputs."""
-    stacked = case.layout == "stacked"
-    return lambda set_: function(set_[0] if stacked else set_, channel_dim=case.channel_dim)
+    return lambda saliencies: function(saliencies, channel_dim=case.channel_dim)
 
 
 def call_of(loss: Loss, direction: str, inputs: list[list[Tensor]]) -> Rotating:
@@ -158,13 +149,6 @@ def measure(run: Run) -> None:
         return measure_case(case, run.device, run.head["measured"], effort)
 
     run.each(planned(run.device.type, run.quick), one)
-    unjudged = {
-        f"{r['function']} {r['shape']}": None
-        for r in run.rows
-        if not r["error"] and r["gradient_error"] is None
-    }
-    if unjudged:
-        run.note(f"no errors against float64, which takes too much here: {', '.join(unjudged)}")
     output.say(f"\n{losses_table({**run.head, **run.more, 'rows': run.rows})}")
 
 
@@ -214,12 +198,13 @@ def gradient_errors(
     errors = {}
     literal = loss_of(case, rivals.LITERAL[case.function])
     try:
-        exact = _gradients(case, literal, [t.detach().double().requires_grad_() for t in tensors])
+        doubles = [t.detach().double().requires_grad_() for t in tensors]
+        exact = torch.autograd.grad(literal(doubles), doubles)
     except torch.OutOfMemoryError:
         return {}
     for name, loss in losses.items():
         try:
-            pairs = zip(_gradients(case, loss, tensors), exact, strict=True)
+            pairs = zip(torch.autograd.grad(loss(tensors), tensors), exact, strict=True)
             each = torch.stack([(g.double() - e).norm() / e.norm() for g, e in pairs])
             errors[name] = float(f"{each.max().item():.5g}")  # NaN where one is
         except FAILURES:  # its calls will fail too, and have the error
@@ -227,20 +212,10 @@ def gradient_errors(
     return errors
 
 
-def _gradients(case: Case, loss: Loss, tensors: list[Tensor]) -> Sequence[Tensor]:
-    """Return a gradient for each task."""
-    grads = torch.autograd.grad(loss(tensors), tensors)
-    return grads[0].unbind(0) if case.layout == "stacked" else grads
-
-
-# --- what the documents show ---
-
-
 def losses_table(result: dict) -> str:
     """Return `csa_loss` by the default backend against the reference, with its memory."""
     gpu, default = output.on_gpu(result), result["default_backend"]
-    wanted = {"function": "csa_loss", "layout": "contiguous", "graph": False}
-    rows = [r for r in result["rows"] if all(r[k] == v for k, v in wanted.items())]
+    rows = output.where(result["rows"], function="csa_loss", layout="contiguous", graph=False)
     lines = []
     for (precision, shape), here in groups(rows, "precision", "shape").items():
         ways = {(row["backend"], row["direction"]): row for row in here}
@@ -257,7 +232,6 @@ def losses_table(result: dict) -> str:
 
 
 def kernels_table(result: dict) -> str:
-    """Return forward + backward of each function by every contestant."""
     gpu, default = output.on_gpu(result), result["default_backend"]
 
     def cells(rows: dict[str, dict], names: list[str]) -> list[str]:
@@ -280,8 +254,7 @@ def errors_table(result: dict) -> str:
         "Relative error of the gradient, the largest over the tasks, against the reference in "
         "float64 on the same numbers."
     )
-    rows = [row for row in result["rows"] if not row["graph"]]
-    return captioned(_table(rows, cells, []), result, text)
+    return captioned(_table(output.where(result["rows"], graph=False), cells, []), result, text)
 
 
 def _table(
@@ -289,8 +262,7 @@ def _table(
 ) -> str:
     """Return a table of forward + backward with a column for each contestant."""
     names = [b for b in TITLES if any(r["backend"] == b for r in rows)]
-    training = [r for r in rows if r["direction"] == FORWARD_BACKWARD]
-    lines = []
+    training, lines = output.where(rows, direction=FORWARD_BACKWARD), []
     keys = ("function", "precision", "shape", "layout", "graph")
     for (function, precision, *_, graph), here in groups(training, *keys).items():
         if any(values := cells(by(here, "backend"), names)):
@@ -323,20 +295,16 @@ def _units(gpu: bool, default: str) -> str:
 
 
 def speed_figure(result: dict) -> Figure | None:
-    """Return bars of forward + backward against the reference, in the first precision measured.
-
-    The function is the loss with CSA that has most rows.
-    """
+    """Return bars of forward + backward against the reference, in the first precision."""
     from matplotlib.figure import Figure
 
     precision = result["rows"][0]["precision"]
     wanted = {"layout": "contiguous", "precision": precision, "direction": FORWARD_BACKWARD}
-    rows = [r for r in result["rows"] if r["ms"] and not r["graph"]]
-    rows = [r for r in rows if all(r[k] == v for k, v in wanted.items())]
+    rows = [r for r in output.where(result["rows"], **wanted, graph=False) if r["ms"]]
     measured = [r["function"] for r in rows]
     function = max(("csa_loss", "rep_mtl_loss"), key=measured.count)
     speed: dict[str, dict[str, float]] = {}  # by shape and contestant
-    for here in groups([r for r in rows if r["function"] == function], "shape").values():
+    for here in groups(output.where(rows, function=function), "shape").values():
         name = "{shape}\nT{T} B{B} C{C} N{N}".format(**here[0])
         ms = {row["backend"]: row["ms"] for row in here}
         if REFERENCE in ms:

@@ -21,15 +21,8 @@ def measure(run: Run) -> None:
         return
     study = config.study(config.find("bench"), seeds=[0] if run.quick else None)
     with tempfile.TemporaryDirectory(prefix="repmtl-quality-") as work:
-        run_study(
-            study,
-            run.head,
-            folder=None,
-            out=run.folder,
-            work=Path(work),
-            jobs=min(4, os.cpu_count() or 1),
-            device=run.device.type,
-        )
+        where = {"folder": None, "work": Path(work), "device": run.device.type}
+        run_study(study, run.head, run.folder, jobs=min(4, os.cpu_count() or 1), **where)
 
 
 def accuracy_table(result: dict) -> str:

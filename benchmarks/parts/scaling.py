@@ -2,7 +2,7 @@
 
 Two things are measured: ``rep_mtl_loss``, forward and backward, and the contrast stage alone with
 its gradient, whose anchors are those of all ranks or of one large batch. The plain PyTorch rival of
-a sweep grows the fastest, and is stopped where it gets too slow or too large.
+a sweep grows the fastest, and is stopped where it gets too slow or runs out of memory.
 """
 
 from __future__ import annotations
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 MATERIALIZED = "materialized"
 # Pairs that are measured in turn: for the losses, and for the anchors, which are always float32.
 PRECISIONS = {"cpu": ((FLOAT32, FLOAT32),), "cuda": ((BFLOAT16, FLOAT32), (TF32, TF32))}
-# A rival is left out where it is expected to take more than this share of the device's memory.
-MEMORY_SHARE = 0.5
 # A fitted power that is more than this above the expected one is worth a look.
 TOLERANCE = 0.15
 
@@ -106,9 +104,6 @@ PLANS = {
 }
 
 
-# --- what is measured ---
-
-
 @dataclass(frozen=True)
 class LossPoint:
     """``rep_mtl_loss`` at one size."""
@@ -118,14 +113,7 @@ class LossPoint:
     case: Case
 
     def __str__(self) -> str:
-        return str(self.case)
-
-    @property
-    def rival_bytes(self) -> int:
-        """About: C x C matrices as autograd keeps them and their gradients, and the saliencies."""
-        s = self.case.shape
-        matrices = s.tasks * s.batch * s.channels**2
-        return (5 * matrices + 4 * s.elements) * self.case.itemsize
+        return f"{self.case}, {self.sweep} {self.value}"
 
     def calls(self, device: torch.device) -> tuple[dict[str, Callable[[], Rotating]], float]:
         """Return makers of the contestants' calls, and the exact value of the first inputs."""
@@ -150,17 +138,6 @@ class LossPoint:
 @dataclass(frozen=True)
 class AnchorPoint(LossPoint):
     """The contrast stage: B samples against all G, or all against each other where B is G."""
-
-    def __str__(self) -> str:
-        s = self.case.shape
-        size = f"T{s.tasks} B{s.batch} G{self.value} C{s.channels}"
-        return f"contrast {self.sweep} ({size}) {self.case.precision.name}"
-
-    @property
-    def rival_bytes(self) -> int:
-        """About: the products, their squares, and the gradients of both."""
-        s = self.case.shape
-        return 4 * floors.SUM * s.tasks**2 * s.batch * self.value
 
     def calls(self, device: torch.device) -> tuple[dict[str, Callable[[], Rotating]], float]:
         s = self.case.shape
@@ -257,29 +234,18 @@ def grid(positions: int) -> tuple[int, int]:
 
 
 def measure(run: Run) -> None:
-    stopped: dict[tuple[str, str], str] = {}  # sweeps and precisions whose rival is left out: why
+    stopped: set[tuple[str, str]] = set()  # sweeps and precisions whose rival is left out
     effort = QUICK if run.quick else EFFORTS[run.device.type]
     most_ms = PLANS[run.device.type].rival_ms
-    machine = run.head["machine"]
-    most_bytes = MEMORY_SHARE * 1e9 * machine.get("gpu_memory_gb", machine["memory_gb"])
 
     def one(at: LossPoint) -> list[dict]:
         rival, key = SWEEPS[at.sweep].rival, (at.sweep, at.case.precision.name)
-
-        def stop(why: str, first: object) -> None:
-            stopped[key] = why
-            run.note(f"{rival} left out of {key[0]} ({key[1]}) {first}: {why}")
-
-        if key not in stopped and at.rival_bytes > most_bytes:
-            limit = f"over the limit of {most_bytes / 1e9:.3g} GB"
-            stop(f"about {at.rival_bytes / 1e9:.3g} GB, {limit}", f"from {at.value} on")
         rows = measure_point(at, run.device, run.head["measured"], effort, key not in stopped)
         for row in rows:
             if row["backend"] == rival and (row["error"] or row["ms"] > most_ms):
-                slow = (
-                    "" if row["error"] else f"{row['ms']:.4g} ms, over the limit of {most_ms:g} ms"
-                )
-                stop(row["error"] or slow, f"after {at.value}")
+                why = row["error"] or f"{row['ms']:.4g} ms, over the limit of {most_ms:g} ms"
+                stopped.add(key)
+                run.note(f"{rival} left out of {key[0]} ({key[1]}) after {at.value}: {why}")
         return rows
 
     run.each(points(run.device.type, run.quick), one)
@@ -302,9 +268,6 @@ def measure_point(
             graphs=False,
         )
         return line_up.report_rows(at, contest.rows(device, ceilings, effort))
-
-
-# --- what the documents show ---
 
 
 class Line(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.methods import EQUAL_WEIGHTING, EqualWeighting, RepMTLMethod, Work
 from benchmarks.networks import Network
-from benchmarks.output import captioned, markdown, on_gpu, say
+from benchmarks.output import captioned, of_rows, on_gpu, say
 from benchmarks.part import Part, Run
 from benchmarks.parts.steps import PRECISIONS, Case, architectures, figures, settings, timed
 from benchmarks.results import rounded
@@ -128,37 +128,29 @@ def in_heads(phases: dict[str, float]) -> float:
 
 def table(result: dict) -> str:
     """Return a step with and without ``second_order()``, against what its convolutions allow."""
-    gpu = on_gpu(result)
-    header = ["method", "convolutions per convolution of a head", "time of a step"]
-    header += ["against plain PyTorch", "in the heads alone", "of the floor"]
-    header += ["a measurement of the ratio", "peak memory"]
-    lines = []
+    rows = []
     for row in result["rows"]:
-        cells = [""] * 4
-        if row["ratio_to_floor"] is not None:
-            cells = [
-                f"{1 / row[k]:.2f}x faster" for k in ("ratio_to_plain", "heads_ratio_to_plain")
-            ]
-            cells.append(f"{row['ratio_to_floor']:.2f}x")
-            on_average = f"{row['measurement_on_average']:.1%} on average"
-            cells.append(f"{row['measurement']:.0%}, {on_average}")
-        lines.append(
-            [
-                *([row["dtype"]] if gpu else []),
-                TITLES[row["method"]],
-                f"{row['convolutions_per_head_layer']:.3g}",
-                f"{row['ratio_to_ew']:.2f}x",
-                *cells,
-                f"{row['peak_mb']:.4g} MB",
-            ]
-        )
+        cells = {
+            "method": TITLES[row["method"]],
+            "convolutions per convolution of a head": f"{row['convolutions_per_head_layer']:.3g}",
+            "time of a step": f"{row['ratio_to_ew']:.2f}x",
+            "against plain PyTorch": f"{1 / row['ratio_to_plain']:.2f}x faster",
+            "in the heads alone": f"{1 / row['heads_ratio_to_plain']:.2f}x faster",
+            "of the floor": f"{row['ratio_to_floor'] or 0:.2f}x",
+            "a measurement of the ratio": f"{row['measurement'] or 0:.0%}, "
+            f"{row['measurement_on_average'] or 0:.1%} on average",
+        }
+        if row["ratio_to_floor"] is None:  # equal weighting
+            cells |= dict.fromkeys(list(cells)[3:], "")
+        dtype = {"dtype": row["dtype"]} if on_gpu(result) else {}
+        rows.append(dtype | cells | {"peak memory": f"{row['peak_mb']:.4g} MB"})
     text = (
         f"{architectures(result)}, 3 x 3 convolutions of dilation 6, 12 and 18 with batch norm. "
         "Time of a step relative to equal weighting, in turns in one run. The floor is the count "
         "of convolutions at equal weighting's speed, its step and once more its heads, without the "
         "regulariser's own time. A measurement of `last.ratio` comes on top of every 24th step."
     )
-    return captioned(markdown(["dtype", *header] if gpu else header, lines), result, text)
+    return captioned(of_rows(rows), result, text)
 
 
 PART = Part(

@@ -5,7 +5,6 @@ A stage works on what the stages before it of the same backend made; that is not
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import cases, floors, line_up, output, rivals
-from benchmarks.cases import BFLOAT16, FLOAT32, PRECISIONS, TF32, Effort, Precision
+from benchmarks.cases import BFLOAT16, FLOAT32, TF32, Effort, Precision
 from benchmarks.line_up import FORWARD, LineUp, Way
 from benchmarks.output import TITLES
 from benchmarks.part import FAILURES, Part, Run, described
@@ -31,7 +30,6 @@ from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.contract import Anchors, CSAGradient, Statistics
 
 BMM, TORCH, TORCH_COMPILED = "bmm", "torch", "torch_compiled"
-LAYOUTS = ("contiguous", "channels_last")
 TEMPERATURE = 0.5
 EFFORTS = {"cpu": Effort(1.0, 3, 20), "cuda": Effort(0.4, 5, 20)}
 QUICK = Effort(0.3, 2, 10)
@@ -60,12 +58,8 @@ class Variant:
 
     @property
     def reads_saliencies(self) -> bool:
-        """Whether it does; else its numbers are float32 and contiguous, whatever they are."""
+        """Whether it does; else its numbers are float32, whatever the saliencies are."""
         return self.stage in ("statistics", "gram", "saliency_grad")
-
-    def passes(self, shape: Shape, itemsize: int, tiling: floors.Tiling) -> list[floors.Pass]:
-        options = {k: v for k, v in self.options if k not in ("over", "normalizer")}
-        return getattr(floors, self.stage)(shape, itemsize, tiling, **options)
 
 
 def _variant(stage: str, name: str, **options: object) -> Variant:
@@ -94,7 +88,6 @@ OTHER = (
 
 
 def call(stages: ModuleType, variant: Variant, work: Work) -> object:
-    """Call a stage of the backend ``stages`` once."""
     options, statistics = dict(variant.options), work.statistics
     if variant.stage == "statistics":
         return stages.statistics(work.saliencies, **options)
@@ -113,14 +106,8 @@ def call(stages: ModuleType, variant: Variant, work: Work) -> object:
 def work_of(backend: str, saliencies: list[Tensor]) -> Work:
     """Run both losses forward and backward by this backend, up to the gradient's stage."""
     stages = choice.load(backend)
-    config = Config(
-        backend=backend,
-        stacked=False,
-        channel_dim=1,
-        with_grad=True,
-        tsr=TsrOptions(),
-        csa=CsaOptions(temperature=TEMPERATURE),
-    )
+    of_losses = {"tsr": TsrOptions(), "csa": CsaOptions(temperature=TEMPERATURE)}
+    config = Config(backend=backend, stacked=False, channel_dim=1, with_grad=True, **of_losses)
     _, _, saved = run_stages(stages, config, saliencies, None, None)
     saved = Saved(*(value.contiguous() for value in saved))
     csa = csa_gradient(saved.scale.new_ones(()), saved)
@@ -141,43 +128,24 @@ class Case:
     variants: tuple[Variant, ...]
     shape: Shape
     precision: Precision
-    layout: str = "contiguous"
 
     def of(self, variant: Variant) -> cases.Case:
-        return cases.Case(variant.stage, self.shape, self.precision, self.layout)
+        return cases.Case(variant.stage, self.shape, self.precision)
 
     def __str__(self) -> str:
-        where = f"{self.shape.name} {self.precision.name} {self.layout}"
-        return f"{len(self.variants)} stages of {where}"
+        return f"{len(self.variants)} stages of {self.shape.name} {self.precision.name}"
 
 
 def planned(device_type: str, quick: bool) -> list[Case]:
     """Return the decisive cases first; ``quick``: the target shapes alone."""
-    first, *_ = PRECISIONS[device_type]
-    precisions = (BFLOAT16, TF32) if device_type == "cuda" else (FLOAT32,)
-    shapes = {name: shape.scaled(device_type) for name, shape in SHAPES.items()}
-    plan = [Case(MAIN, shapes[name], p) for p in precisions for name in TARGET_SHAPES]
-    plan += [Case(OTHER, shapes[name], first) for name in TARGET_SHAPES]
-    if quick:
-        return plan
-    done = {(v, c.shape, c.precision, c.layout) for c in plan for v in c.variants}
-    for layout, precision, shape in itertools.product(
-        LAYOUTS, PRECISIONS[device_type], shapes.values()
-    ):
-        if layout == "channels_last" and shape.positions == 1:  # the same memory
-            continue
-        new = [v for v in (*MAIN, *OTHER) if _is_new(v, precision, layout, first)]
-        if wanted := tuple(v for v in new if (v, shape, precision, layout) not in done):
-            plan.append(Case(wanted, shape, precision, layout))
+    first, *others = (BFLOAT16, TF32) if device_type == "cuda" else (FLOAT32,)
+    shapes = [shape.scaled(device_type) for shape in SHAPES.values()]
+    judged = [SHAPES[name].scaled(device_type) for name in TARGET_SHAPES]
+    plan = [Case(MAIN, shape, precision) for precision in (first, *others) for shape in judged]
+    plan += [Case(OTHER, shape, first) for shape in judged]
+    if not quick:
+        plan += [Case((*MAIN, *OTHER), shape, first) for shape in shapes if shape not in judged]
     return plan
-
-
-def _is_new(variant: Variant, precision: Precision, layout: str, first: Precision) -> bool:
-    """Return whether the variant is anything else here than in the first precision, contiguous."""
-    if variant.reads_saliencies or (precision, layout) == (first, "contiguous"):
-        return True
-    # Its products of float32 numbers have a precision.
-    return variant.stage == "contrast" and layout == "contiguous" and precision == TF32
 
 
 def measure(run: Run) -> None:
@@ -228,24 +196,22 @@ def line_up_of(
         calls[BMM] = Rotating(rivals.gram, inputs)
     if variant == BOTH:
         calls[TORCH] = Rotating(rivals.statistics, inputs)
-        if case.shape.name in TARGET_SHAPES and case.layout == "contiguous":
+        if case.shape.name in TARGET_SHAPES:
             torch._dynamo.reset()
             compiled = torch.compile(rivals.statistics, dynamic=False)
             calls[TORCH_COMPILED] = Rotating(compiled, inputs)
     one = case.of(variant)
+    options = {k: v for k, v in variant.options if k not in ("over", "normalizer")}
+    count = partial(getattr(floors, variant.stage), **options)
     products = case.precision
     if not variant.reads_saliencies and products.dtype != torch.float32:
         products = FLOAT32
     return LineUp(
-        {Way(name, direction_of(variant)): partial(_itself, c) for name, c in calls.items()},
+        {Way(name, direction_of(variant)): lambda c=c: c for name, c in calls.items()},
         products,
-        lambda way, tiling: variant.passes(case.shape, one.itemsize, tiling),
+        lambda way, tiling: count(case.shape, one.itemsize, tiling),
         lambda way: one.labels() | {"variant": variant.name},
     )
-
-
-def _itself(value: Rotating) -> Rotating:
-    return value
 
 
 def table(result: dict) -> str:
@@ -286,5 +252,4 @@ PART = Part(
     broken=line_up.broken,
     share=0.1,
     on=("cuda",),
-    least=40,
 )

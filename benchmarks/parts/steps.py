@@ -1,7 +1,4 @@
-"""The training step of every method on the networks of the field, in turns on the same batch.
-
-The part ``compiled`` compiles the step on a small network.
-"""
+"""The training step of every method, in turns on the same batch."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from benchmarks.cases import FLOAT32, TF32, Effort, Precision, products_in
 from benchmarks.memory import peak_extra_bytes
@@ -47,11 +43,6 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 30
 SET_UP_CYCLES = 12
 # Instrumented cycles of each method; the median counts.
 PHASE_CYCLES = 3
-# The fused step, the fastest that was measured, is compared with these in a table's caption.
-RIVALS = (
-    "rep_mtl_reference", "nash_mtl", "nash_mtl_single_pass", "fairgrad", "fairgrad_single_pass",
-)  # fmt: skip
-FASTEST = ("rep_mtl_second_order", "rep_mtl")
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,7 @@ class Case:
     makers: Mapping[str, Callable[[int], EqualWeighting]] = field(default_factory=lambda: METHODS)
 
     def methods(self) -> dict[str, Callable[[int], EqualWeighting]]:
-        """Return those that can be measured here."""
+        """Return the methods that can be measured here."""
         without_peers = find_spec("torchjd") is None
         return {
             name: make
@@ -74,16 +65,11 @@ class Case:
         }
 
     def labels(self, method: str) -> dict:
-        n = self.network
         return {
-            "network": n.name,
+            "network": self.network.name,
             "method": method,
             "dtype": self.precision.name,
-            "architecture": str(n),
-            "T": len(n.tasks),
-            "B": n.batch,
-            "height": n.height,
-            "width": n.width,
+            "architecture": str(self.network),
         }
 
     def __str__(self) -> str:
@@ -91,7 +77,6 @@ class Case:
 
 
 def cases(device_type: str, quick: bool) -> list[Case]:
-    """Return the decisive cases first."""
     precisions = PRECISIONS[device_type]
     scaled = [network.scaled(device_type) for network in NETWORKS]
     if quick:
@@ -128,22 +113,12 @@ def measure_case(run: Run, deadline: float, case: Case) -> list[dict]:
     rows = []
     base = timings.get(EQUAL_WEIGHTING)
     for name, (method, peak_mb, _) in ready.items():
-        weights = getattr(getattr(method, "form", None), "weights", None)
         rows.append(
             case.labels(name)
             | figures(method.every, timings[name], base, peak_mb)
-            | {"phases": rounded(phases[name])}
-            | {"weights": None if weights is None else weights_summary(torch.stack(weights))}
-            | {"error": None}
+            | {"phases": rounded(phases[name]), "error": None}
         )
-        if weights is not None and rows[-1]["weights"]["steps_off_equal"] == 0:
-            run.note(
-                f"{name} on {case.network.name}, {case.precision.name}, weighed the tasks equally "
-                "in every step: its figures are no peer's"
-            )
-    nothing = dict.fromkeys(
-        ("steps_per_s", "spread", "ratio_to_ew", "peak_mb", "phases", "weights")
-    )
+    nothing = dict.fromkeys(("steps_per_s", "spread", "ratio_to_ew", "peak_mb", "phases"))
     rows += [case.labels(name) | nothing | {"error": error} for name, error in errors.items()]
     say(f"{case}:")
     for row in rows:
@@ -247,20 +222,6 @@ def broken(rows: list[dict]) -> list[str]:
     ]
 
 
-def weights_summary(weights: Tensor) -> dict:
-    """Return each task's mean share of the weights ``(steps, T)``, and how often they differ."""
-    weights = weights.double().cpu()
-    shares = weights / weights.sum(1, keepdim=True)
-    apart = (shares - 1 / weights.shape[1]).abs().amax(1)
-    return {
-        "mean_share": [round(w, 5) for w in shares.mean(0).tolist()],
-        "steps_off_equal": round((apart > 1e-3).double().mean().item(), 4),
-    }
-
-
-# --- what the documents show ---
-
-
 def table(result: dict) -> str:
     """Return time and memory of a step, a column for each network and precision."""
     gpu = on_gpu(result)
@@ -305,22 +266,9 @@ def phases_table(result: dict) -> str:
             shown = ("" if v is None else f"{v / unit:{'.3g' if gpu else '.2f'}}" for v in values)
             lines.append([where, title, *shown])
     text = "Milliseconds, by events of the device" if gpu else "Equal weighting's step is 1"
-    text += ", in steps of their own, apart from the timed ones. "
-    text += "".join(_faster(where, rows) for where, rows in by_network(result).items()).strip()
+    text += ", in steps of their own, apart from the timed ones."
     header = ["network", "method", *(PHASES[p] for p in used), "sum"]
     return captioned(markdown(header, lines), result, text)
-
-
-def _faster(where: str, rows: dict[str, dict]) -> str:
-    """Say how many times faster the fused step is than each rival's."""
-    measured = {method: row for method, row in rows.items() if not row["error"]}
-    mine = next((method for method in FASTEST if method in measured), None)
-    rivals = [method for method in RIVALS if method in measured]
-    if mine is None or not rivals:
-        return ""
-    speed = measured[mine]["steps_per_s"]
-    said = [f"{speed / measured[m]['steps_per_s']:.2f} with {TITLES[m]}" for m in rivals]
-    return f"{where}, steps of {TITLES[mine]}, in the time of one step: {'; '.join(said)}. "
 
 
 def by_network(result: dict) -> dict[str, dict[str, dict]]:

@@ -20,13 +20,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description="Trains what the studies list, several seeds each, and compares the methods.",
-        epilog=f"Studies and data sets in configs: {', '.join(config.names())}. Only multimnist "
-        "comes with a dependency; the messages of the others say where their files are from.",
     )
     add = parser.add_argument
     add("studies", nargs="+", metavar="STUDY",
-        help="a TOML file, or the name of one in benchmarks/quality/configs; the file of a data "
-        "set stands for the usual methods on it")  # fmt: skip
+        help="a TOML file, or the name of one in benchmarks/quality/configs")  # fmt: skip
     add("--data", type=Path, metavar="DIR",
         help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}")  # fmt: skip
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
@@ -47,15 +44,9 @@ def main(words: list[str] | None = None) -> None:
     for name in options.studies:
         study = config.study(config.find(name), options.seeds)
         out = options.out or results.RESULTS / slug(device)
-        run_study(
-            study,
-            describe(device),
-            folder=loaders.data_folder(options.data),
-            out=out,
-            work=options.work,
-            jobs=options.jobs,
-            device=options.device,
-        )
+        folder = loaders.data_folder(options.data)
+        where = {"folder": folder, "work": options.work, "device": options.device}
+        run_study(study, describe(device), out, jobs=options.jobs, **where)
         pictures.draw(out, f"quality_{study.name}")
 
 

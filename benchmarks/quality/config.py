@@ -27,8 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "flip": False, "label_fraction": 1.0, "log_every": 10,
     },
     "pretraining": {
-        "kind": "", "task": "", "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5,
-        "noise": 1.0, "label_fraction": 1.0,
+        "kind": "", "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5,
     },
 }  # fmt: skip
 # Sections whose keys are those of the defaults; those of the others depend on a name in them.
@@ -42,7 +41,7 @@ SINGLE, EQUAL = "single", "equal"
 class Run:
     """One training run. Its results depend on `settings`, `method`, `options`, `task`, `seed`."""
 
-    dataset: str  # as tables name it: the data set's file and what the grid varied
+    dataset: str  # the data set's file and what the grid varied
     label: str  # of the method, as tables name it
     family: str  # of the methods that a grid made
     method: str
@@ -97,53 +96,30 @@ def digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def names() -> list[str]:
-    """Return the studies and data sets that come with the benchmark."""
-    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+def find(name: str) -> Path:
+    """Return a file by its path, or one of ``configs/`` by its name without ending."""
+    return Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
 
 
 def read(path: Path) -> dict:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: there is no such study or data set file; in {CONFIGS.name} are "
-            f"{', '.join(names())}"
-        )
     return tomllib.loads(path.read_text())
 
 
-def find(name: str, beside: Path = CONFIGS) -> Path:
-    """Return a file by its path, or by its name without ending, in ``beside`` or ``configs/``."""
-    if Path(name).suffix == ".toml":
-        return Path(name)
-    candidates = [folder / f"{name}.toml" for folder in (beside, CONFIGS)]
-    return next((path for path in candidates if path.exists()), candidates[0])
-
-
 def study(path: Path, seeds: list[int] | None = None) -> Study:
-    """Return the study of a file; a file of one data set stands for the usual methods on it."""
     content = read(path)
-    if "data" in content:
-        content = {**read(CONFIGS / "usual.toml"), "datasets": [str(path)]}
-    _known(f"{path.name}", content, STUDY_KEYS)
-    for key in ("datasets", "seeds", "methods"):
-        if not content.get(key):
-            raise ValueError(f"{path.name}: expected {key!r}, a list that is not empty")
+    _known(path.name, content, STUDY_KEYS)
+    overrides = content.get("override", {})
     datasets = {}
     for name in content["datasets"]:
-        file = find(name, path.parent)
+        file = find(name)
         settings = merged(DEFAULTS, read(file))
-        overrides = content.get("override", {})
         for section in ("all", file.stem):
             settings = merged(settings, overrides.get(section, {}))
         for label, variant in _variants(settings, content.get("grid", {})):
-            _check_settings(file.name, variant)
+            for section in FIXED:
+                _known(f"{file.name}: {section}", variant[section], set(DEFAULTS[section]))
             datasets[f"{file.stem}{label}"] = variant
     methods = [entry for method in content["methods"] for entry in _methods(path.name, method)]
-    labels = {m["label"] for m in methods} | {""}
-    if len(labels) <= len(methods):
-        raise ValueError(f"{path.name}: expected methods with different names")
-    if unknown := sorted({m["against"] for m in methods} - labels):
-        raise ValueError(f"{path.name}: methods.against: no method is named {unknown[0]!r}")
     spectra = content.get("spectra", False)
     return Study(path.stem, datasets, methods, seeds or content["seeds"], spectra)
 
@@ -159,9 +135,6 @@ def merged(base: dict, changes: dict) -> dict:
 
 def _methods(file: str, method: dict) -> Iterator[dict]:
     _known(f"{file}: methods", method, METHOD_KEYS)
-    for key in ("name", "method"):
-        if key not in method:
-            raise ValueError(f"{file}: methods: expected {key!r} in {method}")
     for label, options in _variants(method.get("options", {}), method.get("grid", {})):
         yield {
             "label": method["name"] + label, "family": method["name"], "method": method["method"],
@@ -188,14 +161,6 @@ def _variants(settings: dict, grid: dict[str, list]) -> Iterator[tuple[str, dict
 
 def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value) or "none"
-
-
-def _check_settings(file: str, settings: dict) -> None:
-    _known(file, settings, set(DEFAULTS))
-    for section in FIXED:
-        _known(f"{file}: {section}", settings[section], set(DEFAULTS[section]))
-    if "name" not in settings["data"]:
-        raise ValueError(f"{file}: data: expected 'name', the data set's")
 
 
 def _known(where: str, content: dict, keys: set[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,26 +20,14 @@ class Split:
 
     inputs: ``(n, ...)``; in multi-input learning one such tensor per task. uint8 is normalised on
         its way to the network.
-    targets: per task, ``(n, ...)``; a missing label has the value that its kind of task says.
+    targets: per task, ``(n, ...)``; a pixel without a label has its kind's value for that.
     """
 
     inputs: Inputs
     targets: dict[str, Tensor]
 
-    def __post_init__(self) -> None:
-        for task, target in self.targets.items():
-            if len(self.of(task)) != len(target):
-                raise ValueError(
-                    f"{task}: expected as many inputs as targets, got {len(self.of(task))} inputs "
-                    f"and {len(target)} targets"
-                )
-
     def of(self, task: str) -> Tensor:
-        """Return the inputs of this task."""
         return self.inputs[task] if isinstance(self.inputs, dict) else self.inputs
-
-    def size(self, task: str) -> int:
-        return len(self.targets[task])
 
     def take(self, rows: dict[str, Tensor]) -> Split:
         """Return these rows of each task; shared inputs are those of the first task."""
@@ -66,21 +53,13 @@ class Dataset:
         return [task.name for task in self.tasks]
 
     @cached_property
-    def labelled(self) -> dict[str, Tensor]:
-        """Which training samples have a label, by task."""
-        targets = self.splits["train"].targets
-        return {task.name: task.kind.labelled(targets[task.name]) for task in self.tasks}
-
-    @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of each channel of the 8-bit training images."""
-        train = self.splits["train"]
-        images = list(train.inputs.values()) if self.multi_input else [train.inputs]
-        if images[0].dtype != torch.uint8:
+        images = self.splits["train"].inputs
+        if self.multi_input or images.dtype != torch.uint8:
             return None
-        values = torch.cat([x.transpose(0, 1).flatten(1) for x in images], dim=1).float() / 255
-        shape = (1, -1) + (1,) * (images[0].ndim - 2)
-        return values.mean(1).view(shape), values.std(1).view(shape)
+        values = images.transpose(0, 1).flatten(1).float() / 255
+        return values.mean(1).view(1, -1, 1, 1), values.std(1).view(1, -1, 1, 1)
 
     def prepared(self, inputs: Tensor) -> Tensor:
         """Return a batch as the network takes it."""
@@ -90,51 +69,35 @@ class Dataset:
         return (inputs.float() / 255 - mean) / std
 
     def only(self, task: str) -> Dataset:
-        """Return this task alone, without the training samples that have no label for it."""
-        if task not in self.names:
-            raise ValueError(f"task: expected one of {', '.join(self.names)}; got {task!r}")
         splits = {
             name: Split(split.of(task), {task: split.targets[task]})
             for name, split in self.splits.items()
         }
-        rows = self.labelled[task].nonzero().squeeze(1)
-        splits["train"] = splits["train"].take({task: rows})
         return Dataset(tuple(t for t in self.tasks if t.name == task), splits)
 
     def with_fraction(self, fraction: float, seed: int) -> Dataset:
         """Return it with this share of the training samples, drawn by the seed."""
-        if not 0 < fraction <= 1:
-            raise ValueError(f"label_fraction: expected a number in (0, 1], got {fraction}")
         if fraction == 1:
             return self
         rows = {}
         for task in self.names:
-            count = self.splits["train"].size(task)
+            count = len(self.splits["train"].targets[task])
             order = _permutation(count, seed, task if self.multi_input else "", "fraction")
             rows[task] = order[: max(1, round(fraction * count))].sort().values
         return replace(self, splits={**self.splits, "train": self.splits["train"].take(rows)})
 
     def batch_size(self, wanted: int) -> int:
-        return min(wanted, *(self.splits["train"].size(task) for task in self.names))
+        return min(wanted, *(len(self.splits["train"].targets[task]) for task in self.names))
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Split, dict[str, Tensor]]:
-        """Return the batch of a step and, per task, which of its samples have a label.
-
-        Epochs are permutations that seed and epoch determine, whatever came before.
-        In multi-input learning each task goes through its own samples.
-        """
+    def batch(self, step: int, size: int, seed: int) -> Split:
+        """Return the batch of a step; seed and epoch determine an epoch's permutation."""
         train, rows = self.splits["train"], {}
         for task in self.names:
-            count = train.size(task)
+            count = len(train.targets[task])
             epoch, place = divmod(step, count // size)
             order = _permutation(count, seed, task if self.multi_input else "", epoch)
             rows[task] = order[place * size : (place + 1) * size]
-        return train.take(rows), {task: self.labelled[task][i] for task, i in rows.items()}
-
-    def chunks(self, split: str, task: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield inputs and targets of a split, in order."""
-        here = self.splits[split]
-        yield from zip(here.of(task).split(size), here.targets[task].split(size), strict=True)
+        return train.take(rows)
 
 
 def stream(seed: int, *names: object) -> int:

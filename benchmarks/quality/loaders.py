@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 
 from benchmarks.multimnist import TASKS as DIGITS
 from benchmarks.multimnist import load_mnist
@@ -22,14 +21,6 @@ from benchmarks.quality.tasks import Task
 FOLDER_VARIABLE = "REPMTL_DATA"
 
 RGBD_TASKS = ("segmentation", "depth", "normals")
-
-
-class MissingDataError(FileNotFoundError):
-    """A file of a data set is not where it should be."""
-
-    def __init__(self, path: Path | None, what: str, source: str) -> None:
-        where = f"{path} does not exist" if path else f"no folder was given ({FOLDER_VARIABLE})"
-        super().__init__(f"{what}: {where}. It is {source}. Name its folder with --data")
 
 
 def data_folder(option: str | Path | None) -> Path | None:
@@ -43,12 +34,9 @@ def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
     if name not in LOADERS:
         raise ValueError(f"data.name: expected one of {', '.join(LOADERS)}; got {name!r}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    loader = LOADERS[name]
-    known = [p for p in inspect.signature(loader).parameters if p not in ("folder", "seed")]
-    if unknown := [option for option in options if option not in known]:
-        raise ValueError(f"data.{unknown[0]}: {name} has only the options {', '.join(known)}")
-    seeded = {"seed": seed} if "seed" in inspect.signature(loader).parameters else {}
-    return loader(folder, **seeded, **options)
+    if name == "multimnist":
+        options["seed"] = seed
+    return LOADERS[name](folder, **options)
 
 
 @lru_cache(maxsize=2)
@@ -65,28 +53,18 @@ def multimnist(
 
 
 @lru_cache(maxsize=1)
-def tools(
-    folder: Path | None, *, size: tuple[int, int] = (72, 96), segmentation_only: bool = False
-) -> Dataset:
-    """Load RGB-D pictures of hand tools: segmentation, depth in metres, normals.
-
-    segmentation_only: with the training frames that have no depth and no normals.
-    """
+def tools(folder: Path | None, *, size: tuple[int, int] = (72, 96)) -> Dataset:
+    """Load RGB-D pictures of hand tools: segmentation, depth in metres, normals."""
     npz = _npz(folder, "tools_rgbd_144x192.npz", "tools", "an archive of RGB-D pictures of tools")
-    frames = {"train": npz["split"] == 0, "validation": npz["split"] == 1}
-    frames["test"] = npz["split"] == 2
-    if segmentation_only:
-        frames["train"] |= npz["split"] == 3
+    frames = {"train": npz["split"] == 0, "test": npz["split"] == 2}
     depth = npz["depth"].astype(np.float32) / 1e4
     normal = npz["normal"].astype(np.float32)
-    depth[~npz["has_depth"]] = 0
-    normal[~npz["has_depth"]] = 0
     splits = {}
     for split, chosen in frames.items():
         targets = {
             "segmentation": _classes(npz["seg"][chosen], size),
             "depth": _values(torch.from_numpy(depth[chosen]).unsqueeze(1), size),
-            "normals": _unit(_values(_channels_first(normal[chosen]), size)),
+            "normals": normalize(_values(_channels_first(normal[chosen]), size), dim=1),
         }
         splits[split] = Split(_images(npz["image"][chosen], size), targets)
     classes = len(npz["class_names"])
@@ -94,20 +72,11 @@ def tools(
 
 
 @lru_cache(maxsize=1)
-def potholes(
-    folder: Path | None, *, size: tuple[int, int] = (84, 140), validation: int = 0
-) -> Dataset:
-    """Load road pictures: segmentation of potholes, and disparity from 0 to 1.
-
-    validation: how many of the training frames, evenly spaced, are held out.
-    """
+def potholes(folder: Path | None, *, size: tuple[int, int] = (84, 140)) -> Dataset:
+    """Load road pictures: segmentation of potholes, and disparity from 0 to 1."""
     file = "potholes_rgbd_168x280.npz"
     npz = _npz(folder, file, "potholes", "an archive of road pictures with stereo disparity")
-    train = np.flatnonzero(npz["split"] == 0)
-    held_out = train[np.linspace(0, len(train) - 1, validation).round().astype(int)]
-    frames = {"train": np.setdiff1d(train, held_out), "test": np.flatnonzero(npz["split"] == 2)}
-    if validation:
-        frames["validation"] = held_out
+    frames = {"train": npz["split"] == 0, "test": npz["split"] == 2}
     disparity = torch.from_numpy(npz["disparity"].astype(np.float32) / 65535).unsqueeze(1)
     splits = {}
     for split, chosen in frames.items():
@@ -133,7 +102,7 @@ def office_caltech(folder: Path | None) -> Dataset:
     targets = torch.from_numpy(label).long()
     names = {d: str(npz["domain_names"][d]) for d in np.unique(domain)}
     splits = {}
-    for code, name in enumerate(("train", "validation", "test")):
+    for name, code in (("train", 0), ("test", 2)):
         rows = {n: torch.from_numpy((domain == d) & (split == code)) for d, n in names.items()}
         inputs = {n: values[r] for n, r in rows.items()}
         splits[name] = Split(inputs, {n: targets[r] for n, r in rows.items()})
@@ -142,26 +111,22 @@ def office_caltech(folder: Path | None) -> Dataset:
 
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
-    loader.__wrapped__.__name__: loader
-    for loader in (
-        multimnist, tools, potholes, office_caltech
-    )
-}  # fmt: skip
+    "multimnist": multimnist,
+    "tools": tools,
+    "potholes": potholes,
+    "office_caltech": office_caltech,
+}
 
 
-# --- arrays ---
-
-
-def _npz(folder: Path | None, file: str, name: str, source: str):
-    path = _existing(folder and folder / file, name, f"{file}, {source}")
+def _npz(folder: Path | None, file: str, name: str, source: str) -> dict[str, np.ndarray]:
+    path = folder and folder / file
+    if path is None or not path.exists():
+        where = f"{path} does not exist" if path else f"no folder was given ({FOLDER_VARIABLE})"
+        raise FileNotFoundError(
+            f"{name}: {where}. It is {file}, {source}. Name its folder with --data"
+        )
     with np.load(path) as archive:
         return dict(archive)
-
-
-def _existing(path: Path | None, name: str, source: str) -> Path:
-    if path is None or not path.exists():
-        raise MissingDataError(path, name, source)
-    return path
 
 
 def _channels_first(values: np.ndarray) -> Tensor:
@@ -188,8 +153,3 @@ def _values(values: Tensor, size: tuple[int, int]) -> Tensor:
     there = (values != 0).any(1, keepdim=True).float()
     share = adaptive_avg_pool2d(there, size)
     return adaptive_avg_pool2d(values * there, size) / share.where(share > 0, 1)
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Return unit vectors; a zero stays zero."""
-    return torch.nn.functional.normalize(vectors, dim=1)

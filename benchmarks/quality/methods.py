@@ -1,23 +1,14 @@
-"""The methods: what each does from task losses and representation to gradients."""
+"""The methods: what each does from a forward pass to gradients."""
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 
-import torch
 from torch import Tensor
 
-from benchmarks.networks import Model
 from benchmarks.peers import Forward, SinglePass, fairgrad, nash_mtl
 from benchmarks.phases import Unmarked
 from repmtl_kernels import RepMTL
-
-# By task; None where a batch has no label for a task at all.
-Losses = dict[str, Tensor | None]
-Representation = Tensor | dict[str, Tensor]
-# By task: which samples of the batch have a label.
-Present = dict[str, Tensor]
 
 # Options of RepMTL that may be shares of all steps instead.
 SHARES = {"start_share": "start", "ramp_share": "ramp"}
@@ -26,15 +17,13 @@ SHARES = {"start_share": "start", "ramp_share": "ramp"}
 class EqualWeighting:
     """The sum of the task losses."""
 
+    ratio: Tensor | None = None  # the regulariser's gradient over the tasks' in the last step
+
     def heads_context(self) -> AbstractContextManager:
         return nullcontext()
 
-    def backward(self, losses: Losses, z: Representation, network: Model, present: Present) -> None:
-        sum(loss for loss in losses.values() if loss is not None).backward()
-
-    def values(self) -> dict[str, Tensor]:
-        """Return values of the last step, for the log."""
-        return {}
+    def backward(self, forward: Forward) -> None:
+        sum(forward.losses).backward()
 
 
 class RepMTLMethod(EqualWeighting):
@@ -46,16 +35,10 @@ class RepMTLMethod(EqualWeighting):
     def heads_context(self) -> AbstractContextManager:
         return self.criterion.second_order()
 
-    def backward(self, losses: Losses, z: Representation, network: Model, present: Present) -> None:
-        everywhere = all(bool(there.all()) for there in present.values())
-        # Decided on the host, where the labels are.
-        first = next(iter(z.values())) if isinstance(z, dict) else z
-        mask = None if everywhere else torch.stack(list(present.values())).to(first.device)
-        self.criterion(losses, z, present=mask).backward()
-
-    def values(self) -> dict[str, Tensor]:
-        ratio = self.criterion.last.ratio
-        return {} if ratio is None else {"ratio": ratio}
+    def backward(self, forward: Forward) -> None:
+        z = forward.representations
+        self.criterion(forward.losses, z[0] if len(z) == 1 else z).backward()
+        self.ratio = self.criterion.last.ratio
 
 
 class GradientWeighting(EqualWeighting):
@@ -63,47 +46,24 @@ class GradientWeighting(EqualWeighting):
 
     def __init__(self, aggregator) -> None:
         self.form = SinglePass(aggregator)
-        self.name = type(aggregator).__name__
 
-    def backward(self, losses: Losses, z: Representation, network: Model, present: Present) -> None:
-        if absent := [task for task, loss in losses.items() if loss is None]:
-            raise ValueError(
-                f"{self.name} needs every task in every batch; a batch has no label for "
-                f"{', '.join(absent)}"
-            )
-        heads = [network.heads[task] for task in losses]
-        representations = list(z.values()) if isinstance(z, dict) else [z]
-        self.form.weights.clear()
-        forward = Forward(network.encoder, heads, list(losses.values()), representations)
+    def backward(self, forward: Forward) -> None:
         self.form.backward(forward, Unmarked())
 
-    def values(self) -> dict[str, Tensor]:
-        (weights,) = self.form.weights
-        share = weights.detach() / weights.sum()
-        return {f"weight_share_{t}": w for t, w in enumerate(share)}
 
-
-def fairgrad_of_paper(tasks: int, *, alpha: float = 2.0, **options) -> GradientWeighting:
-    """Return FairGrad with the alpha of its paper's experiments."""
-    return GradientWeighting(fairgrad(tasks, alpha=alpha, **options))
-
-
+# FairGrad has the alpha of its paper's experiments.
 METHODS = {
-    "equal": EqualWeighting,
-    "nash_mtl": lambda tasks, **options: GradientWeighting(nash_mtl(tasks, **options)),
-    "fairgrad": fairgrad_of_paper,
-    "rep_mtl": RepMTLMethod,
+    "equal": lambda tasks: EqualWeighting(),
+    "nash_mtl": lambda tasks: GradientWeighting(nash_mtl(tasks)),
+    "fairgrad": lambda tasks: GradientWeighting(fairgrad(tasks, alpha=2.0)),
+    "rep_mtl": lambda tasks, **options: RepMTLMethod(**options),
 }
 
 
 def make(method: str, options: dict, tasks: int, steps: int) -> EqualWeighting:
     """Return the method for one run of so many steps."""
-    if method not in METHODS:
-        raise ValueError(f"methods.method: expected one of {', '.join(METHODS)}; got {method!r}")
     kept = {k: v for k, v in options.items() if k not in SHARES}
     for share, option in SHARES.items():
         if share in options:
             kept[option] = round(options[share] * steps)
-    if "tasks" in inspect.signature(METHODS[method]).parameters:
-        kept["tasks"] = tasks
-    return METHODS[method](**kept)
+    return METHODS[method](tasks, **kept)

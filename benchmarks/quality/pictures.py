@@ -22,10 +22,7 @@ MARKERS = "osD^vP*X"
 
 
 def draw(folder: Path, what: str, *, again: bool = False) -> list[Path]:
-    """Draw the pictures that the rows of ``folder/what.json`` allow; return the files.
-
-    again: only those that the folder has already.
-    """
+    """Draw the pictures that a study's rows allow; ``again``: those that the folder has."""
     rows = load(folder, what)["rows"]
     figures = {"delta_p": delta_figure, "strength": strength_figure, "ratio": ratio_figure}
     makers = {f"{what}_{name}": partial(make, rows) for name, make in figures.items()}
@@ -56,50 +53,36 @@ def delta_figure(rows: list[dict]) -> Figure | None:
 
 
 def strength_figure(rows: list[dict]) -> Figure | None:
-    """Return `Delta_p` to equal weighting against the one number that a family's grid varies."""
-    rows = [row for row in rows if "delta_p_to_equal" in row]
-    families = {family: group for (family,), group in groups(rows, "family").items()}
-    varied = {family: option for family, group in families.items() if (option := _varied(group))}
-    if not varied:
+    """Return `Delta_p` to equal weighting against the strength, where a family's grid varies it."""
+    rows = [r for r in rows if "delta_p_to_equal" in r and "strength" in r["settings"]]
+    families = {
+        family: group
+        for (family,), group in groups(rows, "family").items()
+        if len({row["settings"]["strength"] for row in group}) > 1
+    }
+    if not families:
         return None
-    datasets = [d for (d,) in groups([r for r in rows if r["family"] in varied], "dataset")]
+    datasets = [d for (d,) in groups([r for r in rows if r["family"] in families], "dataset")]
     figure, panels = _panels(datasets, height=2.8)
     for axes, dataset in zip(panels, datasets, strict=True):
         axes.axhline(0, color="#808080", linewidth=1)
-        xs_of_all: list[float] = []
-        for marker, (family, option) in zip(MARKERS, varied.items(), strict=False):
+        for marker, (family, group) in zip(MARKERS, families.items(), strict=False):
             points: dict[float, list[float]] = {}
-            for row in families[family]:
+            for row in group:
                 if row["dataset"] == dataset:
                     delta = row["delta_p_to_equal"]["mean"]
-                    points.setdefault(row["settings"][option], []).append(delta)
+                    points.setdefault(row["settings"]["strength"], []).append(delta)
             xs = sorted(points)
             intervals = [interval(points[x]) for x in xs]
-            xs_of_all += xs
             axes.errorbar(
                 xs, [i.mean for i in intervals], yerr=_halves(intervals), fmt=f"{marker}-",
-                capsize=3, label=f"{family}, {option}", markersize=4,
+                capsize=3, label=f"{family}, strength", markersize=4,
             )  # fmt: skip
-        if all(x > 0 for x in xs_of_all):
-            axes.set_xscale("log")
+        axes.set_xscale("log")
         axes.set_xlabel("strength")
     panels[0].set_ylabel("Δp to equal weighting, %")
     panels[0].legend(fontsize=7)
     return figure
-
-
-def _varied(rows: list[dict]) -> str:
-    """Return the option, a number, whose value alone tells the settings of a family apart."""
-    settings = [row["settings"] for row in rows]
-    options = {
-        name for s in settings for name in s if any(o.get(name) != s[name] for o in settings)
-    }
-    if len(options) != 1:
-        return ""
-    (option,) = options
-    values = [s.get(option) for s in settings]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    return option if numbers else ""
 
 
 def ratio_figure(rows: list[dict]) -> Figure | None:

@@ -1,7 +1,4 @@
-"""A network for a data set, and what its encoder learns before the tasks.
-
-That is one of the tasks, rotations, or to remove noise.
-"""
+"""A network for a data set, and an encoder that learns to undo rotations before the tasks."""
 
 from __future__ import annotations
 
@@ -9,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 
 from benchmarks.networks import ASPP, ENCODERS, Flat, Model, classifier
 from benchmarks.quality.data import Dataset, stream
 
-KINDS = ("task", "rotation", "denoising")
 TURNS = 4
 
 
@@ -27,13 +23,7 @@ def build(
     head_dilations: Sequence[int] = (1, 2, 3),
     **options,
 ) -> Model:
-    """Return the network for a data set.
-
-    The weights of the encoder and of each head depend on the seed alone: multi-task and single-task
-    runs of one seed start from the same weights.
-    """
-    if encoder not in ENCODERS:
-        raise ValueError(f"network.encoder: expected one of {', '.join(ENCODERS)}; got {encoder!r}")
+    """Return the network; its first weights depend on the seed alone, task by task."""
     example = dataset.prepared(dataset.splits["train"].of(dataset.names[0])[:2])
     torch.manual_seed(stream(seed, "encoder"))
     shared = ENCODERS[encoder](example.shape[1], **options)
@@ -57,43 +47,32 @@ def build(
 def pretrained(
     dataset: Dataset, settings: dict, seed: int, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return the encoder's state after its first training, on the training inputs alone."""
+    """Return the encoder's state after it learned by how many quarter turns images were rotated.
+
+    The head is linear, so that all that was learned is in the encoder.
+    """
     how = settings["pretraining"]
-    if how["kind"] not in KINDS:
-        raise ValueError(
-            f"pretraining.kind: expected one of {', '.join(KINDS)}; got {how['kind']!r}"
-        )
-    dataset = dataset.with_fraction(how["label_fraction"], seed)
-    if how["kind"] == "task":
-        dataset = dataset.only(how["task"])
-    network = build(dataset, seed, **settings["network"])
+    if how["kind"] != "rotation":
+        raise ValueError(f"pretraining.kind: expected rotation; got {how['kind']!r}")
+    encoder = build(dataset, seed, **settings["network"]).encoder
+    images = dataset.prepared(dataset.splits["train"].inputs[:2])
+    with torch.no_grad():
+        channels = encoder.eval()(images).shape[1]
     torch.manual_seed(stream(seed, "pretraining"))
-    extra = None if how["kind"] == "task" else _extra_head(how["kind"], dataset, network)
-    network.to(device)
-    if extra is not None:
-        extra.to(device)
-    parameters = [*network.encoder.parameters(), *(extra or network.heads).parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=how["lr"], weight_decay=how["weight_decay"])
+    network = nn.Sequential(encoder.train(), Flat(), nn.Linear(channels, TURNS)).to(device)
+    optimizer = torch.optim.Adam(
+        network.parameters(), lr=how["lr"], weight_decay=how["weight_decay"]
+    )
     size = dataset.batch_size(how["batch"])
     for step in range(how["steps"]):
-        batch, _ = dataset.batch(step, size, stream(seed, "pretraining"))
-        if how["kind"] == "task":
-            (task,) = dataset.tasks
-            target = batch.targets[task.name].to(device)
-            z = network.encoder(dataset.prepared(batch.of(task.name).to(device)))
-            loss = task.kind.loss(network.head(task.name, z, target.shape[-2:]), target)
-        else:
-            inputs = [dataset.prepared(batch.of(task).to(device)) for task in dataset.names]
-            x = torch.cat(inputs) if dataset.multi_input else inputs[0]
-            if how["kind"] == "rotation":
-                turns = torch.randint(TURNS, (len(x),))
-                loss = cross_entropy(extra(network.encoder(rotated(x, turns))), turns.to(device))
-            else:
-                loss = _denoising(extra, network, x, how["noise"])
+        batch = dataset.batch(step, size, stream(seed, "pretraining"))
+        x = dataset.prepared(batch.inputs.to(device))
+        turns = torch.randint(TURNS, (len(x),))
+        loss = cross_entropy(network(rotated(x, turns)), turns.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return network.encoder.state_dict()
+    return encoder.state_dict()
 
 
 def rotated(images: Tensor, turns: Tensor) -> Tensor:
@@ -104,29 +83,3 @@ def rotated(images: Tensor, turns: Tensor) -> Tensor:
     return torch.stack(
         [image.rot90(int(n), (1, 2)) for image, n in zip(square, turns, strict=True)]
     )
-
-
-def _denoising(head: nn.Module, network: Model, x: Tensor, noise: float) -> Tensor:
-    """Return the mean squared error of the clean input, at the representation's resolution."""
-    z = network.encoder(x + noise * torch.randn_like(x))
-    clean = x if z.ndim == 2 else nn.functional.adaptive_avg_pool2d(x, z.shape[2:])
-    return mse_loss(head(z), clean)
-
-
-def _extra_head(kind: str, dataset: Dataset, network: Model) -> nn.Module:
-    """Return a linear head, so that all that was learned is in the encoder."""
-    example = dataset.prepared(dataset.splits["train"].of(dataset.names[0])[:2])
-    spatial = example.ndim == 4
-    with torch.no_grad():
-        z = network.encoder.eval()(example)
-    network.encoder.train()
-    if kind == "rotation":
-        if not spatial:
-            raise ValueError("pretraining.kind: rotation needs images, got features")
-        flat = [] if z.ndim == 2 else [Flat()]
-        return nn.Sequential(*flat, nn.Linear(z.shape[1], TURNS))
-    if z.ndim == 2 and spatial:
-        raise ValueError("pretraining.kind: denoising of images needs network.pool = false")
-    if spatial:
-        return nn.Conv2d(z.shape[1], example.shape[1], 1)
-    return nn.Linear(z.shape[1], example.shape[1])

@@ -1,7 +1,4 @@
-"""Rows of a study's results, ``Delta_p`` with its intervals, and the study's tables.
-
-``Delta_p``: arXiv 2507.21049, eq. 11 and 12.
-"""
+"""Rows of a study, its tables, and ``Delta_p``: arXiv 2507.21049, eq. 11 and 12."""
 
 from __future__ import annotations
 
@@ -27,7 +24,6 @@ class Interval(NamedTuple):
 
     mean: float
     half: float
-    count: int
 
     def __str__(self) -> str:
         if math.isnan(self.half):
@@ -35,21 +31,19 @@ class Interval(NamedTuple):
         return f"{self.mean:+.2f} ± {self.half:.2f}"
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def interval(values: Sequence[float]) -> Interval:
     """Return Student's interval of the mean of paired differences."""
     from scipy.stats import t as student
 
     count, mean = len(values), fmean(values)
     if count < 2:
-        return Interval(mean, math.nan, count)
-    quantile = float(student.ppf((1 + confidence) / 2, count - 1))
-    return Interval(mean, quantile * stdev(values) / math.sqrt(count), count)
+        return Interval(mean, math.nan)
+    quantile = float(student.ppf(0.975, count - 1))
+    return Interval(mean, quantile * stdev(values) / math.sqrt(count))
 
 
 def delta_per_metric(metrics: Metrics, base: Metrics) -> Metrics:
     """Return by how many per cent each metric is better than the base's: eq. 11 for one metric."""
-    if metrics.keys() != base.keys():
-        raise ValueError(f"base: expected the tasks {list(metrics)}, got {list(base)}")
     deltas: Metrics = {}
     for task, values in metrics.items():
         deltas[task] = {}
@@ -67,18 +61,12 @@ def delta_p(metrics: Metrics, base: Metrics) -> dict[str, float]:
 
 
 def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
-    """Return a row for each data set, method and seed, compared with runs of its seed.
-
-    With single-task training, with equal weighting, and with the method that it is ``against``.
-    """
+    """Return a row for each data set, method and seed, compared with runs of its seed."""
     by_run: dict[tuple, dict] = {}
     for run in runs:
         record = records[run.key]
         row = by_run.setdefault((run.dataset, run.label, run.seed), _row(run))
         row["metrics"] |= record["test"]
-        if "validation" in record:
-            row.setdefault("validation", {}).update(record["validation"])
-        row["cpu_seconds"] = round(row["cpu_seconds"] + record["cpu_seconds"], 2)
         # Another study may have asked for those of the same run.
         if study.spectra and "spectra" in record:
             row.setdefault("spectra", {})[run.task or "all"] = record["spectra"]
@@ -105,20 +93,16 @@ def _row(run: Run) -> dict:
         "seed": run.seed,
         "settings": {"method": run.method, **run.options},
         "metrics": {},
-        "cpu_seconds": 0.0,
     }
 
 
 def _thinned(history: list[dict]) -> dict[str, list]:
-    """Return gradient ratio and weight shares over the steps, at about `POINTS` of them."""
+    """Return the gradient ratio over the steps, at about `POINTS` of them."""
     kept = history[:: max(1, len(history) // POINTS)]
-    names = [n for n in (kept[-1] if kept else {}) if n != "step"]
-    if not names:
+    if all(entry["ratio"] is None for entry in kept):
         return {}
-    return {
-        "step": [entry["step"] for entry in kept],
-        **{n: [float(f"{e[n]:.4g}") if n in e else None for e in kept] for n in names},
-    }
+    ratios = [None if e["ratio"] is None else float(f"{e['ratio']:.4g}") for e in kept]
+    return {"step": [entry["step"] for entry in kept], "ratio": ratios}
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

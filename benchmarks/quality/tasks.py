@@ -14,7 +14,11 @@ UNLABELLED = -1
 
 
 class Kind:
-    """One kind of task."""
+    """One kind of task.
+
+    valid: which pixels or samples have a label; loss: the mean over these; evaluate: the metrics
+    over all batches of outputs and targets.
+    """
 
     lower_is_better: ClassVar[dict[str, bool]]
     dense: ClassVar[bool] = True
@@ -24,25 +28,9 @@ class Kind:
         self.classes = classes
         self.channels = classes if self.outputs is None else self.outputs
 
-    def labelled(self, targets: Tensor) -> Tensor:
-        """Return which of the ``(n, ...)`` targets have any label, ``(n,)`` bool."""
-        return self.valid(targets).view(len(targets), -1).any(1)
-
-    def valid(self, targets: Tensor) -> Tensor:
-        """Return which pixels or samples have a label."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def centre(self, bias: Tensor, targets: Tensor) -> None:
         """Start the output's bias at a value that suits the training targets."""
-
-    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean over the labelled pixels."""
-        raise NotImplementedError
-
-    def evaluate(self, pairs: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Return the metrics over all batches of outputs and targets."""
-        raise NotImplementedError
 
 
 class Classification(Kind):
@@ -175,8 +163,6 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task of a data set: its name and its kind."""
-
     name: str
     kind: Kind
 

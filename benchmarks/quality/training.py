@@ -8,13 +8,13 @@ import math
 import os
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.networks import Model
+from benchmarks.peers import Forward
 from benchmarks.quality import loaders, methods
 from benchmarks.quality.config import Run
 from benchmarks.quality.data import Dataset, Split, stream
@@ -24,7 +24,6 @@ EVALUATION_BATCH = 64
 
 
 def prepare(run: Run, folder: Path | None) -> Dataset:
-    """Return the data set that a run trains on."""
     data = loaders.load(folder=folder, seed=run.seed, **run.settings["data"])
     data = data.with_fraction(run.settings["training"]["label_fraction"], run.seed)
     return data if run.task is None else data.only(run.task)
@@ -58,50 +57,40 @@ class Trainer:
     def train_step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step)
-        batch, present = self.dataset.batch(step, self.size, self.run.seed)
+        batch = self.dataset.batch(step, self.size, self.run.seed)
         if self.settings["flip"]:
-            batch = flipped(self.dataset, batch, stream(self.run.seed, "flip", step))
-        z = self.encode(batch)
-        losses = self.losses(batch, present, z)
+            batch = flipped(batch, stream(self.run.seed, "flip", step))
+        forward = self.forward(batch)
         self.optimizer.zero_grad()
-        self.method.backward(losses, z, self.network, present)
+        self.method.backward(forward)
         self.optimizer.step()
         if step % self.settings["log_every"] == 0:
-            values = {k: float(v) for k, v in self.method.values().items()}
-            self.history.append({"step": step, **values})
+            ratio = self.method.ratio
+            self.history.append({"step": step, "ratio": None if ratio is None else float(ratio)})
 
-    def encode(self, batch: Split) -> methods.Representation:
-        """Return the representation; in multi-input learning one for each task."""
-        data = self.dataset
-
-        def one(task: str) -> Tensor:
-            return self.network.encoder(data.prepared(batch.of(task).to(self.device)))
-
-        return {task: one(task) for task in data.names} if data.multi_input else one(data.names[0])
-
-    def losses(
-        self, batch: Split, present: dict[str, Tensor], z: methods.Representation
-    ) -> methods.Losses:
-        losses: methods.Losses = {}
+    def forward(self, batch: Split) -> Forward:
+        """Return losses and representations; in multi-input learning each task has its own."""
+        data, network = self.dataset, self.network
+        inputs = [batch.of(task) for task in (data.names if data.multi_input else data.names[:1])]
+        z = [network.encoder(data.prepared(x.to(self.device))) for x in inputs]
+        losses = []
         with self.method.heads_context():
-            for task in self.dataset.tasks:
+            of_tasks = z if data.multi_input else z * len(data.tasks)
+            for task, mine in zip(data.tasks, of_tasks, strict=True):
                 target = batch.targets[task.name].to(self.device)
-                if not present[task.name].any():
-                    losses[task.name] = None
-                    continue
-                mine = z[task.name] if isinstance(z, dict) else z
-                output = self.network.head(task.name, mine, target.shape[-2:])
-                losses[task.name] = task.kind.loss(output, target)
-        return losses
+                output = network.head(task.name, mine, target.shape[-2:])
+                losses.append(task.kind.loss(output, target))
+        return Forward(network.encoder, [network.heads[t] for t in data.names], losses, z)
 
     @torch.no_grad()
-    def evaluate(self, split: str) -> dict[str, dict[str, float]]:
-        """Return the metrics of each task."""
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Return the test metrics of each task."""
         self.network.eval()
-        metrics = {}
+        test, metrics = self.dataset.splits["test"], {}
         for task in self.dataset.tasks:
             pairs = []
-            for inputs, target in self.dataset.chunks(split, task.name, EVALUATION_BATCH):
+            both = test.of(task.name), test.targets[task.name]
+            for inputs, target in zip(*(x.split(EVALUATION_BATCH) for x in both), strict=True):
                 z = self.network.encoder(self.dataset.prepared(inputs.to(self.device)))
                 output = self.network.head(task.name, z, target.shape[-2:])
                 pairs.append((output, target.to(self.device)))
@@ -115,19 +104,13 @@ def learning_rate(settings: dict, step: int) -> float:
     return settings["lr"] * 0.5**halvings
 
 
-def flipped(dataset: Dataset, batch: Split, seed: int) -> Split:
-    """Mirror half of the samples left to right; a normal's x changes its sign."""
-    if dataset.multi_input:
-        inputs = {t: mirror(x, stream(seed, t)) for t, x in batch.inputs.items()}
-        return Split(inputs, batch.targets)
-    targets = {}
-    for task in dataset.tasks:
-        target = batch.targets[task.name]
-        if task.kind.dense:
-            x_sign = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
-            normals = target.ndim == 4 and target.shape[1] == 3
-            target = mirror(target, seed, x_sign if normals else None)
-        targets[task.name] = target
+def flipped(batch: Split, seed: int) -> Split:
+    """Mirror half of the samples of dense tasks left to right; a normal's x changes its sign."""
+    x_sign = torch.tensor([-1.0, 1.0, 1.0]).view(3, 1, 1)
+    targets = {
+        task: mirror(target, seed, x_sign if target.shape[1:-2] == (3,) else None)
+        for task, target in batch.targets.items()
+    }
     return Split(mirror(batch.inputs, seed), targets)
 
 
@@ -140,10 +123,7 @@ def mirror(values: Tensor, seed: int, factor: Tensor | None = None) -> Tensor:
 def execute(
     run: Run, folder: Path | None, work: Path, *, device: str = "cpu", spectra: bool = False
 ) -> dict:
-    """Return the record of a run: from its file where it is done, else by training.
-
-    spectra: with the exponents of the weights' spectra.
-    """
+    """Return the record of a run: from its file where it is done, else by training."""
     done = work / f"{run.key}.json"
     if done.exists():
         record = json.loads(done.read_text())
@@ -157,7 +137,7 @@ def execute(
     record = {
         "run": str(run),
         "history": trainer.history,
-        **{s: trainer.evaluate(s) for s in ("validation", "test") if s in dataset.splits},
+        "test": trainer.evaluate(),
         "cpu_seconds": round(time.process_time() - began, 2),
     }
     if spectra:
@@ -195,15 +175,7 @@ def exponents(network: Model) -> dict[str, float | None]:
 
 
 def exponent(module: nn.Module) -> float | None:
-    """Return the exponent of the weights' spectra as weightwatcher fits it.
-
-    None: no layer is large enough.
-    """
-    if find_spec("weightwatcher") is None:
-        raise ModuleNotFoundError(
-            "weightwatcher, which a study with `spectra = true` needs, is not installed: "
-            "pip install weightwatcher"
-        )
+    """Return the fitted exponent of the weights' spectra; None: no layer is large enough."""
     import weightwatcher
 
     logging.getLogger("weightwatcher").setLevel(logging.ERROR)

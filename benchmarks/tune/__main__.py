@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -16,10 +17,9 @@ from benchmarks.machine import describe, slug
 from benchmarks.output import groups, markdown, say
 from benchmarks.part import Run
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.static_report import CAPABILITIES, LAYOUTS, MODES
+from benchmarks.static_report import LAYOUTS, MODES
 from benchmarks.tune import measuring
-from benchmarks.tune.candidates import shown
-from benchmarks.tune.cases import KERNELS, Case, cases, shape_of_size, shapes_named
+from benchmarks.tune.cases import Case, cases, shape_of_size, shapes_named
 from benchmarks.tune.compiling import Compiled, Job, compile_all
 from benchmarks.tune.measuring import GAIN, Measured, WrongResultError, measure
 from repmtl_kernels.backends.triton import tiles as tile_table
@@ -46,7 +46,6 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"dtype or precision; default: {' '.join(DEFAULT_MODES)}")  # fmt: skip
     add("--layout", **some, default=["contiguous"], choices=LAYOUTS,
         help="default: contiguous; with several, a tile has to be slower in none")  # fmt: skip
-    add("--kernel", **some, default=list(KERNELS), choices=KERNELS)
     add("--seconds", type=float, metavar="N",
         help="about how long it may take; the largest shapes are first")  # fmt: skip
     add("--workers", type=int, default=WORKERS, metavar="N",
@@ -55,48 +54,32 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder of tiles.json; default: benchmarks/results/<machine>")  # fmt: skip
     add("--write", type=Path, metavar="FILE",
         help=f"write the faster tiles there, as {tile_table.VARIABLE} takes them")  # fmt: skip
-    add("--compile-only", action="store_true",
-        help="only print what the compiler made of each candidate; needs no GPU")  # fmt: skip
-    add("--capability", type=int, choices=CAPABILITIES,
-        help="compute capability to compile for, with --compile-only; default: 90")  # fmt: skip
     options = parser.parse_args(words)
-    if options.compile_only and (options.write or options.out):
-        parser.error("--write and --out: expected no --compile-only, which measures nothing")
-    if options.capability and not options.compile_only:
-        parser.error("--capability: expected --compile-only; measured is the GPU that is there")
-    if options.workers < 1:
-        parser.error(f"--workers: expected at least 1; got {options.workers}")
-    try:
-        options.sizes = [shape_of_size(*size) for size in options.size]
-    except ValueError as error:
-        parser.error(str(error))
+    if min(options.workers, *itertools.chain(*options.size), 1) < 1:
+        parser.error("--workers and --size: expected numbers of at least 1")
     return options
 
 
 def main() -> None:
     options = arguments()
     began = time.monotonic()
-    planned = cases(options.kernel, shapes(options), options.mode, options.layout)
-    if options.compile_only:
-        compile_report(planned, options.capability or 90, options.workers)
-        return
     if not torch.cuda.is_available():
-        sys.exit("needs a CUDA device; with --compile-only it does without")
+        sys.exit("needs a CUDA device")
     device = torch.device("cuda")
-    say(f"machine {slug(device)}: measuring its copy and matrix-product rates")
-    head = describe(device)
-    say(f"  {head['machine']}\n  {head['versions']}\n  {head['measured']}")
+    head = describe(device, measure=False)
+    say(f"{head['machine']}\n{head['versions']}")
     folder = options.out or results.RESULTS / slug(device)
     run = Run("tiles", device, head, folder)
     if options.seconds is not None:
         run.deadline = began + options.seconds
+    planned = cases(shapes(options), options.mode, options.layout)
     tune(planned, run, tile_table.capability_of(device), options.write, options.workers)
     say(f"\nresults: {folder / 'tiles.json'}; {time.monotonic() - began:.0f} s")
 
 
 def shapes(options: argparse.Namespace) -> list[Shape]:
-    names = options.shape or ([] if options.sizes else list(SHAPES))
-    return options.sizes + shapes_named(names)
+    names = options.shape or ([] if options.size else list(SHAPES))
+    return [shape_of_size(*size) for size in options.size] + shapes_named(names)
 
 
 def tune(
@@ -119,14 +102,11 @@ def tune(
         if write is not None:
             write.parent.mkdir(parents=True, exist_ok=True)
             write.write_text(tile_table.as_json((*rules, *kept)))
-        rows = measuring.rows_of(measured[-1], run.head["measured"])
+        rows = measuring.rows_of(measured[-1])
         say(comparison(rows))
         return rows
 
-    with measuring.compilations() as again:
-        run.each(list(line_ups), one)
-    if again:
-        say(f"compiled once more while measuring, the cache did not have them: {', '.join(again)}")
+    run.each(list(line_ups), one)
     if not measured:
         sys.exit("nothing was measured: " + "; ".join(run.notes))
     run.save()  # with the last notes
@@ -137,45 +117,26 @@ def tune(
 
 
 def compiled_line_ups(
-    planned: Sequence[Case], capability: int, workers: int, run: Run, until: float = float("inf")
+    planned: Sequence[Case], capability: int, workers: int, run: Run, until: float
 ) -> dict[Case, list[Compiled]]:
     """Return the candidates of each case, each program once, the tables' tile first."""
     jobs = [Job(case, tile) for case in planned for tile in (None, *case.candidates)]
     say(f"compiling {len(jobs)} candidates of {len(planned)} cases, {workers} at a time")
     line_ups: dict[Case, list[Compiled]] = {case: [] for case in planned}
-    missing = dict.fromkeys(planned, 0)
-    for job, compiled in zip(jobs, compile_all(jobs, capability, workers, until), strict=True):
-        here = line_ups[job.case]
-        if compiled is None:
-            missing[job.case] += 1
-        elif compiled.hash is None or all(compiled.hash != other.hash for other in here):
-            here.append(compiled)
-    for case, count in missing.items():
-        if count:
-            run.note(f"left out for time: {count} candidates of {case}")
+    compiled = compile_all(jobs, capability, workers, until)
+    for one in filter(None, compiled):
+        here = line_ups[one.case]
+        if one.hash is None or all(one.hash != other.hash for other in here):
+            here.append(one)
+    if missing := compiled.count(None):
+        run.note(f"left out for time: {missing} candidates")
+    for case in planned:
         first = next(iter(line_ups[case]), None)
         if first is None or not first.is_baseline or first.request is None:
             why = "not compiled in time" if first is None or not first.is_baseline else first.error
             run.note(f"left out: {case}: the tile of the tables: {why}")
             del line_ups[case]
     return line_ups
-
-
-def compile_report(planned: Sequence[Case], capability: int, workers: int) -> None:
-    """Print what the compiler made of each candidate."""
-    header = ["candidate", "registers", "spills", "shared", "left out because"]
-    run = Run("tiles", torch.device("cpu"), {}, None)
-    for case, line_up in compiled_line_ups(planned, capability, workers, run).items():
-        lines = [
-            [
-                shown(c.tile) + (" (used now)" if c.is_baseline else ""),
-                *("" if v is None else str(v) for v in (c.registers, c.spill_bytes)),
-                "" if c.shared_bytes is None else f"{c.shared_bytes / 1024:.0f} KB",
-                c.error or "",
-            ]
-            for c in line_up
-        ]
-        say(f"\nsm_{capability} {case}\n{markdown(header, lines)}")
 
 
 def comparison(rows: Sequence[dict]) -> str:
@@ -186,9 +147,8 @@ def comparison(rows: Sequence[dict]) -> str:
         if timed:
             best = min(timed, key=lambda row: row["ms"])
             tiles = (f"{row['tile']}, {1e3 * row['ms']:.4g} us" for row in (timed[0], best))
-            fraction = f"{100 * best['fraction']:.2g}%"
-            lines.append([" ".join(where), *tiles, f"{best['ratio']:.3f}", fraction])
-    return markdown(["case", "used now", "fastest", "ratio", "of the floor"], lines)
+            lines.append([" ".join(where), *tiles, f"{best['ratio']:.3f}"])
+    return markdown(["case", "used now", "fastest", "ratio"], lines)
 
 
 if __name__ == "__main__":

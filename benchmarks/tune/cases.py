@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.static_report import MODES, products_of, saliency
-from benchmarks.tune.candidates import candidates
 from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram
+from repmtl_kernels.backends.triton import tiles
 from repmtl_kernels.backends.triton.operand import Operand
-from repmtl_kernels.backends.triton.tiles import Sweep, Tile
+from repmtl_kernels.backends.triton.tiles import ANY, Sweep, Tile
 
 # In the order in which they are tuned.
 KERNELS = {
@@ -27,6 +31,52 @@ KERNELS = {
 # The largest shapes decide, so they are the first in every mode.
 LARGEST = ("nyuv2", "cityscapes")
 OTHERS = ("vit1024", "vit196", "office49", "office1")
+
+
+class Candidates(NamedTuple):
+    """The tiles of a kernel on operands of these kinds; ``odd`` and ``rows`` as in a Rule."""
+
+    kernel: str
+    kinds: tuple[str, ...]
+    odd: bool | None
+    rows: tuple[int, int]
+    tiles: tuple[Tile | Sweep, ...]
+
+
+def _read(kernel: str, kinds: list, odd: bool | None, rows: list, fields: list) -> Candidates:
+    sizes = (rows[0], ANY if rows[1] is None else rows[1])
+    kind = tiles.KERNELS[kernel]
+    return Candidates(kernel, tuple(kinds), odd, sizes, tuple(kind(*t) for t in fields))
+
+
+# A tile is a list of the fields of a Tile or Sweep; the most promising of the largest shapes come
+# first. Tiles that spill registers on sm_90 are left out; on another GPU more of them may spill.
+FILE = Path(__file__).with_name("candidates.json")
+CANDIDATES = tuple(_read(*group.values()) for group in json.loads(FILE.read_text()))
+
+
+def candidates(kernel: str, kind: str, odd: bool, rows: int) -> tuple[Tile | Sweep, ...]:
+    """Return the tiles to try, without the one of the tables."""
+    return tuple(
+        tile
+        for group in CANDIDATES
+        if group.kernel == kernel
+        and kind in group.kinds
+        and group.odd in (None, odd)
+        and group.rows[0] <= rows <= group.rows[1]
+        for tile in group.tiles
+    )
+
+
+def shown(tile: Tile | Sweep) -> str:
+    """Return a tile in words: ``128x256x64 8 warps 3 stages``."""
+    if isinstance(tile, Tile):
+        text = f"{tile.rows}x{tile.columns}x{tile.depth} {tile.warps} warps {tile.stages} stages"
+        text += " TMA" if tile.tma else ""
+    else:
+        text = f"{tile.deep} deep, {tile.most_rows} rows, {tile.programs} programs"
+        text += f" {tile.warps} warps"
+    return text if tile.registers is None else f"{text} {tile.registers} registers"
 
 
 @dataclass(frozen=True)
@@ -53,21 +103,16 @@ class Case:
         return f"{self.kernel} {self.shape.name} {self.mode} {self.layout}"
 
 
-def cases(
-    kernels: Sequence[str], shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]
-) -> list[Case]:
+def cases(shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]) -> list[Case]:
     """Return the decisive cases first: what a deadline leaves out is at the end."""
     decisive = [s for s in shapes if s.name not in OTHERS]
     others = [s for s in shapes if s.name in OTHERS]
     planned: list[Case] = []
-    for layout in layouts:
-        for group in (decisive, others):
-            for mode in modes:
-                for shape in group:
-                    for kernel in KERNELS:
-                        case = Case(kernel, shape, mode, layout)
-                        if kernel in kernels and _is_new(case, planned):
-                            planned.append(case)
+    for layout, group in itertools.product(layouts, (decisive, others)):
+        for mode, shape, kernel in itertools.product(modes, group, KERNELS):
+            case = Case(kernel, shape, mode, layout)
+            if _is_new(case, planned):
+                planned.append(case)
     return planned
 
 
@@ -89,11 +134,7 @@ def _operand(shape: Shape, dtype: torch.dtype) -> Operand:
 
 
 def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[Tensor | None]]:
-    """Return the stage that launches the kernel, on inputs of its own.
-
-    The results of other stages are made like all else: numbers of order 1, by
-    ``make(size, dtype=...)``.
-    """
+    """Return the stage that launches the kernel, on inputs of order 1 of its own."""
     stages = choice.load("triton")
     s = case.shape
     saliencies = [saliency(s, case.dtype, case.layout, make) for _ in range(s.tasks)]
@@ -136,9 +177,6 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
 
 def shape_of_size(tasks: int, batch: int, channels: int, positions: int) -> Shape:
     """Return a shape of the user's own; to the kernels H x W and N x 1 positions are the same."""
-    for name, value in zip("TBCN", (tasks, batch, channels, positions), strict=True):
-        if value < 1:
-            raise ValueError(f"--size: expected {name} of at least 1; got {value}")
     name = f"T{tasks}-B{batch}-C{channels}-N{positions}"
     return Shape(name, tasks, batch, channels, positions, 1, batch, "own")
 

@@ -22,11 +22,6 @@ from benchmarks.tune.cases import KERNELS, Case, stage_of
 from repmtl_kernels.backends.triton import tiles as tile_table
 from repmtl_kernels.backends.triton.tiles import Request, Sweep, Tile
 
-# Bytes that one block may have; on other GPUs the launch decides.
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10} | dict.fromkeys(
-    (86, 89, 120), 99 << 10
-)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -44,9 +39,6 @@ class Compiled:
     error: str | None = None
     request: Request | None = None
     hash: str | None = None  # of its kernels: equal ones are the same program
-    registers: int | None = None
-    spill_bytes: int | None = None
-    shared_bytes: int | None = None
 
 
 def compile_all(
@@ -104,29 +96,11 @@ def compile_one(job: Job, capability: int) -> Compiled:
     ((request, tile),) = ((r, t) for r, t in asked.items() if r.kernel == case.kernel)
     # Many tasks take several launches, a variant each.
     variants = [k for k in kernels.values() if k.metadata.name == name]
-    made = [inspect(k, capability, instructions=False) for k in variants]
-    spill_bytes = max(m.spill_bytes for m in made)
-    shared_bytes = max(m.shared_bytes for m in made)
-    return Compiled(
-        case,
-        tile,
-        job.tile is None,
-        _why_not(spill_bytes, shared_bytes, capability),
-        request,
-        " ".join(sorted(k.hash for k in variants)),
-        max(m.registers for m in made),
-        spill_bytes,
-        shared_bytes,
-    )
+    spilled = max(inspect(k, capability, instructions=False)["spill_bytes"] for k in variants)
+    error = f"spills {spilled} bytes of registers" if spilled else None
+    hashes = " ".join(sorted(k.hash for k in variants))
+    return Compiled(case, tile, job.tile is None, error, request, hashes)
 
 
 def _failed(job: Job, error: str) -> Compiled:
     return Compiled(job.case, job.tile, job.tile is None, error)
-
-
-def _why_not(spill_bytes: int, shared_bytes: int, capability: int) -> str | None:
-    if spill_bytes:
-        return f"spills {spill_bytes} bytes of registers"
-    if shared_bytes > SHARED_BYTES.get(capability, shared_bytes):
-        return f"needs {shared_bytes} bytes of shared memory"
-    return None

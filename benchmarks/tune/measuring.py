@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from benchmarks import floors
 from benchmarks.cases import Effort, input_sets
 from benchmarks.results import rounded
 from benchmarks.rotation import Rotating, graphed
 from benchmarks.static_report import products_of
 from benchmarks.timing import Timing, side_by_side
-from benchmarks.tune.candidates import shown
-from benchmarks.tune.cases import Case, stage_of
+from benchmarks.tune.cases import Case, shown, stage_of
 from benchmarks.tune.compiling import Compiled
 from repmtl_kernels.backends.triton import tiles as tile_table
 from repmtl_kernels.backends.triton.tiles import Rule, Sweep, Tile
@@ -38,8 +34,7 @@ class WrongResultError(Exception):
     """A candidate computes something else than the tile of the tables."""
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     candidate: Compiled
     timing: Timing | None  # None: left out
     error: str | None = None
@@ -68,18 +63,13 @@ def measure(case: Case, compiled: Sequence[Compiled], device: torch.device) -> l
                 # As a CUDA graph: launches take as long as small kernels, and are the same for all.
                 every = Rotating(call, [stages])
                 calls[candidate] = every if pool is None else graphed(every, device, pool)
-            except OutOfResources as error:
+            except (OutOfResources, RuntimeError) as error:
+                # A tensor map is made on the host: the GPU knows nothing of its failure.
+                if not isinstance(error, OutOfResources) and "tensor map" not in str(error).lower():
+                    raise
                 left_out[candidate] = str(error)
                 if candidate.is_baseline:  # nothing to compare with
                     return [Measured(candidate, None, left_out[candidate])]
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if "tensor map" in str(error).lower() and not candidate.is_baseline:
-                    left_out[candidate] = str(error)  # made on the host: the GPU knows nothing
-                    continue
-                # An error on the GPU says nothing of who made it.
-                raise RuntimeError(f"{case}: {shown(candidate.tile)}: {error}") from error
         timings = side_by_side(calls, device, EFFORT)
     return [
         Measured(c, None, left_out[c]) if c in left_out else Measured(c, _each(timings[c], sets))
@@ -135,77 +125,18 @@ def _each(timing: Timing, sets: int) -> Timing:
     return timing._replace(ms=timing.ms / sets, spread=timing.spread / sets)
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """Yield the names of the kernels that this process compiles within the block."""
-    names: list[str] = []
-
-    def listen(*, src, cache_hit: bool, **_: object) -> None:
-        if not cache_hit:
-            names.append(src.name)
-
-    knobs = triton.knobs.compilation
-    before, knobs.listener = knobs.listener, listen
-    try:
-        yield names
-    finally:
-        knobs.listener = before
-
-
-def rows_of(measured: Sequence[Measured], ceilings: dict) -> list[dict]:
+def rows_of(measured: Sequence[Measured]) -> list[dict]:
     """Return the rows of a case, whose first one is the tile of the tables."""
-    return [_row(m, measured[0].timing, ceilings) for m in measured]
-
-
-def _row(measured: Measured, baseline: Timing | None, ceilings: dict) -> dict:
-    candidate, timing = measured.candidate, measured.timing
-    case, s = candidate.case, candidate.case.shape
-    row = {
-        "kernel": case.kernel,
-        "shape": s.name,
-        "T": s.tasks,
-        "B": s.batch,
-        "C": s.channels,
-        "N": s.positions,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "mode": case.mode,
-        "layout": case.layout,
-        "tile": None if candidate.tile is None else shown(candidate.tile),
-        "candidate": None if candidate.tile is None else candidate.tile._asdict(),
-        "baseline": candidate.is_baseline,
-        "registers": candidate.registers,
-        "spill_bytes": candidate.spill_bytes,
-        "shared_bytes": candidate.shared_bytes,
-        "ms": None,
-        "error": measured.error,
-    }
-    if timing is not None and baseline is not None:
-        floor = floor_ms(case, ceilings)
-        figures = {
-            "ms": timing.ms,
-            "spread": timing.spread,
-            "ratio": timing.ms / baseline.ms,
-            "floor_ms": floor,
-            "fraction": floor / timing.ms,
-        }
-        row |= rounded(figures) | {"rounds": timing.rounds}
-    return row
-
-
-def floor_ms(case: Case, ceilings: dict) -> float:
-    """Return the floor of the stage that launches the kernel."""
-    # Both 16-bit dtypes have one rate.
-    precision = {"ieee": "float32", "float16": "bfloat16"}.get(case.mode, case.mode)
-    rate = floors.matmul_rate(ceilings["matmul_tflops"], precision)
-    tiling = floors.EXACT if case.mode == "ieee" else floors.TENSOR_CORES
-    count = partial(floors.forward_passes, "csa_loss")
-    if case.kernel in ("gradient", "pull"):
-        count = partial(floors.backward_passes, "csa_loss")
-    work = count(case.shape, case.dtype.itemsize, tiling)
-    if case.kernel in ("statistics", "gram"):
-        statistics, gram = work
-        work = [statistics if case.kernel == "statistics" else gram]
-    return floors.floor_ms(work, ceilings["copy_gbs"], rate)
+    rows, baseline = [], measured[0].timing
+    for candidate, timing, error in measured:
+        case, tile = candidate.case, candidate.tile
+        row = {"kernel": case.kernel, "shape": case.shape.name, "mode": case.mode}
+        row |= {"layout": case.layout, "tile": tile and shown(tile), "ms": None, "error": error}
+        row["baseline"] = candidate.is_baseline
+        if timing is not None and baseline is not None:
+            row |= rounded(timing._asdict() | {"ratio": timing.ms / baseline.ms})
+        rows.append(row)
+    return rows
 
 
 def faster_rules(measured: Sequence[Sequence[Measured]]) -> list[Rule]:

@@ -15,7 +15,7 @@ METHODS = {"equal": {}, "rep_mtl": REP_MTL, "nash_mtl": {}, "fairgrad": {}}
 
 
 def dense(folder=None, *, seed: int = 0) -> Dataset:
-    """Two tasks of 8 x 8 images; of two training images in ten, one task has no label."""
+    """Two tasks of 8 x 8 images, the depth of two training images is missing."""
     generator = torch.Generator().manual_seed(seed)
     splits = {}
     for split, count in (("train", 10), ("validation", 4), ("test", 6)):

@@ -39,12 +39,12 @@ def test_kernel_rows_have_every_field(kernel_rows):
         assert 1e-9 < row["gradient_error"] < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "stacked"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
 @pytest.mark.parametrize("function", kernels.FUNCTIONS)
 def test_every_function_and_layout_can_be_measured(function, layout):
     case = Case(function, SMALL, FLOAT32, layout)
     (saliencies,) = cases.make_inputs(case, CPU)
-    shapes = {"tokens": (3, 16, 8), "stacked": (2, 3, 8, 4, 4)}
+    shapes = {"tokens": (3, 16, 8)}
     assert saliencies[0].shape == shapes.get(layout, (3, 8, 4, 4))
     channels_last = saliencies[0].dim() == 4 and saliencies[0].stride(1) == 1
     assert channels_last == (layout == "channels_last")
@@ -55,7 +55,7 @@ def test_every_function_and_layout_can_be_measured(function, layout):
 
 
 @pytest.mark.parametrize("size", [(3, 5, 12, 2, 3), (2, 4, 6, 3, 5), (3, 4, 7, 1, 1)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens", "stacked"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
 @pytest.mark.parametrize("function", ["csa_loss", "rep_mtl_loss"])
 def test_the_factored_rival_is_the_reference(function, layout, size):
     shape = Shape("office49", *size, 4, "test")
@@ -91,7 +91,7 @@ def test_the_error_of_a_gradient_is_that_of_the_worst_task(monkeypatch):
     assert errors["eager"] == pytest.approx(0.5, rel=1e-4)
 
 
-def test_a_case_too_large_to_be_judged_on_a_cpu_is_noted(monkeypatch):
+def test_a_case_too_large_to_be_judged_on_a_cpu_has_no_error(monkeypatch):
     shape = SHAPES["cityscapes"].scaled("cpu")
     assert floors.literal_flops("csa_loss", shape) > kernels.JUDGE_FLOPS
     assert floors.literal_flops("csa_loss", SHAPES["vit1024"].scaled("cpu")) < kernels.JUDGE_FLOPS
@@ -105,7 +105,6 @@ def test_a_case_too_large_to_be_judged_on_a_cpu_is_noted(monkeypatch):
     run = new_run(quick=True)
     kernels.measure(run)
     assert run.rows and all(row["gradient_error"] is None for row in run.rows)
-    assert run.notes == ["no errors against float64, which takes too much here: csa_loss office49"]
 
 
 def test_products_are_in_the_precision_of_the_case(monkeypatch):
@@ -144,7 +143,7 @@ def test_every_case_of_a_gpu_is_measured_once():
     }
     assert expected <= set(kinds)
     layouts = {kind[3] for kind in set(kinds) - expected}
-    assert layouts == {"channels_last", "tokens", "stacked"}
+    assert layouts == {"channels_last", "tokens"}
     # torch.compile is slow, so what decides comes before what does not.
     first = len(kernels.decisive())
     assert not any(case.compiled for case in planned[first:])

@@ -90,9 +90,6 @@ def test_a_study_expands_to_its_runs(study_file):
         ("seeds", "seedz", r"study\.toml: unknown 'seedz'; known are .*seeds"),
         ("steps = 4", "step = 4", r"training: unknown 'step'; known are .*steps"),
         ('against = "alone"', 'beside = "alone"', r"methods: unknown 'beside'"),
-        ('name = "equal"', 'name = "alone"', "methods with different names"),
-        ('against = "alone"', 'against = "one"', "against: no method is named 'one'"),
-        ("seeds = [0, 1, 2]", "seeds = []", "expected 'seeds', a list that is not empty"),
     ],
 )
 def test_a_study_with_a_mistake(study_file, old, new, message):
@@ -114,7 +111,7 @@ def test_committed_studies_are_sound():
     paths = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
     assert {"table", "tools", "potholes", "office_surf"} <= {p.stem for p in paths}
     for path in paths:
-        if path.stem != "usual":
+        if "datasets" in config.read(path):
             study = config.study(path)
             for settings in study.datasets.values():
                 assert settings["data"]["name"] in loaders.LOADERS
@@ -126,8 +123,7 @@ def test_committed_studies_are_sound():
 @pytest.mark.slow
 def test_the_command_from_study_to_tables_and_pictures(study_file, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda device: dict.fromkeys(
-        results.HEAD))  # fmt: skip
+    monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda device: {"commit": ""})
     out, work = tmp_path / "out", tmp_path / "work"
     given = [str(study_file), "--out", str(out), "--work", str(work), "--jobs", "1"]
     main(given)
@@ -201,8 +197,8 @@ def test_runs_in_processes_of_their_own_give_the_same(tmp_path):
     runs = [
         config.Run("surf", "equal", "equal", "equal", {}, seed, None, settings) for seed in (0, 1)
     ]
-    alone = studies.run_all(runs, tmp_path, tmp_path / "one", jobs=1)
-    together = studies.run_all(runs, tmp_path, tmp_path / "two", jobs=2)
+    alone = studies.run_all(runs, 1, folder=tmp_path, work=tmp_path / "one")
+    together = studies.run_all(runs, 2, folder=tmp_path, work=tmp_path / "two")
     for run in runs:
         assert together[run.key]["test"] == alone[run.key]["test"]
 

@@ -61,8 +61,6 @@ def test_result_files_come_back_as_written(tmp_path, kernel_rows):
     assert list(found) == [*keys, "default_backend", "notes", "rows"]
     assert found["rows"] == kernel_rows
     assert results.load(tmp_path, "kernels") is None
-    with pytest.raises(ValueError, match="commit"):
-        results.save(tmp_path, "kernels", {"machine": {}}, [])
 
 
 def test_tables_go_between_their_markers_only(tmp_path, kernel_rows):
@@ -81,9 +79,6 @@ def test_tables_go_between_their_markers_only(tmp_path, kernel_rows):
     assert text.startswith("# Title\n<!-- bench:losses:cpu-2core -->\n| shape |")
     assert "<!-- /bench -->\nmiddle\n" in text
     assert "| Rep-MTL, fused losses | 2.00x, 2.00x |" in text
-    assert (
-        "nyuv2, steps of Rep-MTL, fused losses, in the time of one step: 2.00 with Nash-MTL" in text
-    )
     assert "| nyuv2 | Rep-MTL, fused losses | 0.20 | 0.20 | 0.20 | 0.20 | 0.70 |  | 0.40 |" in text
     assert "something" not in text, "notes are for the result file"
     assert " ms" not in text, "times of a CPU are for its result file"

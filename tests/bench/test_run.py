@@ -25,13 +25,13 @@ def test_parts_share_the_time_of_a_run():
     assert both == pytest.approx({"kernels": 0.45 / 0.55, "stages": 1.0})
 
 
-def run_main(monkeypatch, *arguments: str, least: float = 0.0, measure=None) -> list[Run]:
+def run_main(monkeypatch, *arguments: str, measure=None) -> list[Run]:
     """``python -m benchmarks`` with parts that measure nothing."""
     runs = []
     measure = measure or runs.append
     made = (
         Part("first", "FIRST", measure, share=0.5, on=("cpu",)),
-        Part("second", "SECOND", measure, share=0.5, on=("cpu",), least=least),
+        Part("second", "SECOND", measure, share=0.5, on=("cpu",)),
         Part("third", "THIRD", measure, share=0.5),
     )
     monkeypatch.setattr(program, "PARTS", {part.name: part for part in made})
@@ -62,16 +62,6 @@ def test_only_takes_several_parts(monkeypatch, tmp_path):
     assert runs[0].deadline < runs[1].deadline
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--only", "fourth")
-
-
-def test_a_default_run_leaves_out_what_does_not_fit(monkeypatch, tmp_path, capsys):
-    out = "--out", str(tmp_path)
-    assert [run.name for run in run_main(monkeypatch, *out)] == ["first", "second"]
-    runs = run_main(monkeypatch, "--seconds", "20", *out, least=40)
-    assert [run.name for run in runs] == ["first"]
-    assert "left out for time: second" in capsys.readouterr().out
-    asked = run_main(monkeypatch, "--seconds", "20", "--only", "second", *out, least=40)
-    assert [run.name for run in asked] == ["second"]
 
 
 def test_rows_are_saved_as_they_come_and_what_is_left_out_is_noted(tmp_path):

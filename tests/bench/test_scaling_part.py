@@ -273,17 +273,6 @@ def test_a_rival_that_takes_too_long_is_left_out_with_a_note(tiny):
     assert notes[1].endswith(" ms, over the limit of 0 ms")
 
 
-def test_a_rival_that_does_not_fit_is_never_started(tiny):
-    point = scaling.point(TINY, "channels", 16, FLOAT32)
-    memory_gb = (point.rival_bytes - 1) / scaling.MEMORY_SHARE / 1e9
-    tiny.setitem(HEAD["machine"], "memory_gb", memory_gb)
-    rows, notes = measured()
-    found = {(r["sweep"], r["value"]) for r in of_rivals(rows)}
-    assert ("channels", 4) in found and ("channels", 16) not in found
-    (note,) = [note for note in notes if "channels" in note]
-    assert note.startswith("reference left out of channels (float32) from 16 on: about ")
-
-
 def test_a_rival_that_fails_is_a_row_and_stops(tiny):
     def too_large(saliencies):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
@@ -301,16 +290,6 @@ def test_a_rival_that_fails_is_a_row_and_stops(tiny):
     assert line_up.broken(rows) == []
     assert any(n.startswith("reference left out of tasks") and n.endswith("1 TiB") for n in notes)
     assert all(line.rows for line in scaling.lines(rows))
-
-
-@pytest.mark.parametrize("sweep", ["channels", "all_anchors"])
-def test_what_a_rival_takes_is_about_as_estimated(sweep: str):
-    base, anchors = Shape("", 3, 4, 8, 7, 7, 4, ""), Shape("", 3, 4, 16, 1, 1, 4, "")
-    plan = TINY._replace(base=base, anchors=anchors)
-    point = scaling.point(plan, sweep, 128, FLOAT32)
-    rows = scaling.measure_point(point, CPU, CEILINGS, EFFORT, True)
-    (row,) = of_rivals(rows)
-    assert 0.7 < row["peak_mb"] * 1e6 / point.rival_bytes < 1.4
 
 
 # --- slopes, table, figures ---

@@ -88,8 +88,8 @@ def measured(network: networks.Network, makers=methods.METHODS) -> list[dict]:
 
 def test_step_rows_have_every_field(step_rows):
     fields = {
-        "network", "method", "dtype", "architecture", "T", "B", "height", "width",
-        "steps_per_s", "spread", "ratio_to_ew", "peak_mb", "rounds", "phases", "weights", "error",
+        "network", "method", "dtype", "architecture",
+        "steps_per_s", "spread", "ratio_to_ew", "peak_mb", "rounds", "phases", "error",
     }  # fmt: skip
     of_nyuv2 = [row for row in step_rows if row["network"] == "nyuv2"]
     assert [row["method"] for row in of_nyuv2] == list(methods.METHODS)
@@ -110,24 +110,10 @@ def test_phases_of_a_step(step_rows):
     around = {"encoder_forward", "heads_forward", "heads_backward", "encoder_backward", "optimizer"}
     for row in step_rows:
         own = {"saliencies", "regularizer"} if row["method"].startswith("rep_mtl") else set()
-        if row["weights"] is not None:
+        if row["method"] in methods.NEED_TORCHJD:
             own = {"weighting"}
         assert set(row["phases"]) == around | own, row["method"]
         assert list(row["phases"]) == [p for p in phases.PHASES if p in row["phases"]]
-
-
-def test_peers_weigh_the_tasks_apart(step_rows):
-    peers = [row for row in step_rows if row["method"] in methods.NEED_TORCHJD]
-    assert peers
-    for row in peers:
-        assert row["weights"]["steps_off_equal"] > 0
-    assert all(row["weights"] is None for row in step_rows if row not in peers)
-
-
-def test_equal_weights_are_called_out():
-    weights = steps.weights_summary(torch.tensor([[1.0, 1.0], [0.7, 0.7]]))
-    assert weights["steps_off_equal"] == 0
-    assert weights["mean_share"] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("network", [SMALL_NETWORK, SMALL_OFFICE], ids=lambda n: n.name)

@@ -23,8 +23,7 @@ from benchmarks.static_report import MODES, products_of
 from benchmarks.timing import Timing
 from benchmarks.tune import __main__ as program
 from benchmarks.tune import cases, compiling, measuring
-from benchmarks.tune.candidates import CANDIDATES
-from benchmarks.tune.cases import KERNELS, Case, shape_of_size
+from benchmarks.tune.cases import CANDIDATES, KERNELS, Case, shape_of_size, shown
 from benchmarks.tune.compiling import Compiled, Job
 from benchmarks.tune.measuring import Measured, WrongResultError, faster_rules
 from repmtl_kernels.backends.triton import tiles
@@ -80,7 +79,7 @@ def test_candidates_can_be_rules_and_every_case_has_some():
             Rule(group.kernel, group.kinds, tile, group.odd, group.rows)  # raises for a bad one
         assert len(set(group.tiles)) == len(group.tiles) <= 16
     shapes = [*SHAPES.values(), SMALL, shape_of_size(2, 2, 40, 49)]
-    every = cases.cases(list(KERNELS), shapes, list(MODES), ["contiguous", "channels_last"])
+    every = cases.cases(shapes, list(MODES), ["contiguous", "channels_last"])
     assert {case.kernel for case in every} == set(KERNELS)
     for case in every:
         assert 4 <= len(set(case.candidates)) <= 16, case
@@ -91,7 +90,7 @@ def test_most_telling_first_and_nothing_twice():
     modes = ["bfloat16", "tf32", "ieee"]
     names = ["office1", "vit1024", "cityscapes", "nyuv2"]
     layouts = ["contiguous", "channels_last"]
-    found = cases.cases(list(KERNELS), cases.shapes_named(names), modes, layouts)
+    found = cases.cases(cases.shapes_named(names), modes, layouts)
     first = [(c.kernel, c.shape.name, c.mode) for c in found[:9]]
     assert first == [
         *((kernel, "nyuv2", "bfloat16") for kernel in KERNELS),
@@ -163,7 +162,7 @@ def test_a_crash_of_the_compiler_ends_its_job_alone(compiling_processes):
     bad = Job(replace(case, layout=_Ends()), Sweep(2, 4, 64, 2))
     broken, good = compiling_processes([bad, Job(case, None)], CAPABILITY, 1)
     assert "process ended" in broken.error and broken.request is None
-    assert good.error is None and good.is_baseline and good.registers > 0
+    assert good.error is None and good.is_baseline
     assert good.request == Request("statistics", "16-bit", False, 48, 40, CAPABILITY)
     assert good.tile == tiles._find(*good.request)
 
@@ -180,20 +179,6 @@ def test_tasks_of_several_launches_compile(compiling_processes, tasks: int):
 def test_nothing_is_begun_after_the_deadline():
     jobs = [Job(Case("gram", SMALL, "ieee", "contiguous"), None)] * 3
     assert compiling.compile_all(jobs, CAPABILITY, 2, until=0) == [None] * 3
-
-
-@pytest.mark.parametrize(
-    ("spills", "shared", "capability", "expected"),
-    [
-        (0, 227 << 10, 90, None),
-        (0, 227 << 10, 80, "needs 232448 bytes of shared memory"),
-        (0, 1 << 30, 130, None),  # not known: the launch will tell
-        (0, 100 << 10, 120, "needs 102400 bytes of shared memory"),
-        (8, 0, 90, "spills 8 bytes of registers"),
-    ],
-)
-def test_what_spills_or_does_not_fit_is_left_out(spills, shared, capability, expected):
-    assert compiling._why_not(spills, shared, capability) == expected
 
 
 # --- measuring ---
@@ -244,7 +229,7 @@ def test_a_wrong_candidate_is_told_by_name(monkeypatch, kernel: str, wrong: floa
     assert len(measuring.measure(case, line_up, WHERE)) == 2
     with pytest.raises(WrongResultError, match=r"computes something else .* differs by") as error:
         measuring.measure(case, [*line_up, _compiled(case, bad)], WHERE)
-    assert str(error.value).startswith(f"{case}: {program.shown(bad)} ")
+    assert str(error.value).startswith(f"{case}: {shown(bad)} ")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +263,7 @@ def test_a_candidate_that_can_not_run_is_left_out(monkeypatch, error: Exception)
     assert [m.candidate for m in found] == [first, second, spilled]
     assert [m.timing is None for m in found] == [False, True, True]
     assert found[1].error == str(error) and found[2].error == spilled.error
-    rows = measuring.rows_of(found, HEAD["measured"])
+    rows = measuring.rows_of(found)
     assert [row["error"] for row in rows] == [None, found[1].error, spilled.error]
 
 
@@ -293,22 +278,6 @@ def test_without_the_tables_tile_nothing_is_measured(monkeypatch):
     line_up = [_compiled(case, large, first=True), _compiled(case, good)]
     (only,) = measuring.measure(case, line_up, WHERE)
     assert only.timing is None and "shared memory" in only.error
-
-
-def test_floors_are_those_of_the_stage():
-    """At 4.3 TB/s and 790 TFLOP/s: the figures of the losses' floors, forward and backward."""
-    ceilings = HEAD["measured"]
-    floor = {
-        kernel: measuring.floor_ms(
-            Case(kernel, SHAPES["nyuv2"], "bfloat16", "contiguous"), ceilings
-        )
-        for kernel in KERNELS
-    }
-    assert floor["statistics"] + floor["gram"] == pytest.approx(0.258, abs=5e-4)
-    assert floor["gradient"] == floor["pull"] == pytest.approx(0.425, abs=5e-4)
-    tripled = replace(Case("gram", SHAPES["nyuv2"], "tf32", "contiguous"), mode="tf32x3")
-    once = measuring.floor_ms(replace(tripled, mode="tf32"), ceilings)
-    assert measuring.floor_ms(tripled, ceilings) == pytest.approx(3 * once)
 
 
 # --- rules ---
@@ -371,20 +340,17 @@ def test_tuned_tiles_are_those_that_the_kernels_take(
     earlier, table = tmp_path / "earlier.json", tmp_path / "own.json"
     earlier.write_text(tiles.as_json([kept]))
     own_table(earlier)
-    planned = cases.cases(list(KERNELS), [SMALL], ["bfloat16", "ieee"], ["contiguous"])
+    planned = cases.cases([SMALL], ["bfloat16", "ieee"], ["contiguous"])
     program.tune(planned, Run("tiles", WHERE, HEAD, tmp_path / "out"), CAPABILITY, table, 2)
 
     said = capsys.readouterr().out
     assert f"REPMTL_TILES={table}" in said and "8 rules" in said
-    assert "compiled once more" not in said  # on a GPU: found in the cache of the workers
     written = json.loads((tmp_path / "out" / "tiles.json").read_text())
     assert {"machine", "versions", "commit", "date", "measured", "notes"} <= written.keys()
     assert len(written["rows"]) == 3 * len(planned) == 24
     for number, row in enumerate(written["rows"]):
         assert row["baseline"] == (number % 3 == 0) and row["error"] is None
-        assert row["registers"] > 0 and row["spill_bytes"] == 0 and row["shared_bytes"] >= 0
         assert row["ratio"] == (0.9 if number % 3 == 2 else 1.0)
-        assert row["fraction"] == pytest.approx(row["floor_ms"] / row["ms"], rel=1e-3)
 
     own_table(table)
     rules = tiles.own_rules()
@@ -440,10 +406,8 @@ def test_without_time_nothing_is_measured(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--size", "2", "0", "8", "8"], "--size: expected B of at least 1; got 0"),
-        (["--compile-only", "--write", "x.json"], "expected no --compile-only"),
-        (["--capability", "90"], "--capability: expected --compile-only"),
-        (["--workers", "0"], "--workers: expected at least 1; got 0"),
+        (["--size", "2", "0", "8", "8"], "expected numbers of at least 1"),
+        (["--workers", "0"], "expected numbers of at least 1"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, given: list[str], message: str):
