@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
 
 from benchmarks.networks import Batch, Model, Network, random_batch, task_loss
 from benchmarks.peers import AtRepresentation, ByTorchjd, Forward, SinglePass, fairgrad, nash_mtl
@@ -108,7 +106,7 @@ class Peer(EqualWeighting):
 
 
 class RepMTLMethod(EqualWeighting):
-    """Rep-MTL with fixed lambdas, which the dissected and the compiled step can write out.
+    """Rep-MTL with fixed lambdas, which the dissected step can write out.
 
     measured: whether its calls measure the ratio of the gradients; else they are those between.
     """
@@ -164,44 +162,6 @@ class RepMTLMethod(EqualWeighting):
         marks.mark("encoder_backward")
 
 
-class CompiledRepMTL(EqualWeighting):
-    """Rep-MTL by ``torch.func``, forward and backward as one compiled graph."""
-
-    gradient: Callable | None = None
-
-    def gradients(self, work: Work, marks: Unmarked) -> None:
-        self.modules: dict[str, nn.Module] = {"encoder": work.model.encoder, **work.model.heads}
-        parameters = {k: dict(m.named_parameters()) for k, m in self.modules.items()}
-        buffers = {k: dict(m.named_buffers()) for k, m in self.modules.items()}
-        if self.gradient is None:
-            self.gradient = torch.compile(grad_and_value(self._objective), fullgraph=True)
-        with torch.no_grad():
-            grads, _ = self.gradient(parameters, buffers, *work.batch.images, work.batch.labels)
-        for name, of_module in parameters.items():
-            for key, parameter in of_module.items():
-                parameter.grad = grads[name][key]
-        marks.mark("compiled")
-
-    def _objective(self, parameters: dict, buffers: dict, images: Tensor, labels: dict) -> Tensor:
-        encoder = parameters["encoder"], buffers["encoder"]
-        z = functional_call(self.modules["encoder"], encoder, images)
-        losses, saliencies = [], []
-        for task, label in labels.items():
-            saliency, loss = grad_and_value(self._task_loss)(
-                z, buffers[task], parameters[task], task, label
-            )
-            losses.append(loss)
-            saliencies.append(saliency)
-        lambdas = {"lambda_tsr": LAMBDA, "lambda_csa": LAMBDA}
-        return sum(losses) + rep_mtl_loss(saliencies, **lambdas).total
-
-    def _task_loss(
-        self, z: Tensor, buffers: dict, parameters: dict, task: str, label: Tensor
-    ) -> Tensor:
-        output = functional_call(self.modules[task], (parameters, buffers), z)
-        return task_loss(task, output, label)
-
-
 # The decisive methods first: when time runs out, the last ones are left out.
 METHODS: dict[str, Callable[[int], EqualWeighting]] = {
     EQUAL_WEIGHTING: lambda tasks: EqualWeighting(),
@@ -217,19 +177,12 @@ METHODS: dict[str, Callable[[int], EqualWeighting]] = {
     "fairgrad_representation": lambda tasks: Peer(AtRepresentation(fairgrad(tasks))),
 }
 NEED_TORCHJD = tuple(name for name in METHODS if name.startswith(("nash_mtl", "fairgrad")))
-COMPILED: dict[str, Callable[[int], EqualWeighting]] = {
-    EQUAL_WEIGHTING: METHODS[EQUAL_WEIGHTING],
-    "rep_mtl": METHODS["rep_mtl"],
-    "rep_mtl_second_order": METHODS["rep_mtl_second_order"],
-    "rep_mtl_compiled": lambda tasks: CompiledRepMTL(),
-}
 TITLES = {
     "equal_weighting": "equal weighting",
     "rep_mtl_reference": "Rep-MTL, reference losses",
     "rep_mtl": "Rep-MTL, fused losses",
     "rep_mtl_second_order": "Rep-MTL, fused, `second_order()`",
     "rep_mtl_every": f"the same, `every={EVERY}`",
-    "rep_mtl_compiled": "Rep-MTL, step compiled as a whole",
     "nash_mtl": "Nash-MTL (torchjd)",
     "nash_mtl_single_pass": "Nash-MTL, own single pass",
     "nash_mtl_representation": "Nash-MTL, at the representation",

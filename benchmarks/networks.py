@@ -80,7 +80,6 @@ class ResNet(NamedTuple):
 
 
 RESNETS = {
-    "small": ResNet("One residual block at stride 4", basic, 1, (1,), (1,)),
     "resnet18": ResNet("ResNet-18", basic, 1, (2, 2, 2, 2), (1, 1, 1, 1)),
     "resnet50": ResNet("ResNet-50 at stride 8", bottleneck, 4, (3, 4, 6, 3), (1, 1, 2, 4)),
 }

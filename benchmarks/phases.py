@@ -18,7 +18,6 @@ PHASES = {
     "heads_backward": "heads backward, second order in Rep-MTL",
     "weighting": "weighting",
     "encoder_backward": "encoder backward",
-    "compiled": "one graph",
     "optimizer": "optimiser",
 }
 

@@ -21,7 +21,6 @@ PARTS = (
     second_order.PART,
     kept.PART,
     scaling.PART,
-    steps.COMPILED_PART,
     quality.BENCH,
     static.PART,
     compatibility.PART,

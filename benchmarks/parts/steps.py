@@ -15,7 +15,6 @@ import torch
 from benchmarks.cases import FLOAT32, TF32, Effort, Precision, products_in
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.methods import (
-    COMPILED,
     EQUAL_WEIGHTING,
     METHODS,
     NEED_TORCHJD,
@@ -35,9 +34,6 @@ from benchmarks.timing import Timing, side_by_side
 BFLOAT16 = Precision(torch.bfloat16, "high", "bfloat16")
 PRECISIONS = {"cpu": (FLOAT32,), "cuda": (TF32, BFLOAT16)}
 QUICK_NETWORKS = ("nyuv2",)
-# Compiling takes about two seconds for each kernel, so the compiled network is small.
-SMALL = Network("small", {"segmentation": 8, "depth": 1}, 32, 256, 256, "small", 64, (2,), 32,
-                on_cpu={"batch": 8, "height": 96, "width": 96})  # fmt: skip
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 # The cost of a method in all, in cycles, with as few rounds as there may be.
 SET_UP_CYCLES = 12
@@ -98,11 +94,6 @@ def measure(run: Run, planned: list[Case] | None = None) -> None:
         return measure_case(run, time.monotonic() + share, case)
 
     run.each(planned, one)
-
-
-def measure_compiled(run: Run) -> None:
-    precision = PRECISIONS[run.device.type][0]
-    measure(run, [Case(SMALL.scaled(run.device.type), precision, COMPILED)])
 
 
 def measure_case(run: Run, deadline: float, case: Case) -> list[dict]:
@@ -298,10 +289,4 @@ PART = Part(
     broken=broken,
     share=0.35,
     on=("cpu", "cuda"),
-)
-COMPILED_PART = Part(
-    "compiled",
-    "COMPILED: a small network's training step, compiled as a whole",
-    measure_compiled,
-    {"compiled": table},
 )

@@ -140,28 +140,6 @@ def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
     assert torch.allclose(timed[0], timed[2], rtol=1e-3, atol=1e-5)
 
 
-def test_the_compiled_step_has_the_same_gradients(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-    work = methods.Work(SMALL_NETWORK, torch.float32, CPU)
-    found = []
-    for method in (methods.RepMTLMethod(), methods.CompiledRepMTL()):
-        torch.manual_seed(1)  # dropout
-        method.gradients(work, phases.Unmarked())
-        found.append(torch.cat([p.grad.flatten() for p in work.model.parameters()]))
-        work.optimizer.zero_grad()
-    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
-
-
-def test_the_compiled_step_is_measured_beside_equal_weighting(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
-    rows = measured(SMALL_NETWORK, methods.COMPILED)
-    assert [row["method"] for row in rows] == list(methods.COMPILED)
-    row = rows[-1]
-    assert (row["method"], row["error"]) == ("rep_mtl_compiled", None)
-    assert set(row["phases"]) == {"compiled", "optimizer"}
-    assert row["ratio_to_ew"] > 0
-
-
 def test_a_cycle_is_counted_in_steps():
     row = steps.figures(4, Timing(80.0, 8.0, 3), Timing(10.0, 0.0, 3), 1.0)
     assert (row["steps_per_s"], row["ratio_to_ew"], row["spread"]) == (50.0, 2.0, 0.1)
