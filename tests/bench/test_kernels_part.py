@@ -159,7 +159,7 @@ def test_every_case_of_a_gpu_is_measured_once():
 
 
 def test_contestants_are_captured_ours_first(monkeypatch):
-    """Of a failed capture there is a row, and the others are measured."""
+    """A failed capture has a row, and the others are measured."""
     case = Case("csa_loss", SMALL, FLOAT32)
     inputs = cases.make_inputs(case, CPU)
     losses = kernels.contestants(case, CPU)

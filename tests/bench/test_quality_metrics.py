@@ -161,7 +161,7 @@ def test_every_metric_has_a_direction():
 
 
 def test_interval_is_students():
-    """Of five values with mean 3 and deviation sqrt(2.5): 2.776445 sqrt(2.5 / 5)."""
+    """Five values have mean 3 and deviation sqrt(2.5): 2.776445 sqrt(2.5 / 5)."""
     found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3
     assert found.half == pytest.approx(2.7764451052 * math.sqrt(0.5), rel=1e-9)

@@ -16,7 +16,7 @@ from benchmarks.part import Part, Run
 def test_parts_share_the_time_of_a_run():
     default = {"kernels": 0.45, "steps": 0.8, "quality": 1.0}
     assert program.chosen(None, "cpu") == pytest.approx(default)
-    # What comes on top of a default run has what others leave.
+    # Additions to a default run have the time that the others leave.
     assert program.chosen(None, "cuda") == pytest.approx(default | {"stages": 1.0})
     for name in program.PARTS:
         assert program.chosen([name], "cpu") == {name: 1.0}

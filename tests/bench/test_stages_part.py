@@ -25,7 +25,7 @@ ALL = (*stages.MAIN, *stages.OTHER)
         ("statistics", {"positions": True, "channels": False}, 1536 + 4 * 96, 0),
         ("statistics", {"positions": False, "channels": True}, 1536 + 4 * (48 + 6), 0),
         ("entropy", {"with_grad": True}, 4 * 2 * 96, 0),
-        # Of a sample 2 x 2 products of 8 channels, 3 of them its own; 4 weighted for radial.
+        # A sample has 2 x 2 products of 8 channels, 3 of them its own; 4 weighted for radial.
         ("anchors", {"with_grad": True}, 4 * (3 * 48 + 3), 3 * (3 * 16 + 4 * 16)),
         # 36 entries of an 8 x 8 matrix, 16 terms each; 2 anchors times 8 x 16.
         ("gram", {"with_grad": False}, 1536 + 4 * (48 + 24), 6 * (2 * 36 * 16 + 2 * 2 * 128)),

@@ -1,4 +1,4 @@
-"""What the kernels have to reach on a GPU, and the tables of a GPU's results."""
+"""The targets of the kernels on a GPU, and the tables of a GPU's results."""
 
 from __future__ import annotations
 
