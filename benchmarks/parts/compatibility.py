@@ -12,6 +12,7 @@ def table(result: dict) -> str:
     for (feature,), rows in groups(result["rows"], "feature").items():
         of = by(rows, "backend")
         lines.append([feature, *(_cell(of.get(name)) for name in BACKENDS)])
+    lines.sort(key=lambda line: set(line[1:]) == {"not run"})  # these last
     tests = {test for row in result["rows"] for test in row["tests"]}
     text = (
         f"The outcome of {len(tests)} tests. yes: all of a cell's tests passed; no: refused with "

@@ -73,8 +73,8 @@ def test_cells_are_the_outcomes(tmp_path):
         ["one fails", "not run", "failed: `OSError`", "not run", "not run"],
         ["refused", "yes", "no: `ValueError`", "not run", "not run"],
         ["not refused", "not run", "failed: `Failed`", "not run", "not run"],
-        ["skipped", "not run", "not run", "not run", "not run"],
         ["error before", "not run", "not run", "not run", "failed: `setup`"],
+        ["skipped", "not run", "not run", "not run", "not run"],
     ]
 
 
