@@ -118,3 +118,11 @@ def default_precision():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory) -> list[dict[str, str]]:
+    """Run the CHECKS of the test's module on two ranks, and return what failed on each."""
+    import ranks
+
+    return ranks.run(request.module.CHECKS, tmp_path_factory.mktemp("ranks"))

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 RANKS = 2
+HAS_GLOO = dist.is_available() and dist.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not HAS_GLOO, reason="needs gloo")
 TIMEOUT = timedelta(seconds=60)
 
 

@@ -59,7 +59,7 @@ def has_values(x: Tensor) -> bool:
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether ``x`` lives inside ``torch.func``, ``vmap``, batched gradients or a compiler."""
+    """Return whether ``x`` is inside ``torch.func``, ``vmap``, batched gradients or a compiler."""
     return (
         torch.compiler.is_compiling()
         or is_functorch_wrapped(x)

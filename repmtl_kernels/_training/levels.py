@@ -96,7 +96,7 @@ class Levels(tuple[Tensor, ...]):
         return super().__getitem__(self.names.index(key))
 
     def __contains__(self, item: object) -> bool:
-        """Whether it is the name of a level, or a level."""
+        """Return whether it is the name of a level, or a level."""
         return item in self.names if isinstance(item, str) else any(item is z for z in self)
 
     def __repr__(self) -> str:

@@ -24,7 +24,7 @@ LARGEST_RATIO = 100.0
 
 
 def is_measured(applications: int) -> bool:
-    """Whether the ratio is measured after so many calls that applied the regulariser."""
+    """Return whether the ratio is measured after so many calls that applied the regulariser."""
     return applications < FIRST or applications % BETWEEN == 0
 
 

@@ -32,7 +32,7 @@ def triton_status() -> str:
 
 
 def interpreting() -> bool:
-    """Whether Triton interprets kernels: it reads TRITON_INTERPRET when it is first imported."""
+    """Return whether Triton interprets kernels: it reads TRITON_INTERPRET at its first import."""
     import triton
 
     return not isinstance(triton.language.sum, triton.runtime.JITFunction)

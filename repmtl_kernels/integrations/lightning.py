@@ -241,7 +241,7 @@ class RepMTLModule(LightningModule):
 
 
 def _has_targets(batch: Any) -> bool:
-    """Whether it is ``(inputs, targets)`` or ``(inputs, targets, present)``."""
+    """Return whether it is ``(inputs, targets)`` or ``(inputs, targets, present)``."""
     return (
         isinstance(batch, tuple | list) and len(batch) in (2, 3) and isinstance(batch[1], Mapping)
     )

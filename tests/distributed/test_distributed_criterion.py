@@ -24,9 +24,7 @@ from repmtl_kernels import (
     RepMTL,
 )
 
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("needs gloo", allow_module_level=True)
-pytestmark = pytest.mark.slow_cpu
+pytestmark = [pytest.mark.slow_cpu, ranks.needs_gloo]
 
 
 def check_one_strength_for_all_ranks(rank: int) -> None:
@@ -194,11 +192,6 @@ def check_steps_of_several_calls(rank: int) -> None:
 
 
 CHECKS = ranks.checks_in(globals())
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, str]]:
-    return ranks.run(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -27,9 +27,7 @@ from repmtl_kernels import (
 from repmtl_kernels._losses import backward
 from repmtl_kernels.backends import choice, contract
 
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("needs gloo", allow_module_level=True)
-pytestmark = pytest.mark.slow_cpu
+pytestmark = [pytest.mark.slow_cpu, ranks.needs_gloo]
 
 
 class Sent(TorchDispatchMode):
@@ -138,11 +136,6 @@ def check_gram_matrices_made_again(rank: int) -> None:
 
 
 CHECKS = ranks.checks_in(globals())
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, str]]:
-    return ranks.run(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

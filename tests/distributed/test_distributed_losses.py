@@ -25,9 +25,7 @@ from repmtl_kernels import (
 )
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("needs gloo", allow_module_level=True)
-pytestmark = pytest.mark.slow_cpu
+pytestmark = [pytest.mark.slow_cpu, ranks.needs_gloo]
 
 
 def check_csa_loss_is_that_of_the_whole_batch(rank: int) -> None:
@@ -108,7 +106,7 @@ def check_stacked_tokens_and_no_gradient(rank: int) -> None:
     torch.testing.assert_close(average(actual), csa_loss(whole, channel_dim=-1), rtol=1e-12, atol=0)
 
 
-def check_what_is_wrong_is_told_to_every_rank(rank: int) -> None:
+def check_what_is_wrong_is_sent_to_every_rank(rank: int) -> None:
     good = whole_batch(3)
     before = csa_loss(good, group="world")
 
@@ -195,11 +193,6 @@ def check_compiled(rank: int) -> None:
 
 
 CHECKS = ranks.checks_in(globals())
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, str]]:
-    return ranks.run(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from rank_batches import average, own
 from rank_network import (
     BATCH,
@@ -37,9 +36,7 @@ from repmtl_kernels import (
 )
 from repmtl_kernels.backends import choice
 
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("needs gloo", allow_module_level=True)
-pytestmark = pytest.mark.slow_cpu
+pytestmark = [pytest.mark.slow_cpu, ranks.needs_gloo]
 
 
 def check_data_parallel_training(rank: int) -> None:
@@ -236,11 +233,6 @@ def check_sharded_encoder_with_skip_connections(rank: int) -> None:
 
 
 CHECKS = ranks.checks_in(globals())
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, str]]:
-    return ranks.run(CHECKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

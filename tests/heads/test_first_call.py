@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from cases import DEVICE
@@ -101,7 +102,7 @@ def test_explain_leaves_a_region_with_representation_and_loss_to_the_criterion()
     check_losses({0: loss}, [("representation", z)])
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@ranks.needs_gloo
 @pytest.mark.parametrize("option", ["static_graph", "find_unused_parameters"])
 def test_explain_data_parallel_results_that_are_copies(option: str, tmp_path):
     class Model(nn.Module):

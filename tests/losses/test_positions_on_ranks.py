@@ -84,12 +84,7 @@ def check_all_give_a_mask_or_none(rank: int) -> None:
 CHECKS = ranks.checks_in(globals())
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, str]]:
-    return ranks.run(CHECKS, tmp_path_factory.mktemp("positions"))
-
-
-@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+@ranks.needs_gloo
 @pytest.mark.slow_cpu
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
 def test_on_two_ranks(name: str, outcomes: list[dict[str, str]]) -> None:

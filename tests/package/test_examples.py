@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+import ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_example(script, library, figure, good, tmp_path):
 @pytest.mark.parametrize("script", ["data_parallel.py", "sharded_encoder.py"])
 def test_example_on_two_processes(script, tmp_path):
     pytest.importorskip("mlxtend")
-    if not (dist.is_available() and dist.is_gloo_available()):
+    if not ranks.HAS_GLOO:
         pytest.skip("needs gloo")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(

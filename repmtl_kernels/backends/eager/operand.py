@@ -36,7 +36,7 @@ def number_of_positions(saliency: Tensor, mask: Tensor | None) -> int | Tensor:
 
 
 def is_n_side(saliency: Tensor) -> bool:
-    """Whether positions, not channels, are the smaller side of ``S_bt``."""
+    """Return whether positions, not channels, are the smaller side of ``S_bt``."""
     return saliency.shape[2:].numel() <= saliency.shape[1]
 
 
@@ -48,7 +48,7 @@ def storage_factor(saliency: Tensor) -> float:
 
 
 def needs_prescale(saliency: Tensor, scale: Tensor) -> bool:
-    """Whether products of unscaled saliencies may leave the range of their dtype.
+    """Return whether products of unscaled saliencies may leave the range of their dtype.
 
     Reads the scales on the CPU only, where that costs no synchronisation; elsewhere operands are
     always scaled.

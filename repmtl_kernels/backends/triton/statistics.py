@@ -287,7 +287,7 @@ def _write_group(
 
 
 def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
-    """Whether neighbours in memory are channels (channels_last, tokens, one position)."""
+    """Return whether neighbours in memory are channels (channels_last, tokens, one position)."""
     dims, _, unit = geometry.form
     return positions == 1 or (bool(unit >> 1 & 1) and not unit >> (1 + dims) & 1)
 

@@ -120,7 +120,7 @@ class Rule:
             _check("tile.columns", good, f"a multiple of {self.tile.rows}", self.tile.columns)
 
     def fits(self, kind: str, odd: bool, rows: int, depth: int, capability: int) -> bool:
-        """Whether the rule holds for such operands of its kernel."""
+        """Return whether the rule holds for such operands of its kernel."""
         return (
             kind in self.kinds
             and self.odd in (None, odd)

@@ -42,7 +42,7 @@ def matrices(views: Sequence[Tensor], operand: Operand, tile: Tile) -> list[Tens
 
 
 def readable(x: Tensor) -> bool:
-    """Whether TMA can read ``x``.
+    """Return whether TMA can read ``x``.
 
     One of the last two strides has to be 1; the others and the address are multiples of 16 bytes.
     """
@@ -58,7 +58,7 @@ def readable(x: Tensor) -> bool:
 
 
 def rows_last(x: Tensor) -> bool:
-    """Whether the elements of a column are neighbours in memory, and not those of a row."""
+    """Return whether the elements of a column are neighbours in memory, and not those of a row."""
     return x.stride(2) != 1
 
 
