@@ -17,9 +17,9 @@ from ptx.instructions import decode
 from ptx.instructions.bulk_copies import BulkCopies
 from ptx.instructions.copies import Copies
 from ptx.instructions.warpgroup import Products
+from ptx.kernel import Immediate, Instruction, Kernel
 from ptx.local_memory import LocalMemory
 from ptx.observer import Observer
-from ptx.kernel import Immediate, Instruction, Kernel
 from ptx.shared_memory import SharedMemory
 
 WARP = 32

@@ -1,8 +1,8 @@
 """TMA and mbarriers: bulk copies to shared memory (PTX ISA, sections 9.7.9.27 and 9.7.13.15).
 
 The descriptor of a tensor (128 bytes) is the one that the driver of these tests makes: 16 numbers
-of 64 bits, ``address, bytes of an element, rank, swizzle mode, sizes (3), strides in bytes of all
-axes but the first (2), sizes of the box (3)``.
+of 64 bits, ``address, bytes of an element, rank, swizzle (0 to 3: none, 32, 64, 128 bytes), sizes (3), strides
+in bytes of all axes but the first (2), sizes of the box (3)``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ptx.machine import Active, Machine
 
 MOST_SPINS = 1000
+# A tensor's swizzle of 0, 32, 64 and 128 bytes, as wgmma numbers them.
+_MODES = (0, 3, 2, 1)
 
 
 class _Copy(NamedTuple):
@@ -221,6 +223,6 @@ def _copy(machine: Machine, tensor: int, first: list[int], place: int, lane: int
         inside &= (index >= 0) & (index < sizes[axis])
         origin += index * strides[axis]
     machine.memory.check(origin[inside], size, "TMA")
-    to = swizzled(place + np.arange(element.shape[1]) * size, mode)
+    to = swizzled(place + np.arange(element.shape[1]) * size, _MODES[mode])
     machine.shared.check(to, size)
     return _Copy(int(machine.shared.first[lane]) + to, inside, origin[inside], size)
