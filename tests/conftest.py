@@ -49,6 +49,11 @@ def pytest_addoption(parser):
         help="write the outcomes of the tests marked `cell` to FOLDER/compatibility.json",
     )
     parser.addoption(
+        "--compiled",
+        metavar="FOLDER",
+        help="run all cases of compiled kernels, and write a table of them to FOLDER/compiled.json",
+    )
+    parser.addoption(
         "--fast",
         action="store_true",
         help="run one case of each test, and none that is slow",
@@ -60,6 +65,10 @@ def pytest_configure(config):
         import cells
 
         config.pluginmanager.register(cells.Cells(Path(config.getoption("--cells"))))
+    if config.getoption("--compiled") and not hasattr(config, "workerinput"):
+        from ptx import report
+
+        config.pluginmanager.register(report.Report(Path(config.getoption("--compiled"))))
     if config.getoption("--fast"):
         import fast
 

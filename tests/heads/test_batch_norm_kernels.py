@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DEVICE, GRAD_TOLERANCE, LAYOUTS, relative_error
+from cases import DEVICE
 
 from benchmarks.rotation import Rotating, graphed
 from repmtl_kernels.backends.availability import triton_status
@@ -17,143 +17,12 @@ from repmtl_kernels.backends.availability import triton_status
 if triton_status() != "ok":
     pytest.skip(f"needs Triton: {triton_status()}", allow_module_level=True)
 
-from repmtl_kernels._heads.second_order import triton as kernels
+from batch_norm_cases import Problem, check_both, check_first, check_second
+
 from repmtl_kernels._heads.second_order.triton import walk
 
 DTYPES = [torch.bfloat16, torch.float16]
 SUBSETS = list(itertools.product([False, True], repeat=3))
-ALL = (True, True, True)
-EPS = 1e-3
-
-
-class Problem:
-    """The arguments of both functions, and the results of autograd for them in float64."""
-
-    def __init__(
-        self,
-        shape,
-        dtype=torch.float32,
-        layout="contiguous",
-        grad_layout=None,
-        *,
-        training=True,
-        affine=True,
-        relu=True,
-        present=ALL,
-    ):
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(size, offset, kind="contiguous"):
-            values = torch.randn(size, generator=generator, dtype=torch.float64) + offset
-            return LAYOUTS[kind](0, values.to(DEVICE, dtype))
-
-        channels = shape[1]
-        self.training = training
-        self.x = draw(shape, 0.7, layout)
-        self.grad = draw(shape, 0.2, grad_layout or layout)
-        self.weight = draw((channels,), 1.0) if affine else None
-        bias = draw((channels,), 0.0).double()
-        mean, invstd = _statistics(self.x.double())
-        self.mean = (mean if training else mean + 0.3).float()
-        self.invstd = (invstd if training else invstd * 1.2).float()
-        self.output = None
-        if relu:
-            exact = self._normalized(self.x.double(), self._ones_or(self.weight))
-            self.output = torch.empty_like(self.x).copy_((exact + _along(bias, exact)).relu())
-        grad_grads = [
-            draw(shape, 0.0, grad_layout or layout),
-            draw((channels,), 0.0),
-            draw((channels,), 0.0),
-        ]
-        self.grad_grads = [g if i else None for g, i in zip(grad_grads, present, strict=True)]
-
-    @property
-    def operands(self):
-        return self.grad, self.x, self.weight, self.mean, self.invstd, self.output, self.training
-
-    @property
-    def parameter(self):
-        """A tensor of the shape and dtype of the parameters' gradients."""
-        return self.mean if self.weight is None else self.weight
-
-    def first(self, needs=ALL):
-        return kernels.batch_norm_backward(*self.operands, needs)
-
-    def second(self, needs=ALL):
-        return kernels.batch_norm_double_backward(*self.grad_grads, *self.operands, needs)
-
-    def exact(self):
-        """The results of both functions in float64; zeros where autograd finds no dependence."""
-        leaves = [
-            v.double().clone().requires_grad_()
-            for v in (self.grad, self.x, self._ones_or(self.weight))
-        ]
-        grad, x, weight = leaves
-        bias = torch.zeros_like(weight, requires_grad=True)
-        y = self._normalized(x, weight) + _along(bias, x)
-        if self.output is not None:
-            y = y * (self.output > 0)
-        first = torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True)
-        present = [i for i, g in enumerate(self.grad_grads) if g is not None]
-        second = [torch.zeros_like(v) for v in leaves]
-        if present:
-            second = torch.autograd.grad(
-                [first[i] for i in present],
-                leaves,
-                [self.grad_grads[i].double() for i in present],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        return [f.detach() for f in first], second
-
-    def _ones_or(self, weight):
-        return torch.ones_like(self.mean).double() if weight is None else weight.double()
-
-    def _normalized(self, x, weight):
-        if self.training:
-            mean, invstd = _statistics(x)
-        else:
-            mean, invstd = self.mean.double(), self.invstd.double()
-        return (x - _along(mean, x)) * _along(invstd * weight, x)
-
-
-def _statistics(x):
-    dims = [d for d in range(x.dim()) if d != 1]
-    return x.mean(dims), (x.var(dims, unbiased=False) + EPS).rsqrt()
-
-
-def _along(values, x):
-    return values.view(-1, *[1] * (x.dim() - 2))
-
-
-def _check(actual, exact, operands, needs, dtype):
-    tolerance = GRAD_TOLERANCE[dtype]
-    if dtype == torch.bfloat16 and DEVICE == "cpu":
-        tolerance *= 2.5  # Triton's interpreter truncates to bfloat16 where hardware rounds
-    for got, expected, operand, need in zip(actual, exact, operands, needs, strict=True):
-        assert (got is not None) == need
-        if not need:
-            continue
-        assert got.dtype == operand.dtype and got.shape == operand.shape
-        if expected.norm() < 1e-12:  # zero but for rounding
-            assert got.abs().max() <= tolerance
-        else:
-            assert relative_error([got], [expected]) <= tolerance
-
-
-def _check_first(problem, dtype=torch.float32, needs=ALL):
-    like = (problem.x, problem.parameter, problem.parameter)
-    _check(problem.first(needs), problem.exact()[0], like, needs, dtype)
-
-
-def _check_second(problem, dtype=torch.float32, needs=ALL):
-    like = (problem.grad, problem.x, problem.parameter)
-    _check(problem.second(needs), problem.exact()[1], like, needs, dtype)
-
-
-def _check_both(problem, dtype=torch.float32):
-    _check_first(problem, dtype)
-    _check_second(problem, dtype)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -163,11 +32,11 @@ def test_every_choice_of_vectors_and_needs(training):
             (3, 4, 2, 3), training=training, affine=i % 3 > 0, relu=i % 2 > 0, present=present
         )
         for needs in SUBSETS:
-            _check_second(problem, needs=needs)
+            check_second(problem, needs=needs)
     for affine, relu in itertools.product([False, True], repeat=2):
         problem = Problem((3, 4, 2, 3), training=training, affine=affine, relu=relu)
         for needs in SUBSETS[:: 1 if affine else 3]:
-            _check_first(problem, needs=needs)
+            check_first(problem, needs=needs)
 
 
 SHAPES = [
@@ -189,8 +58,8 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape):
-    _check_both(Problem(shape))
-    _check_both(Problem(shape, training=False, relu=False))
+    check_both(Problem(shape))
+    check_both(Problem(shape, training=False, relu=False))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -201,7 +70,7 @@ def test_shapes(shape):
     ids=str,
 )
 def test_dtypes(shape, layout, dtype, training):
-    _check_both(Problem(shape, dtype, layout, training=training), dtype)
+    check_both(Problem(shape, dtype, layout, training=training), dtype)
 
 
 @pytest.mark.parametrize("grad_layout", ["contiguous", "expanded", "negative_view"])
@@ -210,7 +79,7 @@ def test_dtypes(shape, layout, dtype, training):
 )
 def test_layouts(layout, grad_layout):
     problem = Problem((3, 10, 4, 5), torch.float32, layout, grad_layout)
-    _check_both(problem)
+    check_both(problem)
     if layout != "crop":
         for result in (problem.first()[0], *problem.second()[:2]):
             assert result.stride() == problem.x.stride()
@@ -225,7 +94,7 @@ def test_memory_of_any_order(order, back):
     problem = Problem((3, 10, 4, 5))
     problem.x = problem.x.permute(order).contiguous().permute(back)
     assert problem.x.shape == (3, 10, 4, 5) and not problem.x.is_contiguous()
-    _check_both(problem)
+    check_both(problem)
     assert problem.first()[0].stride() == problem.x.stride()
 
 
@@ -235,7 +104,7 @@ def test_large_sizes(constant, value, layout, monkeypatch):
     """Many tiles for each program; more partial sums than are added at once."""
     monkeypatch.setattr(walk, constant, value)
     walk.walk_of.cache_clear()
-    _check_both(Problem((4, 3, 20, 31), layout=layout))
+    check_both(Problem((4, 3, 20, 31), layout=layout))
     walk.walk_of.cache_clear()
 
 
@@ -244,14 +113,14 @@ def test_parameters_of_another_kind():
     problem = Problem((3, 5, 4, 4), torch.bfloat16)
     problem.weight = problem.weight.float()
     problem.grad_grads[1:] = [torch.full((), v, device=DEVICE).expand(5) for v in (0.3, -0.7)]
-    _check_both(problem, torch.bfloat16)
+    check_both(problem, torch.bfloat16)
 
 
 def test_a_large_mean_is_taken_out_first():
     problem = Problem((4, 3, 8, 8), training=False, relu=False)
     problem.x = problem.x + 1000
     problem.mean = problem.mean + 1000
-    _check_both(problem)
+    check_both(problem)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
