@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -112,7 +113,7 @@ class Variable(NamedTuple):
     align: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """A kernel. ``block``: the number of threads that it requires, or None."""
 
@@ -122,6 +123,7 @@ class Kernel:
     instructions: list[Instruction] = field(default_factory=list)
     variables: list[Variable] = field(default_factory=list)
     registers: int = 0
+    steps: list[Callable] = field(default_factory=list)  # the instructions, once decoded
 
     def shared_layout(self) -> tuple[dict[str, int], int]:
         """Return the places of the shared variables, and where dynamic shared memory begins."""

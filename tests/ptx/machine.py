@@ -105,7 +105,9 @@ class Machine:
         self.copies = Copies(self)
         self.bulk_copies = BulkCopies(self)
         self.products = Products(self)
-        self.steps = [decode(instruction) for instruction in kernel.instructions]
+        if not kernel.steps:
+            kernel.steps += map(decode, kernel.instructions)
+        self.steps = kernel.steps
         self.state = np.where(self.thread < threads, RUNNING, ENDED)
         self.pc = np.zeros(self.lanes, np.int64)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at

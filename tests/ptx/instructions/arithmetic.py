@@ -145,9 +145,20 @@ def _fma32(towards: float | None) -> Callable[..., np.ndarray]:
 
 
 def _fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """In the 80 bits of x86: the product keeps 11 more bits than a rounded one would."""
-    wide = np.longdouble
-    return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(np.float64)
+    """Add what product and sum lose to rounding (Dekker's product, Knuth's sum)."""
+    product, total = a * b, a * b + c
+    high_a, high_b = _upper_half(a), _upper_half(b)
+    low_a, low_b = a - high_a, b - high_b
+    lost = ((high_a * high_b - product) + high_a * low_b + low_a * high_b) + low_a * low_b
+    back = total - product
+    lost = lost + ((product - (total - back)) + (c - back))
+    return np.where(np.isfinite(lost), total + lost, total)
+
+
+def _upper_half(x: np.ndarray) -> np.ndarray:
+    """Return the upper 26 bits of a float64's 53."""
+    large = x * np.float64(2**27 + 1)
+    return large - (large - x)
 
 
 @decodes("div")

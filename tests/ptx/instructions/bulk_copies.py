@@ -1,8 +1,8 @@
 """TMA and mbarriers: bulk copies to shared memory (PTX ISA, sections 9.7.9.27 and 9.7.13.15).
 
-The descriptor of a tensor (128 bytes) is the one that the driver of these tests makes: 16 numbers
-of 64 bits, ``address, bytes of an element, rank, swizzle (0 to 3: none, 32, 64, 128 bytes), sizes (3), strides
-in bytes of all axes but the first (2), sizes of the box (3)``.
+The descriptor of a tensor (128 bytes) is the one that the driver of these tests makes, 16 numbers
+of 64 bits: address, bytes of an element, rank, swizzle (0 to 3: none, 32, 64, 128 bytes), sizes of
+three axes, strides in bytes of the second and third axis, sizes of the box.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class _Barrier:
     bytes: int = 0
     phase: int = 0
     copies: list[_Copy] = field(default_factory=list)
+    asked: bool = False  # whether somebody has waited for these copies
 
 
 class BulkCopies:
@@ -80,12 +81,18 @@ class BulkCopies:
             raise Fault("an mbarrier: more arrivals than it counts")
 
     def waited(self, cta: int, place: int, parity: int) -> bool:
-        """Deliver what the mbarrier waits for; return whether the phase of that parity is over."""
+        """Return whether the phase of that parity is over.
+
+        Copies arrive when they are waited for a second time: nobody may rely on the first.
+        """
         barrier = self.barrier(cta, place)
+        if barrier.copies and not barrier.asked:
+            barrier.asked = True
+            return False
         for copy in barrier.copies:
             self._deliver(copy)
             barrier.bytes -= copy.bytes
-        barrier.copies = []
+        barrier.copies, barrier.asked = [], False
         if barrier.pending == 0 and barrier.bytes == 0:
             barrier.phase += 1
             barrier.pending = barrier.count
