@@ -66,22 +66,29 @@ def source(operand: Operand, kind: str) -> Source:
 
 def _register(register: Register, dtype: np.dtype) -> Source:
     number = register.number
-    if dtype == np.bool_ or register.bytes == dtype.itemsize:
+    if dtype == np.bool_:
+
+        def predicate(machine: Machine) -> np.ndarray:
+            value = machine.registers[number]
+            if value is None:
+                raise Fault("reads a predicate that nothing wrote")
+            return value.view(dtype)
+
+        return predicate
+    unsigned = UNSIGNED[dtype.itemsize]
+    # Compilers leave the half of a register that is not used as it is.
+    poison = np.array(-1, f"i{dtype.itemsize}").view(dtype)
+    if register.bytes == dtype.itemsize:
 
         def same_width(machine: Machine) -> np.ndarray:
             value = machine.registers[number]
-            if value is None:
-                raise Fault("reads a register that nothing wrote")
-            return value.view(dtype)
+            return poison if value is None else value.view(dtype)
 
         return same_width
-    unsigned = UNSIGNED[dtype.itemsize]
 
     def other_width(machine: Machine) -> np.ndarray:
         value = machine.registers[number]
-        if value is None:
-            raise Fault("reads a register that nothing wrote")
-        return value.astype(unsigned).view(dtype)
+        return poison if value is None else value.astype(unsigned).view(dtype)
 
     return other_width
 
