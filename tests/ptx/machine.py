@@ -24,8 +24,6 @@ from ptx.shared_memory import SharedMemory
 
 WARP = 32
 RUNNING, WAITING, ENDED = 0, 1, 2
-# A loop that waits for an mbarrier may turn so often while nothing else happens.
-MOST_SPINS = 64
 
 Extent = tuple[int, int, int]
 # Which lanes an instruction is for: None is all lanes of the launch.
@@ -111,7 +109,6 @@ class Machine:
         self.state = np.where(self.thread < threads, RUNNING, ENDED)
         self.pc = np.zeros(self.lanes, np.int64)
         self.barrier = np.zeros(self.lanes, np.int64)  # which one a lane waits at
-        self.spins = 0
 
     def run(self) -> None:
         if self.observer:
