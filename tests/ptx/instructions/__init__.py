@@ -28,6 +28,7 @@ FAMILIES = (
     "copies",
     "matrices",
     "memory",
+    "pairs",
     "products",
     "warp",
     "warpgroup",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ptx.instructions import Step, decodes, unknown
+from ptx.instructions.numbers import bfloat16
 from ptx.instructions.operands import NUMPY, flushed, source, sources, target
 from ptx.kernel import Instruction
 
@@ -23,6 +25,8 @@ def _step(
     instruction: Instruction, compute: Callable[..., np.ndarray], kind: str, result: str = ""
 ) -> Step:
     """Return the step of an instruction whose operands all have one type."""
+    if kind in ("bf16", "bf16x2", "f16x2"):  # numpy would compute with their bits
+        raise unknown(instruction)
     read = sources(instruction, kind)
     write = target(instruction.operands[0])
     dtype = NUMPY[result or kind]
@@ -64,11 +68,24 @@ def _add(instruction: Instruction) -> Step:
         raise unknown(instruction)
     towards = rounding(instruction)
     compute = np.add if instruction.op == "add" else np.subtract
+    if kind == "bf16" and instruction.modifiers == ("rn", "f32", "bf16"):
+        return _add_bfloat16(instruction, compute)
     if towards is None or kind == "f64":
         return _step(instruction, compute, kind)
     return _step(
         instruction, lambda a, b: rounded(_exactly(compute, a, b), np.float32, towards), kind
     )
+
+
+def _add_bfloat16(instruction: Instruction, compute: np.ufunc) -> Step:
+    """A bfloat16 and a float32, from sm_100 on."""
+    a, b = source(instruction.operands[1], "b16"), source(instruction.operands[2], "f32")
+    write = target(instruction.operands[0])
+
+    def step(machine: Machine, active: Active) -> None:
+        write(machine, np.asarray(compute(bfloat16(a(machine)), b(machine))), active)
+
+    return step
 
 
 def _exactly(compute: np.ufunc, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -128,14 +145,14 @@ def _mad(instruction: Instruction) -> Step:
 def _fma(instruction: Instruction) -> Step:
     kind = instruction.type
     if kind == "f32":
-        return _step(instruction, _fma32(rounding(instruction)), kind)
+        return _step(instruction, fma32(rounding(instruction)), kind)
     if kind == "f64":
         return _step(instruction, _fma64, kind)
     raise unknown(instruction)
 
 
-def _fma32(towards: float | None) -> Callable[..., np.ndarray]:
-    """Products of float32 are exact in float64; only the sum is rounded there, once more."""
+def fma32(towards: float | None) -> Callable[..., np.ndarray]:
+    """Return the function. Products are exact in float64; the sum is rounded there, once more."""
 
     def compute(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
@@ -192,9 +209,11 @@ def _extreme(instruction: Instruction) -> Step:
     kind, largest = instruction.type, instruction.op == "max"
     if kind in ("bf16", "f16x2", "bf16x2"):
         raise unknown(instruction)
+    compute = np.maximum if largest else np.minimum
     if kind[0] == "f" and "NaN" not in instruction.modifiers:
-        return _step(instruction, np.fmax if largest else np.fmin, kind)
-    return _step(instruction, np.maximum if largest else np.minimum, kind)
+        compute = np.fmax if largest else np.fmin
+    # Two numbers, or three from sm_100 on.
+    return _step(instruction, lambda *numbers: functools.reduce(compute, numbers), kind)
 
 
 @decodes("abs", "neg")

@@ -129,6 +129,8 @@ def _reduce(instruction: Instruction) -> Step:
     reductions |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
     to, operand, members = instruction.operands
     read, mask, write = source(operand, kind), source(members, "b32"), target(to)
+    if kind == "f32":  # NaN is left out
+        reductions |= {"min": np.fmin, "max": np.fmax}
     reduce, dtype = reductions[operation], NUMPY[kind]
 
     def step(machine: Machine, active: Active) -> None:
