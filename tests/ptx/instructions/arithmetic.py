@@ -25,7 +25,7 @@ def _step(
     instruction: Instruction, compute: Callable[..., np.ndarray], kind: str, result: str = ""
 ) -> Step:
     """Return the step of an instruction whose operands all have one type."""
-    if kind in ("bf16", "bf16x2", "f16x2"):  # numpy would compute with their bits
+    if kind in ("bf16", "bf16x2", "f16x2", "f32x2"):  # numpy would compute with their bits
         raise unknown(instruction)
     read = sources(instruction, kind)
     write = target(instruction.operands[0])
