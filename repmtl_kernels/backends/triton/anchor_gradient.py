@@ -105,7 +105,7 @@ def _affinity_products(
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "batch", "N_DIV", "C_DIV"])
 def _gradient_pull_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     group,  # numbers of the tasks
@@ -163,7 +163,7 @@ def _gradient_pull_kernel(
     tl.store(to, y, mask=(c < channels)[:, None] & (task < tasks))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "batch"])
 def _gradient_anchor_kernel(
     products,  # (T, B, T, C): S^ S^^T u
     valid,  # (B, N) bool; or None

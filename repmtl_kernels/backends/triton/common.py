@@ -70,12 +70,14 @@ class Geometry(NamedTuple):
 
     ``layout = (stride_b, stride_c, stride_0, stride_1, stride_2, size_1, size_2)``: the positions
     as a row-major grid of ``dims`` dimensions. Strides other than 1 are in units of ``align``
-    elements, so that the compiler knows how rows are aligned without one variant per size.
-    ``form = (dims, align, unit)`` is for compile time; bit i of ``unit`` says that stride i is 1.
+    elements and sizes in units of ``grid_align``, so that the compiler knows how rows are aligned
+    without one variant per size. All of them are :func:`unspecialized`.
+    ``form = (dims, align, unit, grid_align)`` is for compile time; bit i of ``unit`` says that
+    stride i is 1.
     """
 
     layout: tuple[int, ...]
-    form: tuple[int, int, int]
+    form: tuple[int, int, int, int]
 
 
 def geometry(view: Tensor) -> Geometry:
@@ -98,17 +100,29 @@ def _geometry(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> Geometry:
             sizes.append(size)
             strides.append(stride)
     dims = max(1, len(sizes))
-    sizes += [1] * (3 - len(sizes))
+    grid_align = alignment(*sizes[1:])
+    sizes += [grid_align] * (3 - len(sizes))
     strides = [batch, channel, *strides, *[0] * (3 - len(strides))]
     unit = sum(1 << i for i, stride in enumerate(strides) if stride == 1)
     align = alignment(*(stride for stride in strides if stride != 1))
     scaled = [1 if stride == 1 else stride // align for stride in strides]
-    return Geometry((*scaled, sizes[1], sizes[2]), (dims, align, unit))
+    grid = [size // grid_align for size in sizes[1:]]
+    layout = tuple(map(unspecialized, (*scaled, *grid)))
+    return Geometry(layout, (dims, align, unit, grid_align))
 
 
-def alignment(*values: int) -> int:
-    """Return the largest power of two up to 16 that divides every value."""
-    return min(16, *(value & -value for value in values if value), 16)
+def unspecialized(size: int) -> int:
+    """Return what a tuple has in place of ``size``, for :func:`tuple_item` to read.
+
+    Triton compiles a variant for 1 and another for multiples of 16, and ``do_not_specialize`` does
+    not reach into tuples. An odd number above 1 is neither.
+    """
+    return 2 * size + 3
+
+
+def alignment(*values: int, most: int = 16) -> int:
+    """Return the largest power of two up to ``most`` that divides every value."""
+    return min(most, *(value & -value for value in values if value), most)
 
 
 class TaskGroup(NamedTuple):
@@ -159,12 +173,18 @@ def count_valid(valid, positions):
 
 
 @triton.jit
+def tuple_item(values, i: tl.constexpr):
+    """Return the integer that :func:`unspecialized` wrote."""
+    return (values[i] - 3) >> 1
+
+
+@triton.jit
 def stride_of(layout, FORM: tl.constexpr, i: tl.constexpr):
     """Return stride ``i`` of a :class:`Geometry` in elements: int64, or the constant 1."""
     if (FORM[2] >> i) & 1:
         return 1
     else:
-        return tl.cast(layout[i], tl.int64) * FORM[1]
+        return tl.cast(tuple_item(layout, i), tl.int64) * FORM[1]
 
 
 @triton.jit
@@ -174,11 +194,13 @@ def position_offsets(n, layout, FORM: tl.constexpr):
     if FORM[0] == 1:
         return n * stride_of(layout, FORM, 2)
     elif FORM[0] == 2:
-        row, column = n // layout[5], n % layout[5]
+        width = tuple_item(layout, 5) * FORM[3]
+        row, column = n // width, n % width
         return row * stride_of(layout, FORM, 2) + column * stride_of(layout, FORM, 3)
     else:
-        plane, rest = n // (layout[5] * layout[6]), n % (layout[5] * layout[6])
-        row, column = rest // layout[6], rest % layout[6]
+        height, width = tuple_item(layout, 5) * FORM[3], tuple_item(layout, 6) * FORM[3]
+        plane, rest = n // (height * width), n % (height * width)
+        row, column = rest // width, rest % width
         return (
             plane * stride_of(layout, FORM, 2)
             + row * stride_of(layout, FORM, 3)

@@ -20,6 +20,8 @@ TILES = 264
 SIDES = (64, 32, 16)
 # Anchors of one step of the gradient kernel (more if one sample has more), and their elements.
 GRADIENT_SIDE, GRADIENT_ELEMENTS = 32, 2048
+# Similarities of one step of a log-sum-exp, whatever the batch: four for each thread.
+LOGSUMEXP_WIDE = 512
 # Elements of the block of products kept for the gradient; more if the anchors have more.
 BUFFER = 1 << 24
 
@@ -44,7 +46,17 @@ def _anchor_rows(
     return row, (task < TASKS) & (sample < samples)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_tile",
+        "tiles",
+        "batch",
+        "total",
+        "task_rows",
+        "sample_rows",
+        "channels_div",
+    ]
+)
 def _contrast_products_kernel(
     anchors,  # (T, B, C)
     others,  # (T, G, C), of rows of C
@@ -94,7 +106,7 @@ def _tile_of(matrix, row, column, columns, ROWS: tl.constexpr, COLUMNS: tl.const
     return matrix + i[:, None] * columns + j[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "own", "rows", "columns", "batch", "total"])
 def _contrast_logsumexp_kernel(
     similarity,  # (samples of this launch, columns): r
     logsumexp,  # (B,)
@@ -140,7 +152,19 @@ def _contrast_logsumexp_kernel(
     tl.store(logsumexp + first + vector, value, mask=of_row)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "first_tile",
+        "own",
+        "tiles",
+        "blocks",
+        "batch",
+        "total",
+        "task_rows",
+        "sample_rows",
+        "channels_div",
+    ]
+)
 def _contrast_gradient_kernel(
     dots,  # (tiles of this launch * SIDE, all tiles * SIDE)
     similarity,  # (tiles of this launch * samples, all tiles * samples): r
@@ -307,7 +331,7 @@ def contrast(
             batch,
             total,
             temperature,
-            WIDE=min(1024, next_power_of_2(total)),
+            WIDE=LOGSUMEXP_WIDE,
         )
     if not with_grad:
         return Contrast(logsumexp, None)

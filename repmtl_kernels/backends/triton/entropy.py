@@ -39,7 +39,7 @@ def _abs_gradient(x, share, h, log_p, total):
 # 0, z may be -inf, and the terms are 0.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _entropy_over_tasks_kernel(
     x,  # (T, length)
     grad,  # (T, length)
@@ -87,7 +87,7 @@ def _entropy_over_tasks_kernel(
         tl.store(grad + offset, g / length, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _entropy_over_space_kernel(
     x,  # (rows, length): a row for each task and sample
     grad,  # (rows, length)

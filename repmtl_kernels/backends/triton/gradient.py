@@ -131,7 +131,7 @@ def _add_outer(left, right, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
         return matmul(left, tl.trans(right), acc, PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "batch", "R_DIV", "K_DIV"])
 def _gradient_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     x_0,  # TMA descriptors of DEPTH x BLOCK_K of X, one a task; or None

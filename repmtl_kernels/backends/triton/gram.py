@@ -121,7 +121,7 @@ def _sum(parts, count, BLOCK: tl.constexpr):
     return tl.sum(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["square_parts", "positive_parts"])
 def _gram_finish_kernel(
     squares,  # (T, B, PARTS)
     positives,  # (T, B, PARTS)

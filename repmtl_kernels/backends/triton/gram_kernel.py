@@ -29,7 +29,13 @@ from repmtl_kernels.backends.triton.tma import chosen, load_block
 SAFE_SCALE = tl.constexpr(2.0**40)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tasks", "batch", "R_DIV", "K_DIV"],
+    do_not_specialize_on_alignment=[
+        "tiles",
+        "strips",
+    ],  # a single tile has no loop off the diagonal
+)
 def _gram_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     tall_0,  # TMA descriptors of BLOCK x DEPTH of X, one for each task; or None

@@ -29,6 +29,10 @@ from repmtl_kernels.backends.triton.tiles import ProductKernel, Tile, tile_of
 INTERPRET = tl.constexpr(common.INTERPRET)
 
 
+# The largest power of two that kernels are told of, where it divides the number of channels.
+CHANNELS_ALIGN = 256
+
+
 class Operand(NamedTuple):
     """The sides of ``X``, and how its products are computed."""
 
@@ -49,8 +53,13 @@ class Operand(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """``R // R_ALIGN, K // K_ALIGN, R_ALIGN, K_ALIGN``: masks then keep wide loads."""
-        r_align, k_align = alignment(self.rows), alignment(self.depth)
+        """``R // R_ALIGN, K // K_ALIGN, R_ALIGN, K_ALIGN``: masks then keep wide loads.
+
+        The number of channels stays as it is in training, so the compiler may know more of it.
+        """
+        r_most, k_most = (16, CHANNELS_ALIGN) if self.n_side else (CHANNELS_ALIGN, 16)
+        r_align = alignment(self.rows, most=r_most)
+        k_align = alignment(self.depth, most=k_most)
         return self.rows // r_align, self.depth // k_align, r_align, k_align
 
     @property
@@ -79,9 +88,9 @@ class Operand(NamedTuple):
             return float16_gram_factor(self.depth)
         return 2.0 ** -math.floor(math.log2(self.depth))
 
-    def passes_registers(self, form: tuple[int, int, int], *, along_rows: bool) -> bool:
+    def passes_registers(self, form: tuple[int, int, int, int], *, along_rows: bool) -> bool:
         """Whether products that sum along the rows (or columns) of ``X`` use :func:`touched`."""
-        dims, _, unit = form
+        dims, _, unit, _ = form
         axis = 1 + dims if self.n_side == along_rows else 1
         return self.precision == "tf32" and not unit >> axis & 1
 

@@ -38,7 +38,10 @@ def power_of_two(largest):
     return tl.where(largest == 0, 1.0, bits.to(tl.float32, bitcast=True))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["batch", "columns_div", "chunks", "chunk_steps"],
+    do_not_specialize_on_alignment=["tiles"],
+)
 def _statistics_kernel(
     saliencies,  # tuple of (B, C, *spatial)
     layout,
@@ -51,6 +54,7 @@ def _statistics_kernel(
     columns_div,
     chunks,
     tiles,
+    chunk_steps,
     COLUMNS_ALIGN: tl.constexpr,
     FORM: tl.constexpr,
     CHANNEL_COLUMNS: tl.constexpr,  # columns are channels and rows are positions, or the reverse
@@ -60,7 +64,6 @@ def _statistics_kernel(
     DEEP: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Grid: (task, sample, chunk of rows, tile of columns), the last running fastest."""
     part = tl.program_id(0)
@@ -69,7 +72,7 @@ def _statistics_kernel(
     b = sample % batch
     columns = columns_div * COLUMNS_ALIGN
     column = tile * WIDE + tl.arange(0, WIDE)
-    first = chunk * CHUNK + tl.arange(0, DEEP * HIGH)
+    first = chunk * (chunk_steps * (DEEP * HIGH)) + tl.arange(0, DEEP * HIGH)
     saliency = pick(saliencies, sample // batch) + b * stride_of(layout, FORM, 0)
     if CHANNEL_COLUMNS:
         saliency += column.to(tl.int64)[None, :] * stride_of(layout, FORM, 1)
@@ -82,8 +85,8 @@ def _statistics_kernel(
 
     total = tl.zeros((HIGH, WIDE), tl.float32)
     largest = tl.zeros((HIGH, WIDE), tl.float32)
-    for step in range(0, CHUNK, DEEP * HIGH):
-        row = first + step
+    for step in range(chunk_steps):
+        row = first + step * (DEEP * HIGH)
         if CHANNEL_COLUMNS:
             offset = position_offsets(row, layout, FORM)
         else:
@@ -110,15 +113,16 @@ def _statistics_kernel(
         tl.store(max_parts + part, tl.max(largest))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunks", "tiles", "column_blocks", "blocks"])
 def _statistics_finish_kernel(
     column_parts,  # (tasks, B, chunks, columns)
     row_parts,  # (tasks, B, tiles, rows)
     max_parts,  # (tasks, B, chunks, tiles)
     valid,  # (B, N) bool; or None
-    column_means,  # tuple of (B, columns)
-    row_means,  # tuple of (B, rows)
-    scale,  # tuple of (B,)
+    column_means,  # (T, B, columns)
+    row_means,  # (T, B, rows)
+    scale,  # (T, B)
+    group,  # numbers of the tasks
     batch,
     rows,
     columns,
@@ -136,11 +140,12 @@ def _statistics_finish_kernel(
     """Grid: (task, sample, block of columns or rows): adds the partial sums in a fixed order."""
     block = tl.program_id(0) % blocks
     sample = (tl.program_id(0) // blocks).to(tl.int64)
-    task, b = sample // batch, sample % batch
+    b = sample % batch
+    target = pick(group, sample // batch) * batch + b
     if COLUMN_SUMS:
         if block < column_blocks:
             parts = column_parts + sample * chunks * columns
-            means = pick(column_means, task) + b * columns
+            means = column_means + target * columns
             count = rows
             if valid is not None and CHANNEL_COLUMNS:
                 count = count_valid(valid + b * rows, rows)
@@ -148,7 +153,7 @@ def _statistics_finish_kernel(
     if ROW_SUMS:
         if block >= column_blocks:
             parts = row_parts + sample * tiles * rows
-            means = pick(row_means, task) + b * rows
+            means = row_means + target * rows
             count = columns
             if valid is not None and not CHANNEL_COLUMNS:
                 count = count_valid(valid + b * columns, columns)
@@ -161,7 +166,7 @@ def _statistics_finish_kernel(
                 source = max_parts + sample * chunks * tiles + part
                 m = tl.load(source, mask=part < chunks * tiles, other=0.0)
                 largest = tl.maximum(largest, m)
-            tl.store(pick(scale, task) + b, power_of_two(tl.max(largest, 0)))
+            tl.store(scale + target, power_of_two(tl.max(largest, 0)))
 
 
 @triton.jit
@@ -197,19 +202,18 @@ def statistics(
     a = empty(tasks, batch, first.shape[1]) if channels else None
     scale = empty(tasks, batch) if channels else None
     for group in task_groups(saliencies):
-        of_group = (None if v is None else tuple(v[t] for t in group.tasks) for v in (x, a, scale))
-        _write_group(group, mask, *of_group)
+        _write_group(group, mask, x, a, scale)
     return Statistics(x, a, scale)
 
 
 def _write_group(
     group: TaskGroup,
     mask: Tensor | None,
-    x: tuple[Tensor, ...] | None,
-    a: tuple[Tensor, ...] | None,
-    scale: tuple[Tensor, ...] | None,
+    x: Tensor | None,
+    a: Tensor | None,
+    scale: Tensor | None,
 ) -> None:
-    """Write the statistics of a group of tasks into ``x``, ``a`` and ``scale``, a tensor a task."""
+    """Write the statistics of a group of tasks into ``x``, ``a`` and ``scale``."""
     first = group.tensors[0]
     positions, channels = first.shape[2:].numel(), first.shape[1]
     channel_columns = _channels_are_contiguous(group.geometry, positions)
@@ -225,9 +229,9 @@ def _write_group(
     deep, high, wide, chunk = _tile(sweep, samples, rows, columns, size)
     chunks, tiles = cdiv(rows, chunk), cdiv(columns, wide)
     empty = partial(torch.empty, dtype=torch.float32, device=first.device)
-    column_parts = column_means and empty(samples, chunks, columns)
-    row_parts = row_means and empty(samples, tiles, rows)
-    max_parts = scale and empty(samples, chunks, tiles)
+    column_parts = None if column_means is None else empty(samples, chunks, columns)
+    row_parts = None if row_means is None else empty(samples, tiles, rows)
+    max_parts = None if scale is None else empty(samples, chunks, tiles)
     launch(
         _statistics_kernel,
         (samples * chunks * tiles,),
@@ -243,6 +247,7 @@ def _write_group(
         columns // align,
         chunks,
         tiles,
+        chunk // (deep * high),
         COLUMNS_ALIGN=align,
         FORM=group.geometry.form,
         CHANNEL_COLUMNS=channel_columns,
@@ -252,12 +257,11 @@ def _write_group(
         DEEP=deep,
         HIGH=high,
         WIDE=wide,
-        CHUNK=chunk,
         num_warps=sweep.warps,
         maxnreg=sweep.registers,
     )
-    column_blocks = cdiv(columns, FINISH_COLUMNS) if column_means else 0
-    blocks = column_blocks + (cdiv(rows, FINISH_COLUMNS) if row_means else 0)
+    column_blocks = cdiv(columns, FINISH_COLUMNS) if column_means is not None else 0
+    blocks = column_blocks + (cdiv(rows, FINISH_COLUMNS) if row_means is not None else 0)
     launch(
         _statistics_finish_kernel,
         (samples * blocks,),
@@ -269,6 +273,7 @@ def _write_group(
         column_means,
         row_means,
         scale,
+        group.tasks,
         first.shape[0],
         rows,
         columns,
@@ -288,7 +293,7 @@ def _write_group(
 
 def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
     """Return whether neighbours in memory are channels (channels_last, tokens, one position)."""
-    dims, _, unit = geometry.form
+    dims, _, unit, _ = geometry.form
     return positions == 1 or (bool(unit >> 1 & 1) and not unit >> (1 + dims) & 1)
 
 

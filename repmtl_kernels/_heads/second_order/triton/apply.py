@@ -8,7 +8,10 @@ import triton.language as tl
 from repmtl_kernels._heads.second_order.triton.tiles import masked, per_channel, tile_of
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["outer", "length_div", "blocks", "chunk_steps"],
+    do_not_specialize_on_alignment=["row_tiles"],
+)
 def _batch_norm_apply_kernel(
     grad,  # these four have one memory layout; None where not needed
     output,
@@ -23,12 +26,12 @@ def _batch_norm_apply_kernel(
     length_div,
     row_tiles,
     blocks,
+    chunk_steps,
     TRAINING: tl.constexpr,
     LENGTH_ALIGN: tl.constexpr,
     CHANNEL_COLUMNS: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Write the results.
 
@@ -55,8 +58,8 @@ def _batch_norm_apply_kernel(
             x_x = per_channel(coefficients + 5 * channels, channel, channels, CHANNEL_COLUMNS)
             if ggx is not None:
                 x_u = per_channel(coefficients + 4 * channels, channel, channels, CHANNEL_COLUMNS)
-    for start in range(CHUNK):
-        step = chunk * CHUNK + start + tl.arange(0, 1)
+    for start in range(chunk_steps):
+        step = chunk * chunk_steps + start + tl.arange(0, 1)
         offset, mask = tile_of(
             step, channel, outer, channels, length, row_tiles, CHANNEL_COLUMNS, HIGH, WIDE
         )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _batch_norm_backward_finish_kernel(
     parts,  # (chunks, 5, C)
     weight,  # (C,), or None
@@ -40,7 +40,7 @@ def _batch_norm_backward_finish_kernel(
         tl.store(coefficients + 6 * channels, -k * sum_g * inverse_count, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _batch_norm_double_backward_finish_kernel(
     parts,  # (chunks, 5, C)
     weight,  # (C,), or None

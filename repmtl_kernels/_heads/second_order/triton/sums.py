@@ -8,7 +8,10 @@ import triton.language as tl
 from repmtl_kernels._heads.second_order.triton.tiles import masked, per_channel, tile_of
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["outer", "length_div", "blocks", "chunk_steps"],
+    do_not_specialize_on_alignment=["row_tiles"],
+)
 def _batch_norm_sums_kernel(
     grad,  # these four have one memory layout; None where not needed
     output,
@@ -21,12 +24,12 @@ def _batch_norm_sums_kernel(
     length_div,
     row_tiles,
     blocks,
+    chunk_steps,
     LENGTH_ALIGN: tl.constexpr,
     CHANNEL_COLUMNS: tl.constexpr,
     DEEP: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
     """Write the partial sums of one chunk.
 
@@ -43,8 +46,8 @@ def _batch_norm_sums_kernel(
     sum_u = tl.zeros((HIGH, WIDE), tl.float32)
     sum_ux = tl.zeros((HIGH, WIDE), tl.float32)
     sum_ug = tl.zeros((HIGH, WIDE), tl.float32)
-    for start in range(0, CHUNK, DEEP):
-        step = chunk * CHUNK + start + tl.arange(0, DEEP)
+    for start in range(0, chunk_steps, DEEP):
+        step = chunk * chunk_steps + start + tl.arange(0, DEEP)
         offset, mask = tile_of(
             step, channel, outer, channels, length, row_tiles, CHANNEL_COLUMNS, HIGH, WIDE
         )

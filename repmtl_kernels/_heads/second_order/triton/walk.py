@@ -62,7 +62,7 @@ class Walk:
         if channel_columns:
             # One cache line for each row: with many blocks of channels, each has many positions.
             wide = min(widest // 4, next_power_of_2(columns))
-            high = min(rows * widest // wide, next_power_of_2(outer))
+            high = rows * widest // wide
             row_tiles, steps = 1, cdiv(outer, high)
             positions, self.blocks = high, cdiv(self.channels, wide)
         else:
@@ -83,13 +83,12 @@ class Walk:
         ):
             chunk *= 2
         self.chunks = cdiv(steps, chunk)
-        self._sizes = (outer, self.channels, columns // align, row_tiles, self.blocks)
+        self._sizes = (outer, self.channels, columns // align, row_tiles, self.blocks, chunk)
         self._constants = {
             "LENGTH_ALIGN": align,
             "CHANNEL_COLUMNS": channel_columns,
             "HIGH": high,
             "WIDE": wide,
-            "CHUNK": chunk,
         }
 
     def empty(self, *shape: int) -> Tensor:
