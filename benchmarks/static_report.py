@@ -31,8 +31,8 @@ from benchmarks.cases import triton_products_in
 from benchmarks.machine import describe
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels._heads.second_order import triton as batch_norm
-from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import CSAGradient
+from repmtl_kernels.backends.contract import Expected
+from repmtl_kernels.backends.triton.first_use import launch_all
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DATACENTER = (80, 90, 100)  # in the committed report
@@ -44,8 +44,6 @@ def compiled_instead_of_launched(
     capability: int, only: str | None = None
 ) -> Iterator[dict[str, object]]:
     """Compile where a kernel is launched, ``only`` this one; yield the kernels by hash."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels of this process cannot be compiled")
     compiled: dict[str, object] = {}
     run = JITFunction.run
 
@@ -57,7 +55,18 @@ def compiled_instead_of_launched(
         return kernel
 
     JITFunction.run = compile_only
-    # Answers what a launch asks of the active driver; there is no device behind it.
+    try:
+        with stand_in_driver(capability):
+            yield compiled
+    finally:
+        JITFunction.run = run
+
+
+@contextlib.contextmanager
+def stand_in_driver(capability: int) -> Iterator[None]:
+    """Answer what a launch asks of the active driver; there is no device behind it."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: kernels of this process cannot be compiled")
     driver = SimpleNamespace(
         get_current_device=lambda: capability,
         get_current_stream=lambda device: 0,
@@ -65,9 +74,8 @@ def compiled_instead_of_launched(
     )
     triton.runtime.driver.set_active(driver)
     try:
-        yield compiled
+        yield
     finally:
-        JITFunction.run = run
         triton.runtime.driver._active = None
 
 
@@ -147,33 +155,13 @@ def compile_stages(
     shape: Shape, mode: str, layout: str, capability: int, *, masked: bool = False
 ) -> list:
     """Compile what ``rep_mtl_loss`` launches, by the stages; ``masked``: with positions."""
-    stages = choice.load("triton")
     dtype, _ = MODES[mode]
     saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
     mask = torch.empty(shape.batch, shape.positions, dtype=torch.bool) if masked else None
     with products_of(mode), compiled_instead_of_launched(capability) as compiled:
-        statistics = stages.statistics(saliencies, positions=True, channels=True, mask=mask)
-        options = {"temperature": 1.0, "eps": 0.0, "with_grad": True}
-        for over, kind in itertools.product(("tasks", "space"), ("abs", "softmax")):
-            entropy = stages.entropy(statistics.positions, over=over, normalizer=kind, **options)
-        anchors = stages.anchors(statistics.channels, eps=0.0, with_grad=True)
-        gram = stages.gram(
-            saliencies, statistics.scale, anchors.unit, eps=0.0, with_grad=True, mask=mask
-        )
-        contrast = stages.contrast(anchors, temperature=0.5, with_grad=True)
-        pairs = gram.similarity
-        csa = CSAGradient(
-            scale=statistics.scale,
-            anchors=anchors,
-            contrast_grad=contrast.grad,
-            gram=gram,
-            anchor_weight=pairs,
-            affinity_weight=pairs,
-            radial_weight=pairs[0],
-            negatives=pairs[0, 0],
-        )
-        outputs = [torch.empty_like(s) for s in saliencies]
-        stages.saliency_grad(saliencies, outputs, csa, entropy.grad, mask=mask)
+        for entropy in itertools.product(("tasks", "space"), ("abs", "softmax")):
+            expected = Expected(entropy, csa=True, with_grad=True, recompute=False)
+            launch_all(saliencies, mask, expected, batches=[shape.batch])
     return list(compiled.values())
 
 

@@ -22,7 +22,7 @@ from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.entropy import entropy_of_means
 from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions, facts
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import AllSamples, Stages, Statistics
+from repmtl_kernels.backends.contract import AllSamples, Expected, Stages, Statistics
 from repmtl_kernels.backends.peaks import joined
 
 
@@ -40,6 +40,8 @@ def run_forward(
         operators = fused_operators(stages, config, saliencies)
         if operators is not None and not config.group:  # a group's ranks talk between the stages
             return tuple(_run_fused(operators, config, saliencies, present, mask))
+        if (prepare := getattr(stages, "prepare", None)) is not None:
+            prepare(saliencies, mask, _expected(config))
         tsr, csa, saved = run_stages(stages, config, saliencies, present, mask)
     return tsr, csa, *(value.contiguous() for value in saved)
 
@@ -76,6 +78,12 @@ def _run_fused(
         tsr.eps if config.csa is None else csa.eps,
         config.with_grad,
     )
+
+
+def _expected(config: Config) -> Expected:
+    tsr, csa = config.tsr, config.csa
+    entropy = None if tsr is None else (tsr.over, tsr.normalizer)
+    return Expected(entropy, csa is not None, config.with_grad, config.recompute)
 
 
 def run_stages(

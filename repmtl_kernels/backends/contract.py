@@ -32,6 +32,9 @@ A backend may have one more function, ``in_one_call(saliency)``. It returns a na
 operators ``losses`` and ``losses_backward``, which run all stages for such saliencies in one call
 each, or None. Their schemas are in ``csrc/cuda/operators.cpp``. ``losses`` also does what
 ``_losses.entropy`` does around the entropy stage.
+
+Another one is ``prepare(saliencies, mask, expected)``. It is called before the stages, and makes
+ready what they will need for such saliencies, whatever the batch.
 """
 
 from __future__ import annotations
@@ -150,6 +153,15 @@ class CSAGradient(NamedTuple):
             radial_weight=self.radial_weight[samples],
             negatives=self.negatives,
         )
+
+
+class Expected(NamedTuple):
+    """What a call will ask of the stages, and its backward pass."""
+
+    entropy: tuple[str, str] | None  # `over` and `normalizer`; None: without TSR
+    csa: bool
+    with_grad: bool
+    recompute: bool  # the backward pass makes the Gram matrices again
 
 
 class Stages(Protocol):

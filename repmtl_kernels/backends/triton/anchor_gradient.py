@@ -163,7 +163,7 @@ def _gradient_pull_kernel(
     tl.store(to, y, mask=(c < channels)[:, None] & (task < tasks))
 
 
-@triton.jit(do_not_specialize=["tasks", "batch"])
+@triton.jit(do_not_specialize=["factor", "radial_weight", "negatives", "tasks", "batch"])
 def _gradient_anchor_kernel(
     products,  # (T, B, T, C): S^ S^^T u
     valid,  # (B, N) bool; or None

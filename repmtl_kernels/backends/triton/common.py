@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -24,16 +25,20 @@ COUNT_BLOCK = tl.constexpr(1024)
 # Tasks of one launch: bounds how many variants of a kernel are compiled.
 MAX_TASKS = 8
 
+# Whether launches are only compiled (first_use.py).
+compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+
 FP32_PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **kwargs) -> None:
     """Run ``kernel`` on the current stream of ``device``, whatever the current device is."""
+    run = functools.partial(kernel.warmup, grid=grid) if compiling.get() else kernel[grid]
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+            run(*args, enable_fp_fusion=True, **kwargs)
     else:
-        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+        run(*args, enable_fp_fusion=True, **kwargs)
 
 
 def fp32_precision() -> str:

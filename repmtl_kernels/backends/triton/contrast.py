@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -261,6 +262,14 @@ def _plan(tasks: int, batch: int, total: int, channels: int) -> _Plan:
     room = max(BUFFER, tasks * total * channels)
     at_once = min(rows, max(1, room // (side * side * tiles)))
     return _Plan(task_block, side, samples, rows, tiles, at_once)
+
+
+def batches_of_all_tiles(tasks: int) -> list[int]:
+    """Return a batch for each side of tiles that some batch has."""
+    task_block = next_power_of_2(tasks)
+    sides = dict.fromkeys(max(side, task_block) for side in SIDES)
+    enough = math.isqrt(TILES - 1)  # tiles of samples, of which one more fill the GPU
+    return [1, *(enough * (side // task_block) + 1 for side in [*sides][:-1])]
 
 
 def contrast(

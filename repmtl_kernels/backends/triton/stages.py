@@ -3,8 +3,9 @@
 from repmtl_kernels.backends.triton.anchors import anchors
 from repmtl_kernels.backends.triton.contrast import contrast
 from repmtl_kernels.backends.triton.entropy import entropy
+from repmtl_kernels.backends.triton.first_use import prepare
 from repmtl_kernels.backends.triton.gradient import saliency_grad
 from repmtl_kernels.backends.triton.gram import gram
 from repmtl_kernels.backends.triton.statistics import statistics
 
-__all__ = ["anchors", "contrast", "entropy", "gram", "saliency_grad", "statistics"]
+__all__ = ["anchors", "contrast", "entropy", "gram", "prepare", "saliency_grad", "statistics"]

@@ -1,0 +1,119 @@
+"""First use: the kernels of a call are compiled in parallel, before the first of them runs.
+
+Triton compiles a kernel at its first launch, one after the other. Here all launches of a call are
+made once on a sample whose numbers nobody reads, and compiled instead of run. One sample is enough,
+since kernels are the same for all batches.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+import triton
+from torch import Tensor
+
+from repmtl_kernels.backends.contract import Anchors, CSAGradient, Expected
+from repmtl_kernels.backends.triton.anchors import anchors
+from repmtl_kernels.backends.triton.common import INTERPRET, compiling, fp32_precision
+from repmtl_kernels.backends.triton.contrast import batches_of_all_tiles, contrast
+from repmtl_kernels.backends.triton.entropy import entropy
+from repmtl_kernels.backends.triton.gradient import saliency_grad
+from repmtl_kernels.backends.triton.gram import gram
+from repmtl_kernels.backends.triton.statistics import statistics
+
+# Threads, at most; the compiler needs about 200 MB of memory for each.
+THREADS = 16
+# Seconds after which the user is told what takes so long. Kernels on disk are there by then.
+PATIENCE = 1.0
+
+_log = logging.getLogger("repmtl_kernels")
+made_ready: set[tuple] = set()
+
+
+def prepare(saliencies: Sequence[Tensor], mask: Tensor | None, expected: Expected) -> None:
+    """See ``backends/contract.py``: compile what a call launches, unless that was done before."""
+    first = saliencies[0]
+    key = (
+        first.shape[1:], first.stride()[1:], first.dtype, first.device,
+        len(saliencies), mask is None, expected, fp32_precision(),
+    )  # fmt: skip
+    if INTERPRET or key in made_ready:
+        return
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # what is captured would have these launches' operations too
+    made_ready.add(key)
+    samples = [s[:1] for s in saliencies]
+    mask = None if mask is None else mask[:1]
+    batches = batches_of_all_tiles(len(saliencies))
+    compile_together(lambda: launch_all(samples, mask, expected, batches))
+
+
+def compile_together(launches: Callable[[], object]) -> None:
+    """Compile what ``launches`` launches in parallel, and run none of it."""
+    contextvars.Context().run(_compile_together, launches)
+
+
+def _compile_together(launches: Callable[[], object]) -> None:
+    compiling.set(True)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with (
+        ThreadPoolExecutor(min(THREADS, cores)) as threads,
+        triton.AsyncCompileMode(threads) as mode,
+    ):
+        launches()
+        _, slow = wait(mode.raw_futures, PATIENCE)
+        if slow:
+            count = len(mode.raw_futures)
+            _log.info("compiling %d Triton kernel(s), once: Triton keeps them on disk", count)
+
+
+def launch_all(
+    saliencies: list[Tensor], mask: Tensor | None, expected: Expected, batches: Iterable[int]
+) -> None:
+    """Launch every kernel of the stages, on tensors with any numbers.
+
+    Args:
+        batches: the numbers of samples that are contrasted with each other.
+    """
+    with_grad = expected.with_grad
+    means = statistics(
+        saliencies, positions=expected.entropy is not None, channels=expected.csa, mask=mask
+    )
+    position_grad = None
+    if expected.entropy is not None and means.positions is not None:
+        over, normalizer = expected.entropy
+        numbers = {"temperature": 1.0, "eps": 0.0}
+        position_grad = entropy(
+            means.positions, over=over, normalizer=normalizer, with_grad=with_grad, **numbers
+        ).grad
+    if means.channels is None or means.scale is None:
+        return
+    unit = anchors(means.channels, eps=0.0, with_grad=with_grad)
+    for kept in {with_grad and not expected.recompute, with_grad}:
+        made = gram(saliencies, means.scale, unit.unit, eps=0.0, with_grad=kept, mask=mask)
+    tasks, _, channels = unit.unit.shape
+    for batch in batches:
+        others = unit.unit.new_empty(tasks, batch, channels)
+        some = Anchors(others, others.new_empty(batch), others if with_grad else None)
+        contrast(some, temperature=1.0, with_grad=with_grad)
+    if not with_grad:
+        return
+    pairs = made.similarity
+    csa = CSAGradient(
+        scale=means.scale,
+        anchors=unit,
+        contrast_grad=unit.unit,
+        gram=made,
+        anchor_weight=pairs,
+        affinity_weight=pairs,
+        radial_weight=pairs[0],
+        negatives=pairs[0, 0],
+    )
+    outputs = [torch.empty_like(s) for s in saliencies]
+    saliency_grad(saliencies, [*outputs], csa, position_grad, mask=mask)
