@@ -105,7 +105,7 @@ def _affinity_products(
     return products
 
 
-@triton.jit(do_not_specialize=["tasks", "batch", "N_DIV", "C_DIV"])
+@triton.jit(do_not_specialize=["tasks", "batch", "N_DIV"])
 def _gradient_pull_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     group,  # numbers of the tasks

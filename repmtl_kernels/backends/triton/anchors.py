@@ -65,7 +65,7 @@ def product_precision() -> str:
     return "ieee" if INTERPRET or fp32_precision() == "ieee" else "tf32x3"
 
 
-@triton.jit(do_not_specialize=["batch", "channels_div"])
+@triton.jit(do_not_specialize=["batch"])
 def _contrast_anchor_kernel(
     a,  # (T, B, C)
     anchors,  # (T, B, C): unit anchors

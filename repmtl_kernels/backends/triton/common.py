@@ -125,9 +125,9 @@ def unspecialized(size: int) -> int:
     return 2 * size + 3
 
 
-def alignment(*values: int, most: int = 16) -> int:
-    """Return the largest power of two up to ``most`` that divides every value."""
-    return min(most, *(value & -value for value in values if value), most)
+def alignment(*values: int) -> int:
+    """Return the largest power of two up to 16 that divides every value."""
+    return min(16, *(value & -value for value in values if value), 16)
 
 
 class TaskGroup(NamedTuple):

@@ -47,17 +47,7 @@ def _anchor_rows(
     return row, (task < TASKS) & (sample < samples)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_tile",
-        "tiles",
-        "batch",
-        "total",
-        "task_rows",
-        "sample_rows",
-        "channels_div",
-    ]
-)
+@triton.jit(do_not_specialize=["first_tile", "tiles", "batch", "total", "task_rows", "sample_rows"])
 def _contrast_products_kernel(
     anchors,  # (T, B, C)
     others,  # (T, G, C), of rows of C
@@ -163,7 +153,6 @@ def _contrast_logsumexp_kernel(
         "total",
         "task_rows",
         "sample_rows",
-        "channels_div",
     ]
 )
 def _contrast_gradient_kernel(

@@ -131,7 +131,7 @@ def _add_outer(left, right, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
         return matmul(left, tl.trans(right), acc, PRECISION)
 
 
-@triton.jit(do_not_specialize=["tasks", "batch", "R_DIV", "K_DIV"])
+@triton.jit(do_not_specialize=["tasks", "batch", "N_DIV"])
 def _gradient_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     x_0,  # TMA descriptors of DEPTH x BLOCK_K of X, one a task; or None
@@ -155,10 +155,10 @@ def _gradient_kernel(
     unit,
     tasks,
     batch,
-    R_DIV,
-    K_DIV,
-    R_ALIGN: tl.constexpr,
-    K_ALIGN: tl.constexpr,
+    N_DIV,
+    C_DIV,
+    N_ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
     FORM: tl.constexpr,
     TARGET_FORM: tl.constexpr,
     N_SIDE: tl.constexpr,
@@ -173,8 +173,8 @@ def _gradient_kernel(
     STAGES: tl.constexpr,
 ):
     """Grid: (sample and in it the tile of ``X``, task of the group)."""
-    rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
-    channels, positions = (depth, rows) if N_SIDE else (rows, depth)
+    positions, channels = N_DIV * N_ALIGN, C_DIV * C_ALIGN
+    rows, depth = (positions, channels) if N_SIDE else (channels, positions)
     tl.assume(rows > 0)  # as in the Gram kernel
     row_tiles = tl.cdiv(rows, BLOCK_R)
     tiles = row_tiles * tl.cdiv(depth, BLOCK_K)
@@ -200,7 +200,7 @@ def _gradient_kernel(
     # On the C side each position has columns of its own. Loads that leave out positions are of
     # single elements, which those of odd rows are anyway.
     MASKED: tl.constexpr = valid is not None and N_SIDE
-    LEFT_OUT: tl.constexpr = R_ALIGN == 1 and x_0 is None
+    LEFT_OUT: tl.constexpr = N_ALIGN == 1 and x_0 is None
     for start in tl.range(0, rows, DEPTH, num_stages=STAGES):
         q = start + tl.arange(0, DEPTH)
         inside_q = q < rows

@@ -30,7 +30,7 @@ SAFE_SCALE = tl.constexpr(2.0**40)
 
 
 @triton.jit(
-    do_not_specialize=["tasks", "batch", "R_DIV", "K_DIV"],
+    do_not_specialize=["tasks", "batch", "N_DIV"],
     do_not_specialize_on_alignment=[
         "tiles",
         "strips",
@@ -60,10 +60,10 @@ def _gram_kernel(
     batch,
     tiles,
     strips,
-    R_DIV,
-    K_DIV,
-    R_ALIGN: tl.constexpr,
-    K_ALIGN: tl.constexpr,
+    N_DIV,
+    C_DIV,
+    N_ALIGN: tl.constexpr,
+    C_ALIGN: tl.constexpr,
     FORM: tl.constexpr,
     N_SIDE: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -78,8 +78,8 @@ def _gram_kernel(
     STAGES: tl.constexpr,
 ):
     """Grid: (sample and in it the row of tiles and strip of columns, task of the group)."""
-    rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
-    channels = depth if N_SIDE else rows
+    positions, channels = N_DIV * N_ALIGN, C_DIV * C_ALIGN
+    rows, depth = (positions, channels) if N_SIDE else (channels, positions)
     # Else ptxas (its note C7515) has each HGMMA wait for the one before, for a loop that might not
     # run.
     tl.assume(depth > 0)
@@ -101,7 +101,7 @@ def _gram_kernel(
     rows_i = (x + row_offsets(r_i, layout, FORM, N_SIDE))[:, None]
     rows_j = (x + row_offsets(r_j, layout, FORM, N_SIDE))[None, :]
     if valid is not None:
-        valid += b * (rows if N_SIDE else depth)
+        valid += b * positions
     anchors += b * channels
     anchor_stride = tl.cast(batch, tl.int64) * channels
     factor = tl.load(scale + sample)

@@ -29,10 +29,6 @@ from repmtl_kernels.backends.triton.tiles import ProductKernel, Tile, tile_of
 INTERPRET = tl.constexpr(common.INTERPRET)
 
 
-# The largest power of two that kernels are told of, where it divides the number of channels.
-CHANNELS_ALIGN = 256
-
-
 class Operand(NamedTuple):
     """The sides of ``X``, and how its products are computed."""
 
@@ -53,14 +49,13 @@ class Operand(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """``R // R_ALIGN, K // K_ALIGN, R_ALIGN, K_ALIGN``: masks then keep wide loads.
+        """``N // N_ALIGN, C // C_ALIGN, N_ALIGN, C_ALIGN``: masks then keep wide loads.
 
-        The number of channels stays as it is in training, so the compiler may know more of it.
+        C stays as it is in training, so kernels may be compiled for more of it.
         """
-        r_most, k_most = (16, CHANNELS_ALIGN) if self.n_side else (CHANNELS_ALIGN, 16)
-        r_align = alignment(self.rows, most=r_most)
-        k_align = alignment(self.depth, most=k_most)
-        return self.rows // r_align, self.depth // k_align, r_align, k_align
+        sizes = (self.rows, self.depth) if self.n_side else (self.depth, self.rows)
+        n_align, c_align = map(alignment, sizes)
+        return sizes[0] // n_align, sizes[1] // c_align, n_align, c_align
 
     @property
     def is_odd(self) -> bool:
