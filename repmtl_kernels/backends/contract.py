@@ -156,7 +156,7 @@ class CSAGradient(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a call will ask of the stages, and its backward pass."""
+    """A description of what a call and its backward pass will ask of the stages."""
 
     entropy: tuple[str, str] | None  # `over` and `normalizer`; None: without TSR
     csa: bool
