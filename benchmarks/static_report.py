@@ -32,7 +32,7 @@ from benchmarks.machine import describe
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels._heads.second_order import triton as batch_norm
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import CSAGradient
+from repmtl_kernels.backends.contract import CSAGradient, LossGradient, TSRGradient
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 DATACENTER = (80, 90, 100)  # in the committed report
@@ -161,19 +161,25 @@ def compile_stages(
             saliencies, statistics.scale, anchors.unit, eps=0.0, with_grad=True, mask=mask
         )
         contrast = stages.contrast(anchors, temperature=0.5, with_grad=True)
-        pairs = gram.similarity
+        one = LossGradient(torch.empty(()), 1.0)
+        values = stages.values(
+            gram.similarity,
+            contrast.logsumexp,
+            None,
+            temperature=0.5,
+            tsr=entropy.value,
+            lambdas=(1.0, 1.0),
+        )
         csa = CSAGradient(
             scale=statistics.scale,
             anchors=anchors,
             contrast_grad=contrast.grad,
             gram=gram,
-            anchor_weight=pairs,
-            affinity_weight=pairs,
-            radial_weight=pairs[0],
-            negatives=pairs[0, 0],
+            weight=values.weight,
+            of_loss=one,
         )
         outputs = [torch.empty_like(s) for s in saliencies]
-        stages.saliency_grad(saliencies, outputs, csa, entropy.grad, mask=mask)
+        stages.saliency_grad(saliencies, outputs, csa, TSRGradient(entropy.grad, one), mask=mask)
     return list(compiled.values())
 
 
