@@ -34,8 +34,16 @@ def anchor_gradient(
 ) -> Tensor:
     """Return ``da / N`` (T, B, C); with a mask, the sample's number of positions replaces ``N``."""
     tasks, batch, channels = csa.anchors.unit.shape
+    products = csa.gram.projection
+    if operand.n_side:
+        products = _affinity_products(saliencies, csa, operand, mask)
     anchor_grad = csa.anchors.unit.new_empty(tasks, batch, channels)
-    terms = (
+    block = min(1024, next_power_of_2(channels))
+    launch(
+        _gradient_anchor_kernel,
+        (cdiv(channels, block) * batch, tasks),
+        anchor_grad.device,
+        products,
         mask,
         *csa.of_loss,
         csa.weight,
@@ -44,52 +52,46 @@ def anchor_gradient(
         csa.contrast_grad,
         csa.anchors.radial,
         csa.anchors.factor,
-        csa.gram.projection,
         anchor_grad,
         tasks,
         batch,
-    )
-    if operand.n_side:
-        _launch_pull(saliencies, csa.scale, operand, terms, anchor_grad)
-        return anchor_grad
-    block = min(1024, next_power_of_2(channels))
-    launch(
-        _gradient_anchor_kernel,
-        (cdiv(channels, block) * batch, tasks),
-        anchor_grad.device,
-        *terms,
         channels,
-        operand.depth,
-        TASK_BLOCK=next_power_of_2(tasks),
+        operand.rows if operand.n_side else operand.depth,
         BLOCK=block,
         num_warps=4,
     )
     return anchor_grad
 
 
-def _launch_pull(
-    saliencies: list[Tensor], scale: Tensor, operand: Operand, terms: tuple, anchor_grad: Tensor
-) -> None:
-    """Launch the kernel of the N side, for one group of tasks after the other."""
-    tasks, batch, channels = anchor_grad.shape
+def _affinity_products(
+    saliencies: list[Tensor], csa: CSAGradient, operand: Operand, mask: Tensor | None
+) -> Tensor:
+    """Return ``S^ S^^T u`` (T, B, T, C) from ``V = S^^T u``, the projection of the N side.
+
+    On the C side it is the projection itself.
+    """
+    anchors = csa.anchors.unit
+    tasks, batch, channels = anchors.shape
+    products = anchors.new_empty(tasks, batch, tasks, channels)
     parts = 2 if operand.is_split else 1
-    tile = operand.tile("pull", anchor_grad.device)
+    tile = operand.tile("pull", anchors.device)
     tile = tile.within(channels, tile.columns, depth=operand.rows)
-    groups = list(task_groups(saliencies))
-    for group in groups:
+    for group in task_groups(saliencies):
         form = group.geometry.form
         launch(
             _gradient_pull_kernel,
-            (cdiv(channels, tile.rows) * batch,),
-            anchor_grad.device,
+            (cdiv(channels, tile.rows) * batch, len(group.tasks)),
+            anchors.device,
             group.tensors,
             group.tasks,
             group.geometry.layout,
-            scale,
-            *terms,
+            mask,
+            csa.scale,
+            csa.gram.projection,
+            products,
+            tasks,
+            batch,
             *operand.sizes,
-            FIRST=group is groups[0],
-            LAST=group is groups[-1],
             FORM=form,
             PARTS=parts,
             COLUMNS=task_columns(tasks, parts),
@@ -101,39 +103,7 @@ def _launch_pull(
             num_warps=tile.warps,
             maxnreg=tile.registers,
         )
-
-
-@triton.jit
-def anchor_weight_of(sample, of_loss, weight, inverse):
-    """Return the anchor's weight (:class:`Coefficients`) of a sample and task."""
-    return 2 * of_loss * tl.load(weight + sample) * tl.load(inverse + sample)
-
-
-@triton.jit
-def _anchor_gradient(
-    positive,  # sum_t anchor_weight_t S^_t S^_t^T u of anchors u
-    at,  # (T, B, C) offset of its elements
-    there,
-    b,
-    of_loss,
-    weight,
-    similarity,
-    contrast_grad,
-    radial,
-    factor,
-    tasks,
-    batch,
-    count,  # of positions
-    TASK_BLOCK: tl.constexpr,
-):
-    """Return elements of ``da / N``."""
-    t = tl.arange(0, TASK_BLOCK)
-    pair = t.to(tl.int64) * batch + b
-    s = tl.load(similarity + pair, mask=t < tasks, other=0.0)
-    ds = 2 * of_loss * tl.load(weight + pair, mask=t < tasks, other=0.0)
-    removed = tl.sum(ds * s) * tl.load(radial + at, mask=there, other=0.0)
-    negative = of_loss * tl.load(contrast_grad + at, mask=there, other=0.0)
-    return (negative + tl.load(factor + b) * (positive - removed)) / count
+    return products
 
 
 @triton.jit
@@ -141,26 +111,16 @@ def _gradient_pull_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     group,  # numbers of the tasks
     layout,
-    scale,  # (T, B)
     valid,  # (B, N) bool: which positions are there; or None, all are
-    grad,  # (): with `grad_factor`, dL / d csa
-    grad_factor,
-    weight,  # (T, B)
-    inverse,  # (T, B)
-    similarity,  # (T, B)
-    contrast_grad,  # (T, B, C)
-    radial,  # (T, B, C)
-    factor,  # (B,)
-    projection,  # (T, B, T, N): S^^T u
-    anchor_grad,  # (T, B, C); until the last group, the sum over the tasks so far
+    scale,  # (T, B)
+    projection,  # (T, B, T, N)
+    products,  # (T, B, T, C)
     tasks,
     batch,
     N_DIV,
     C_DIV,
     N_ALIGN: tl.constexpr,
     C_ALIGN: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     FORM: tl.constexpr,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -170,59 +130,49 @@ def _gradient_pull_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: (sample and in it the tile of channels,); all tasks one after the other (N side)."""
+    """Grid: (sample and in it the tile of channels, task of the group)."""
     positions, channels = N_DIV * N_ALIGN, C_DIV * C_ALIGN
     tl.assume(positions > 0)  # as in the Gram kernel
     tiles = tl.cdiv(channels, BLOCK)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    sample = pick(group, tl.program_id(1)) * batch + b
     c = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = c < channels
-    of_rows = row_offsets(c, layout, FORM, False)[:, None]
-    count = positions
+    x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
+    rows = (x + row_offsets(c, layout, FORM, False))[:, None]
+    projection += sample * tasks * positions
     if valid is not None:
         valid += b * positions
-        if LAST:
-            count = count_valid(valid, positions)
-    of_loss = tl.load(grad) * grad_factor
-    u = tl.arange(0, COLUMNS // PARTS)[None, :]
-    at = (u.to(tl.int64) * batch + b) * channels + c[:, None]
-    there = inside[:, None] & (u < tasks)
-    if FIRST:
-        positive = tl.zeros((BLOCK, COLUMNS // PARTS), tl.float32)
-    else:
-        positive = tl.load(anchor_grad + at, mask=there, other=0.0)
-    for i in range(len(saliencies)):
-        sample = pick(group, i) * batch + b
-        rows = pick(saliencies, i) + b * stride_of(layout, FORM, 0) + of_rows
-        vectors = projection + sample * tasks * positions
-        acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
-        for start in tl.range(0, positions, DEPTH, num_stages=STAGES):
-            n = start + tl.arange(0, DEPTH)
-            s = tl.load(
-                rows + row_offsets(n, layout, FORM, True)[None, :],
-                mask=inside[:, None] & (n < positions)[None, :],
-                other=0.0,
-            )
-            if TOUCH:
-                s = touched(s)
-            if valid is not None:
-                is_there = tl.load(valid + n, mask=n < positions, other=0)
-                s = zero_unless(is_there[None, :], s)
-            v = task_vectors(vectors, positions, n, positions, tasks, COLUMNS, PARTS)
-            acc = matmul(s, split_columns(v, s.dtype) if PARTS == 2 else v, acc, PRECISION)
-        # Products with V, which is of order 1, leave room to scale them afterwards.
-        y = (join_columns(acc) if PARTS == 2 else acc) * tl.load(scale + sample)
-        positive += anchor_weight_of(sample, of_loss, weight, inverse) * y
-    if LAST:
-        positive = _anchor_gradient(
-            positive, at, there, b, of_loss, weight, similarity, contrast_grad, radial, factor,
-            tasks, batch, count, COLUMNS // PARTS,
-        )  # fmt: skip
-    tl.store(anchor_grad + at, positive, mask=there)
+    acc = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for start in tl.range(0, positions, DEPTH, num_stages=STAGES):
+        n = start + tl.arange(0, DEPTH)
+        s = tl.load(
+            rows + row_offsets(n, layout, FORM, True)[None, :],
+            mask=(c < channels)[:, None] & (n < positions)[None, :],
+            other=0.0,
+        )
+        if TOUCH:
+            s = touched(s)
+        if valid is not None:
+            there = tl.load(valid + n, mask=n < positions, other=0)
+            s = zero_unless(there[None, :], s)
+        v = task_vectors(projection, positions, n, positions, tasks, COLUMNS, PARTS)
+        acc = matmul(s, split_columns(v, s.dtype) if PARTS == 2 else v, acc, PRECISION)
+    # Products with V, which is of order 1, leave room to scale them afterwards.
+    y = (join_columns(acc) if PARTS == 2 else acc) * tl.load(scale + sample)
+    task = tl.arange(0, COLUMNS // PARTS)[None, :]
+    to = products + (sample * tasks + task) * channels + c[:, None]
+    tl.store(to, y, mask=(c < channels)[:, None] & (task < tasks))
+
+
+@triton.jit
+def anchor_weight_of(sample, of_loss, weight, inverse):
+    """Return the anchor's weight of a task and sample, as in ``contract.Coefficients``."""
+    return 2 * of_loss * tl.load(weight + sample) * tl.load(inverse + sample)
 
 
 @triton.jit
 def _gradient_anchor_kernel(
+    products,  # (T, B, T, C): S^ S^^T u
     valid,  # (B, N) bool; or None
     grad,  # (): with `grad_factor`, dL / d csa
     grad_factor,
@@ -232,16 +182,14 @@ def _gradient_anchor_kernel(
     contrast_grad,  # (T, B, C)
     radial,  # (T, B, C)
     factor,  # (B,)
-    projection,  # (T, B, T, C): S^ S^^T u
     anchor_grad,  # (T, B, C)
     tasks,
     batch,
     channels,
     positions,
-    TASK_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (sample and in it the tile of channels, task) (C side)."""
+    """Grid: (sample and in it the tile of channels, task)."""
     tiles = tl.cdiv(channels, BLOCK)
     b, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     u = tl.program_id(1)
@@ -249,16 +197,17 @@ def _gradient_anchor_kernel(
     inside = c < channels
     of_loss = tl.load(grad) * grad_factor
     positive = tl.zeros((BLOCK,), tl.float32)
+    radial_weight = 0.0
     for t in range(tasks):
         sample = t * batch + b
-        y = tl.load(projection + (sample * tasks + u) * channels + c, mask=inside, other=0.0)
+        y = tl.load(products + (sample * tasks + u) * channels + c, mask=inside, other=0.0)
         positive += anchor_weight_of(sample, of_loss, weight, inverse) * y
+        radial_weight += 2 * of_loss * tl.load(weight + sample) * tl.load(similarity + sample)
+    at = (u * batch + b) * channels + c
+    negative = of_loss * tl.load(contrast_grad + at, mask=inside, other=0.0)
+    removed = radial_weight * tl.load(radial + at, mask=inside, other=0.0)
+    da = negative + tl.load(factor + b) * (positive - removed)
     count = positions
     if valid is not None:
         count = count_valid(valid + b * positions, positions)
-    at = (u * batch + b) * channels + c
-    da = _anchor_gradient(
-        positive, at, inside, b, of_loss, weight, similarity, contrast_grad, radial, factor,
-        tasks, batch, count, TASK_BLOCK,
-    )  # fmt: skip
-    tl.store(anchor_grad + at, da, mask=inside)
+    tl.store(anchor_grad + at, da / count, mask=inside)
