@@ -21,7 +21,7 @@ from benchmarks.static_report import MODES, products_of, saliency, stand_in_driv
 from repmtl_kernels._heads.second_order import triton as batch_norm
 from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.function import Losses
-from repmtl_kernels._losses.options import CsaOptions, TsrOptions
+from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions
 from repmtl_kernels.backends.contract import AllSamples, Anchors
 from repmtl_kernels.backends.triton.contrast import contrast
 from repmtl_kernels.backends.triton.first_use import made_ready
@@ -91,10 +91,11 @@ def losses(
         with_grad=True,
         tsr=TsrOptions(over=over),
         csa=CsaOptions(memory=memory),
+        lambdas=Lambdas(),
     )
     with products_of(mode):
-        tsr, csa, *_ = Losses.apply(False, config, None, positions, *saliencies)
-        torch.autograd.backward(tsr + csa)
+        total, *_ = Losses.apply(False, config, None, positions, *saliencies)
+        total.backward()
 
 
 def samples_of_ranks(tasks: int, batch: int, channels: int, *, total: int, first: int) -> None:
@@ -157,6 +158,9 @@ SERIES: dict[str, dict[str, Call]] = {
     "batch, recomputed": _batches(losses, 4, after=OFFICE, memory="recompute"),
     "batch, N side in large tiles": {
         f"B = {batch}": partial(losses, 3, batch, 512, 18, 24) for batch in (8, 5, 1)
+    },
+    "batch, long sums": {
+        f"B = {batch}": partial(losses, 2, batch, 64, 64, 64) for batch in (4, 3, 1)
     },
     "batch, C side": {f"B = {batch}": partial(losses, 3, batch, 64, 18, 24) for batch in (8, 5, 1)},
     "ranks": {

@@ -160,8 +160,10 @@ def compile_stages(
     mask = torch.empty(shape.batch, shape.positions, dtype=torch.bool) if masked else None
     with products_of(mode), compiled_instead_of_launched(capability) as compiled:
         for entropy in itertools.product(("tasks", "space"), ("abs", "softmax")):
-            expected = Expected(entropy, csa=True, with_grad=True, recompute=False)
-            launch_all(saliencies, mask, expected, batches=[shape.batch])
+            expected = Expected(
+                entropy, csa=True, with_grad=True, recompute=False, present=False, total=True
+            )
+            launch_all(saliencies, mask, expected, all_batches=False)
     return list(compiled.values())
 
 

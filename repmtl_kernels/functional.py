@@ -93,7 +93,7 @@ def tsr_loss(
         ValueError, TypeError: an argument is not as described.
     """
     options = TsrOptions(over, normalizer, temperature, floor, eps)
-    tsr, _ = evaluate_losses(
+    _, tsr, _ = evaluate_losses(
         saliencies, tsr=options, positions=positions, channel_dim=channel_dim, backend=backend
     )
     return tsr
@@ -155,7 +155,7 @@ def csa_loss(
             another rank is not, or if they differ. ``"recompute"`` with ``"reference"``.
     """
     options = CsaOptions(temperature, eps, memory)
-    _, csa = evaluate_losses(
+    _, _, csa = evaluate_losses(
         saliencies,
         csa=options,
         present=present,
@@ -216,7 +216,7 @@ def rep_mtl_loss(
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    tsr, csa = evaluate_losses(
+    total, tsr, csa = evaluate_losses(
         saliencies,
         tsr=TsrOptions(over, normalizer, tsr_temperature, tsr_floor, eps),
         csa=CsaOptions(csa_temperature, eps, memory),
@@ -227,7 +227,7 @@ def rep_mtl_loss(
         group=group,
         backend=backend,
     )
-    return RepMTLLosses(float(lambda_tsr) * tsr + float(lambda_csa) * csa, tsr, csa)
+    return RepMTLLosses(total, tsr, csa)
 
 
 def evaluate_losses(
@@ -241,10 +241,11 @@ def evaluate_losses(
     channel_dim: int,
     group: Group | None = None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments and return TSR and CSA from the backend.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments and return the total, TSR and CSA from the backend.
 
-    A loss whose options are None is left out: its tensor has no elements.
+    A loss whose options are None is left out, and so is the total without ``lambdas``: its tensor
+    has no elements.
     """
     name = "" if group is None else name_of(group)
     with errors_shared(name, saliencies):
@@ -264,10 +265,17 @@ def evaluate_losses(
         tsr,
         csa,
         name,
-        lambdas if name else None,  # a compiled graph depends on them only with a group
+        # A compiled graph depends on them only with a group.
+        lambdas if name or not torch.compiler.is_compiling() else None,
     )
-    losses = reference.evaluate if backend == "reference" else evaluate
-    return losses(config, operands, present, positions)
+    if backend == "reference":
+        tsr_value, csa_value = reference.evaluate(config, operands, present, positions)
+    else:
+        total, tsr_value, csa_value = evaluate(config, operands, present, positions)
+        if lambdas is None or config.lambdas is not None:
+            return total, tsr_value, csa_value
+    total = tsr_value.new_empty(0) if lambdas is None else lambdas.total(tsr_value, csa_value)
+    return total, tsr_value, csa_value
 
 
 def _is_grad_wanted(operands: Sequence[Tensor]) -> bool:

@@ -27,7 +27,13 @@ from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.forward import run_stages
 from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import Anchors, CSAGradient, Statistics
+from repmtl_kernels.backends.contract import (
+    Anchors,
+    CSAGradient,
+    LossGradient,
+    Statistics,
+    TSRGradient,
+)
 
 BMM, TORCH, TORCH_COMPILED = "bmm", "torch", "torch_compiled"
 TEMPERATURE = 0.5
@@ -44,7 +50,7 @@ class Work(NamedTuple):
     statistics: Statistics
     anchors: Anchors
     csa: CSAGradient
-    position_grad: Tensor
+    tsr: TSRGradient
     outputs: list[Tensor]
 
 
@@ -100,7 +106,7 @@ def call(stages: ModuleType, variant: Variant, work: Work) -> object:
         return stages.gram(work.saliencies, statistics.scale, unit, eps=0.0, **options)
     if variant.stage == "contrast":
         return stages.contrast(work.anchors, temperature=TEMPERATURE, **options)
-    return stages.saliency_grad(work.saliencies, work.outputs, work.csa, work.position_grad)
+    return stages.saliency_grad(work.saliencies, work.outputs, work.csa, work.tsr)
 
 
 def work_of(backend: str, saliencies: list[Tensor]) -> Work:
@@ -108,15 +114,16 @@ def work_of(backend: str, saliencies: list[Tensor]) -> Work:
     stages = choice.load(backend)
     of_losses = {"tsr": TsrOptions(), "csa": CsaOptions(temperature=TEMPERATURE)}
     config = Config(backend=backend, stacked=False, channel_dim=1, with_grad=True, **of_losses)
-    _, _, saved = run_stages(stages, config, saliencies, None, None)
-    saved = Saved(*(value.contiguous() for value in saved))
-    csa = csa_gradient(saved.scale.new_ones(()), saved)
+    _, _, _, *kept = run_stages(stages, config, saliencies, None, None)
+    saved = Saved(*(value.contiguous() for value in kept))
+    one = LossGradient(saved.scale.new_ones(()), 1.0)
+    csa = csa_gradient(one, saved)
     return Work(
         saliencies,
         stages.statistics(saliencies, positions=True, channels=True),
         csa.anchors,
         csa,
-        saved.position_grad / saliencies[0].shape[1],
+        TSRGradient(saved.position_grad, one),
         [torch.empty_like(s) for s in saliencies],
     )
 

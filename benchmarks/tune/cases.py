@@ -16,7 +16,13 @@ from torch import Tensor
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.static_report import MODES, products_of, saliency
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram
+from repmtl_kernels.backends.contract import (
+    Anchors,
+    CSAGradient,
+    Gram,
+    LossGradient,
+    TSRGradient,
+)
 from repmtl_kernels.backends.triton import tiles
 from repmtl_kernels.backends.triton.operand import Operand
 from repmtl_kernels.backends.triton.tiles import ANY, Sweep, Tile
@@ -155,21 +161,19 @@ def stage_of(case: Case, make: Callable[..., Tensor]) -> Callable[[], Sequence[T
         gram=Gram(
             similarity=make(pairs),
             inverse=make(pairs),
-            slope=make(pairs),
+            # All terms of the gradient of like size: an error in any of them shows.
+            slope=make(pairs) * operand.storage_factor,
             projection=make((*pairs, s.tasks, side)),
             matrix=make((*pairs, side, side), dtype=case.dtype),
         ),
-        anchor_weight=make(pairs),
-        # All terms of the gradient of like size: an error in any of them shows.
-        affinity_weight=make(pairs) * operand.storage_factor,
-        radial_weight=make((s.batch,)),
-        negatives=make(()),
+        weight=make(pairs),
+        of_loss=LossGradient(make(()), 1.0),
     )
-    position_grad = make((*pairs, s.positions))
+    tsr = TSRGradient(make((*pairs, s.positions)), LossGradient(make(()), float(s.channels)))
 
     def gradient() -> list[Tensor]:
         outputs = [torch.empty_like(s) for s in saliencies]
-        stages.saliency_grad(saliencies, outputs, csa, position_grad)
+        stages.saliency_grad(saliencies, outputs, csa, tsr)
         return outputs
 
     return gradient

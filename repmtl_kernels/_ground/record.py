@@ -33,14 +33,22 @@ class Saved(NamedTuple):
 
 
 def empty_results(
-    saliencies: Sequence[Tensor], *, tsr: bool, csa: bool, with_grad: bool, recompute: bool = False
+    saliencies: Sequence[Tensor],
+    *,
+    total: bool,
+    tsr: bool,
+    csa: bool,
+    with_grad: bool,
+    recompute: bool = False,
 ) -> list[Tensor]:
-    """Return ``tsr, csa, *saved`` of these saliencies, with shapes and dtypes but no values."""
+    """Return ``total, tsr, csa, *saved`` of these saliencies: shapes and dtypes, but no values."""
     first = saliencies[0]
     tasks, batch, channels = len(saliencies), *first.shape[:2]
     positions = math.prod(first.shape[2:])  # Size.numel() makes a dynamic size constant
     side = torch.sym_min(channels, positions)
     shapes: dict[str, tuple[int, ...]] = {}
+    if total:
+        shapes["total"] = ()
     if tsr:
         shapes["tsr"] = ()
         if with_grad:
@@ -63,5 +71,5 @@ def empty_results(
             shapes.get(name, (0,)),
             dtype=statistics if name in shapes and name != "matrix" else first.dtype,
         )
-        for name in ("tsr", "csa", *Saved._fields)
+        for name in ("total", "tsr", "csa", *Saved._fields)
     ]

@@ -18,8 +18,16 @@ from repmtl_kernels._ground.saliency import (
 )
 from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.forward import fused_operators
+from repmtl_kernels._losses.options import Lambdas
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import Anchors, CSAGradient, Gram, Stages
+from repmtl_kernels.backends.contract import (
+    Anchors,
+    CSAGradient,
+    Gram,
+    LossGradient,
+    Stages,
+    TSRGradient,
+)
 
 # A backward that makes the Gram matrices again does so for a few samples at a time. Their matrices
 # have at most this many elements, unless one sample has more: enough work to fill a GPU.
@@ -29,6 +37,7 @@ RECOMPUTE_BLOCK = 1 << 23
 def run_backward(
     config: Config,
     wanted: Sequence[bool],
+    grad_total: Tensor | None,
     grad_tsr: Tensor | None,
     grad_csa: Tensor | None,
     positions: Tensor | None,
@@ -39,41 +48,53 @@ def run_backward(
     stages = choice.load(config.backend)
     tasks = canonical_tasks(operands, config.stacked, config.channel_dim)
     mask = canonical_mask(positions)
-    position_grad = None
-    if grad_tsr is not None:
-        position_grad = saved.position_grad * (grad_tsr / tasks[0].shape[1])
-        if mask is not None:  # NaN elsewhere, or an infinite gradient, must not spread to padding
-            position_grad = position_grad.masked_fill_(~mask, 0)
-    if grad_csa is None:
-        assert position_grad is not None
+    lambdas = config.lambdas or Lambdas()
+    tsr = csa = None
+    if (of_tsr := _loss_gradient(grad_tsr, grad_total, lambdas.tsr)) is not None:
+        tsr = TSRGradient(saved.position_grad, of_tsr)
+    if (of_csa := _loss_gradient(grad_csa, grad_total, lambdas.csa)) is not None:
+        csa = csa_gradient(of_csa, saved)
+    if csa is None:
+        assert tsr is not None
+        position_grad = tsr.of_channel(tasks[0].shape[1], mask)
         return expanded_grads(config, wanted, position_grad, operands)
     grads = [torch.empty_like(s) if w else None for s, w in zip(operands, wanted, strict=True)]
     outputs = canonical_tasks(grads, config.stacked, config.channel_dim)
     with without_autocast(operands[0].device):
         if (operators := fused_operators(stages, config, tasks)) is not None:
-            _run_fused(operators, grad_csa, position_grad, mask, tasks, outputs, saved)
+            _run_fused(operators, csa.of_loss, tsr, mask, tasks, outputs, saved)
         elif config.csa is not None and config.csa.recompute:
-            csa = csa_gradient(grad_csa, saved)
-            _recompute(stages, config.csa.eps, tasks, outputs, csa, position_grad, mask)
+            _recompute(stages, config.csa.eps, tasks, outputs, csa, tsr, mask)
         else:
-            csa = csa_gradient(grad_csa, saved)
-            stages.saliency_grad(tasks, outputs, csa, position_grad, mask=mask)
+            stages.saliency_grad(tasks, outputs, csa, tsr, mask=mask)
     return [g for g in grads if g is not None]
+
+
+def _loss_gradient(
+    grad: Tensor | None, grad_total: Tensor | None, weight: float
+) -> LossGradient | None:
+    """Return the gradient of one loss, which has this weight in the total."""
+    if grad_total is None:
+        return None if grad is None else LossGradient(grad.resolve_neg(), 1.0)
+    if grad is None:
+        return LossGradient(grad_total.resolve_neg(), weight)
+    return LossGradient(grad + weight * grad_total, 1.0)
 
 
 def _run_fused(
     operators: ModuleType,
-    grad_csa: Tensor,
-    position_grad: Tensor | None,
+    of_csa: LossGradient,
+    tsr: TSRGradient | None,
     mask: Tensor | None,
     tasks: list[Tensor],
     outputs: list[Tensor | None],
     saved: Saved,
 ) -> None:
+    position_grad = None if tsr is None else tsr.of_channel(tasks[0].shape[1], mask)
     numbers = [t for t, output in enumerate(outputs) if output is not None]
     wanted = [outputs[t] for t in numbers]
     operators.losses_backward(
-        grad_csa.resolve_neg(), position_grad, mask, tasks, wanted, numbers, list(saved)
+        of_csa.product(), position_grad, mask, tasks, wanted, numbers, list(saved)
     )
 
 
@@ -83,7 +104,7 @@ def _recompute(
     tasks: list[Tensor],
     outputs: list[Tensor | None],
     csa: CSAGradient,
-    position_grad: Tensor | None,
+    tsr: TSRGradient | None,
     mask: Tensor | None,
 ) -> None:
     """Make the Gram matrices of a few samples again and write their gradient, block by block.
@@ -105,7 +126,7 @@ def _recompute(
             saliencies,
             [None if output is None else output[samples] for output in outputs],
             part._replace(gram=gram),
-            None if position_grad is None else position_grad[:, samples].contiguous(),
+            None if tsr is None else tsr.of_samples(samples),
             mask=mask_part,
         )
 
@@ -116,19 +137,15 @@ def samples_at_a_time(shape: Sequence[int], tasks: int) -> int:
     return max(1, RECOMPUTE_BLOCK // (tasks * side * side))
 
 
-def csa_gradient(grad_csa: Tensor, saved: Saved) -> CSAGradient:
+def csa_gradient(of_csa: LossGradient, saved: Saved) -> CSAGradient:
     """Return what the last stage needs of CSA, from the incoming gradient and the forward."""
-    ds = 2 * grad_csa * saved.weight
-    anchor_weight = ds * saved.inverse
     return CSAGradient(
         scale=saved.scale,
         anchors=Anchors(saved.anchors, saved.factor, saved.radial),
         contrast_grad=saved.contrast_grad,
         gram=Gram(saved.similarity, saved.inverse, saved.slope, saved.projection, saved.matrix),
-        anchor_weight=anchor_weight,
-        affinity_weight=anchor_weight * saved.slope,
-        radial_weight=(ds * saved.similarity).sum(0),
-        negatives=grad_csa.resolve_neg(),
+        weight=saved.weight,
+        of_loss=of_csa,
     )
 
 

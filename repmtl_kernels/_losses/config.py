@@ -22,7 +22,7 @@ class Config(NamedTuple):
     tsr: TsrOptions | None  # None: without this loss
     csa: CsaOptions | None
     group: str = ""  # name of the process group whose samples are negatives; empty: this process
-    # For the ranks of a group to compare; the caller multiplies the losses.
+    # With them, and both losses, the total is one of the results. Ranks of a group compare them.
     lambdas: Lambdas | None = None
 
     @property

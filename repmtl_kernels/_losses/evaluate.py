@@ -17,13 +17,13 @@ def evaluate(
     operands: Sequence[Tensor],
     present: Tensor | None,
     positions: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return ``(tsr, csa)``, a tensor without elements for a loss that is left out."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(total, tsr, csa)``, a tensor without elements for what is left out."""
     if torch.compiler.is_compiling():
         # Imported while the compiler traces: it must not be loaded by `import repmtl_kernels`.
         from repmtl_kernels._losses.graph_node import graph_node
 
         return graph_node(present, positions, config.flat(), *operands)
     # Fake tensors have no values that a backend could read.
-    tsr, csa, *_ = Losses.apply(is_fake(operands[0]), config, present, positions, *operands)
-    return tsr, csa
+    results = Losses.apply(is_fake(operands[0]), config, present, positions, *operands)
+    return results[:3]

@@ -22,7 +22,7 @@ from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.entropy import entropy_of_means
 from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions, facts
 from repmtl_kernels.backends import choice
-from repmtl_kernels.backends.contract import AllSamples, Expected, Stages, Statistics
+from repmtl_kernels.backends.contract import AllSamples, Expected, Stages, Statistics, Values
 from repmtl_kernels.backends.peaks import joined
 
 
@@ -32,18 +32,22 @@ def run_forward(
     present: Tensor | None,
     positions: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Return ``(tsr, csa, *saved)``, tensors without elements for a loss that is left out."""
+    """Return ``(total, tsr, csa, *saved)``, tensors without elements for what is left out."""
     stages = choice.load(config.backend)
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     mask = canonical_mask(positions)
     with without_autocast(operands[0].device):
         operators = fused_operators(stages, config, saliencies)
         if operators is not None and not config.group:  # a group's ranks talk between the stages
-            return tuple(_run_fused(operators, config, saliencies, present, mask))
-        if (prepare := getattr(stages, "prepare", None)) is not None:
-            prepare(saliencies, mask, _expected(config))
-        tsr, csa, saved = run_stages(stages, config, saliencies, present, mask)
-    return tsr, csa, *(value.contiguous() for value in saved)
+            tsr, csa, *saved = _run_fused(operators, config, saliencies, present, mask)
+            total = None if config.lambdas is None else config.lambdas.total(tsr, csa)
+            results: tuple[Tensor | None, ...] = (total, tsr, csa, *saved)
+        else:
+            if (prepare := getattr(stages, "prepare", None)) is not None:
+                prepare(saliencies, mask, _expected(config, present is not None))
+            results = run_stages(stages, config, saliencies, present, mask)
+    # One tensor each: operators may not return the same tensor twice.
+    return tuple(saliencies[0].new_empty(0) if x is None else x.contiguous() for x in results)
 
 
 def fused_operators(
@@ -80,10 +84,15 @@ def _run_fused(
     )
 
 
-def _expected(config: Config) -> Expected:
-    tsr, csa = config.tsr, config.csa
-    entropy = None if tsr is None else (tsr.over, tsr.normalizer)
-    return Expected(entropy, csa is not None, config.with_grad, config.recompute)
+def _expected(config: Config, present: bool) -> Expected:
+    return Expected(
+        entropy=None if config.tsr is None else (config.tsr.over, config.tsr.normalizer),
+        csa=config.csa is not None,
+        with_grad=config.with_grad,
+        recompute=config.recompute,
+        present=present,
+        total=config.lambdas is not None,
+    )
 
 
 def run_stages(
@@ -92,8 +101,11 @@ def run_stages(
     saliencies: list[Tensor],
     present: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Saved]:
-    """Return TSR, CSA and what the backward needs, from one stage after the other."""
+) -> tuple[Tensor | None, ...]:
+    """Return the results of :func:`run_forward` from one stage after the other.
+
+    What is left out is None.
+    """
     peers = None
     if config.csa is not None and config.group:
         facts_of_rank = _facts(config, config.csa, saliencies, mask)
@@ -101,24 +113,24 @@ def run_stages(
     statistics = stages.statistics(
         saliencies, positions=config.tsr is not None, channels=config.csa is not None, mask=mask
     )
-    # One tensor each: operators may not return the same tensor twice.
-    tsr, csa, *empty = (saliencies[0].new_empty(0) for _ in range(2 + len(Saved._fields)))
-    saved = Saved(*empty)
+    tsr = position_grad = None
     if config.tsr is not None:
         assert statistics.positions is not None
-        tsr, grad = entropy_of_means(
+        tsr, position_grad = entropy_of_means(
             stages, config.tsr, statistics.positions, mask, with_grad=config.with_grad
         )
-        if grad is not None:
-            saved = saved._replace(position_grad=grad)
+        if peers is not None:
+            share = _tsr_share(config.tsr, config.group, peers, mask, tsr.dtype)
+            tsr = tsr * share
+            position_grad = None if position_grad is None else position_grad * share
+    total = csa = None
+    saved: dict[str, Tensor | None] = {}
     if config.csa is not None:
-        csa, saved = _run_csa(
-            stages, config, config.csa, saliencies, statistics, present, mask, peers, saved
+        (csa, _, total), saved = _run_csa(
+            stages, config, config.csa, saliencies, statistics, present, mask, peers, tsr
         )
-    if peers is not None:
-        share = _tsr_share(config, peers, mask, saved.position_grad.dtype)
-        tsr, csa, saved = _part_of_rank(tsr, csa, saved, peers, share)
-    return tsr, csa, saved
+    saved["position_grad"] = position_grad
+    return total, tsr, csa, *(saved.get(name) for name in Saved._fields)
 
 
 def _run_csa(
@@ -130,9 +142,9 @@ def _run_csa(
     present: Tensor | None,
     mask: Tensor | None,
     peers: Peers | None,
-    saved: Saved,
-) -> tuple[Tensor, Saved]:
-    """Return CSA, of the samples of all peers, and ``saved`` with what its backward needs."""
+    tsr: Tensor | None,
+) -> tuple[Values, dict[str, Tensor | None]]:
+    """Return CSA, of the samples of all peers, the total, and what the backward needs of CSA."""
     assert statistics.channels is not None and statistics.scale is not None
     anchors = stages.anchors(statistics.channels, eps=options.eps, with_grad=config.with_grad)
     # The anchors travel while the Gram stage runs.
@@ -159,23 +171,34 @@ def _run_csa(
         with_grad=config.with_grad,
         all_samples=all_samples,
     )
-    weight = _positive_weight(gram.similarity, present, options.temperature)
-    csa = contrast.logsumexp.mean() + (weight * gram.similarity).sum()
-    if anchors.radial is not None and contrast.grad is not None:
-        saved = saved._replace(
-            scale=statistics.scale,
-            anchors=anchors.unit,
-            factor=anchors.factor,
-            radial=anchors.radial,
-            contrast_grad=contrast.grad,
-            weight=weight,
-            similarity=gram.similarity,
-            inverse=gram.inverse,
-            slope=gram.slope,
-        )
-    if gram.projection is not None and gram.matrix is not None:
-        saved = saved._replace(projection=gram.projection, matrix=gram.matrix)
-    return csa, saved
+    values = stages.values(
+        gram.similarity,
+        contrast.logsumexp,
+        present,
+        temperature=options.temperature,
+        tsr=tsr,
+        lambdas=None if config.lambdas is None else (config.lambdas.tsr, config.lambdas.csa),
+    )
+    contrast_grad = contrast.grad
+    if peers is not None:
+        values = _part_of_rank(values, peers.share, tsr, config.lambdas)
+        # The gradient of the mean over all samples: this rank's anchors are in every rank's loss.
+        contrast_grad = None if contrast_grad is None else contrast_grad * len(peers.sizes)
+    if not config.with_grad:
+        return values, {}
+    return values, {
+        "scale": statistics.scale,
+        "anchors": anchors.unit,
+        "factor": anchors.factor,
+        "radial": anchors.radial,
+        "contrast_grad": contrast_grad,
+        "weight": values.weight,
+        "similarity": gram.similarity,
+        "inverse": gram.inverse,
+        "slope": gram.slope,
+        "projection": gram.projection,
+        "matrix": gram.matrix,
+    }
 
 
 def _facts(
@@ -198,33 +221,22 @@ def _facts(
 
 
 def _tsr_share(
-    config: Config, peers: Peers, mask: Tensor | None, dtype: torch.dtype
+    tsr: TsrOptions, group: str, peers: Peers, mask: Tensor | None, dtype: torch.dtype
 ) -> float | Tensor:
     """Return :attr:`Peers.share` for TSR: over tasks, it is a mean over positions."""
-    if config.tsr is None or mask is None or config.tsr.over == "space":
+    if mask is None or tsr.over == "space":
         return peers.share
     count = mask.sum()
-    total = _distributed.summed(count, config.group).clamp_min(1)
+    total = _distributed.summed(count, group).clamp_min(1)
     return len(peers.sizes) * count.to(dtype) / total
 
 
 def _part_of_rank(
-    tsr: Tensor, csa: Tensor, saved: Saved, peers: Peers, tsr_share: float | Tensor
-) -> tuple[Tensor, Tensor, Saved]:
+    values: Values, share: float, tsr: Tensor | None, lambdas: Lambdas | None
+) -> Values:
     """Return this rank's part: the plain average of the parts is the mean over all samples."""
-    saved = saved._replace(
-        position_grad=saved.position_grad * tsr_share,
-        weight=saved.weight * peers.share,
-        # The gradient of the mean over all samples: this rank's anchors are in every rank's loss.
-        contrast_grad=saved.contrast_grad * len(peers.sizes),
-    )
-    return tsr * tsr_share, csa * peers.share, saved
-
-
-def _positive_weight(similarity: Tensor, present: Tensor | None, temperature: float) -> Tensor:
-    """Return d csa / d s (T, B) of the mean over (present) tasks and the batch."""
-    tasks, batch = similarity.shape
-    if present is None:
-        return torch.full_like(similarity, -1 / (tasks * batch * temperature))
-    share = present.to(similarity.dtype) / present.sum(0).clamp_min(1)
-    return share * (-1 / (batch * temperature))
+    csa = values.csa * share
+    total = None
+    if lambdas is not None and tsr is not None:
+        total = lambdas.total(tsr, csa)
+    return Values(csa, values.weight * share, total)

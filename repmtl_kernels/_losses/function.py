@@ -54,7 +54,7 @@ def _one_by_one(
 
 
 class Losses(torch.autograd.Function):
-    """The function from the operands to ``(tsr, csa, *saved)``; the losses are differentiable.
+    """The function from the operands to ``(total, tsr, csa, *saved)``: three losses and the rest.
 
     ``traced``: a compiler traces this, and must see operators. PyTorch 2.11 does not know in all of
     its parts that it is compiling.
@@ -83,7 +83,7 @@ class Losses(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         traced, config, _, positions, *operands = inputs
-        _, _, *saved = output
+        _, _, _, *saved = output
         ctx.traced = traced
         ctx.config = config
         ctx.operands = len(operands)
@@ -92,17 +92,16 @@ class Losses(torch.autograd.Function):
         ctx.save_for_backward(positions, *operands, *saved)
 
     @staticmethod
-    def backward(ctx, grad_tsr, grad_csa, *_):
+    def backward(ctx, *grads_of_outputs):
+        losses = grads_of_outputs[:3]
         wanted = tuple(ctx.needs_input_grad[4:])
-        if grad_tsr is None and grad_csa is None:
+        if all(g is None for g in losses):
             return None, None, None, None, *(None for _ in wanted)
-        if any(g is not None and is_legacy_batched(g) for g in (grad_tsr, grad_csa)):
+        if any(g is not None and is_legacy_batched(g) for g in losses):
             raise RuntimeError(NO_BATCHED_GRADIENTS.format(backend=ctx.config.backend))
         saved = ctx.saved_tensors
         traced = ctx.traced or torch.compiler.is_compiling()
-        grads = iter(
-            Gradient.apply(traced, ctx.config, wanted, ctx.operands, grad_tsr, grad_csa, *saved)
-        )
+        grads = iter(Gradient.apply(traced, ctx.config, wanted, ctx.operands, *losses, *saved))
         return None, None, None, None, *(next(grads) if w else None for w in wanted)
 
 
@@ -110,15 +109,15 @@ class Gradient(torch.autograd.Function):
     """The backward of :class:`Losses`, a node of its own so that a second derivative is refused."""
 
     @staticmethod
-    def forward(traced, config, wanted, count, grad_tsr, grad_csa, positions, *tensors):
+    def forward(traced, config, wanted, count, total, tsr, csa, positions, *tensors):
         operands, saved = tensors[:count], Saved(*tensors[count:])
         if traced:
             return tuple(
                 torch.ops.repmtl.losses_backward(
-                    grad_tsr, grad_csa, positions, operands, saved, wanted, *config.flat()
+                    total, tsr, csa, positions, operands, saved, wanted, *config.flat()
                 )
             )
-        return tuple(run_backward(config, wanted, grad_tsr, grad_csa, positions, operands, saved))
+        return tuple(run_backward(config, wanted, total, tsr, csa, positions, operands, saved))
 
     @staticmethod
     def vmap(info, in_dims, *inputs):

@@ -19,14 +19,14 @@ def graph_node(
     positions: Tensor | None,
     config: tuple[Constant, ...],
     *operands: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return ``(tsr, csa)``, traced below the compiler's front end.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``(total, tsr, csa)``, traced below the compiler's front end.
 
     The front end can't trace an ``autograd.Function`` inside ``torch.func.grad``. Autograd and
     function transforms see an ordinary one here.
     """
-    tsr, csa, *_ = Losses.apply(True, Config.from_flat(config), present, positions, *operands)
-    return tsr, csa
+    results = Losses.apply(True, Config.from_flat(config), present, positions, *operands)
+    return results[:3]
 
 
 @torch.compiler.allow_in_graph

@@ -21,21 +21,20 @@ from repmtl_kernels._losses.function import Losses
     schema=f"(Tensor[] operands, Tensor? present, Tensor? positions, {SCHEMA}) -> Tensor[]",
 )
 def losses(operands, present, positions, *flat):
-    """Return ``tsr, csa, *saved``."""
+    """Return ``total, tsr, csa, *saved``."""
     return list(run_forward(Config.from_flat(flat), operands, present, positions))
 
 
 @torch.library.custom_op(
     "repmtl::losses_backward",
     mutates_args=(),
-    schema="(Tensor? grad_tsr, Tensor? grad_csa, Tensor? positions, Tensor[] operands, "
-    f"Tensor[] saved, bool[] wanted, {SCHEMA}) -> Tensor[]",
+    schema="(Tensor? grad_total, Tensor? grad_tsr, Tensor? grad_csa, Tensor? positions, "
+    f"Tensor[] operands, Tensor[] saved, bool[] wanted, {SCHEMA}) -> Tensor[]",
 )
-def losses_backward(grad_tsr, grad_csa, positions, operands, saved, wanted, *flat):
+def losses_backward(grad_total, grad_tsr, grad_csa, positions, operands, saved, wanted, *flat):
     """Return the gradients of the wanted operands."""
-    return run_backward(
-        Config.from_flat(flat), wanted, grad_tsr, grad_csa, positions, operands, Saved(*saved)
-    )
+    config, grads = Config.from_flat(flat), (grad_total, grad_tsr, grad_csa)
+    return run_backward(config, wanted, *grads, positions, operands, Saved(*saved))
 
 
 @losses.register_fake
@@ -44,6 +43,7 @@ def _(operands, present, positions, *flat):
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     return empty_results(
         saliencies,
+        total=config.lambdas is not None,
         tsr=config.tsr is not None,
         csa=config.csa is not None,
         with_grad=config.with_grad,
@@ -70,8 +70,8 @@ losses.register_autograd(_differentiate, setup_context=_set_up_context)
 
 
 @losses_backward.register_fake
-def _(grad_tsr, grad_csa, positions, operands, saved, wanted, *flat):
-    if grad_csa is None:
+def _(grad_total, grad_tsr, grad_csa, positions, operands, saved, wanted, *flat):
+    if grad_total is None and grad_csa is None:
         position_grad = Saved(*saved).position_grad
         return expanded_grads(Config.from_flat(flat), wanted, position_grad, operands)
     return [torch.empty_like(s) for s, w in zip(operands, wanted, strict=True) if w]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from repmtl_kernels._distributed import Fact
 from repmtl_kernels._ground.checks import check_choice, check_number
@@ -124,6 +125,10 @@ class Lambdas:
             check_number("lambda_tsr", self.tsr, minimum=0, dtype=dtype),
             check_number("lambda_csa", self.csa, minimum=0, dtype=dtype),
         )
+
+    def total(self, tsr: Tensor, csa: Tensor) -> Tensor:
+        """Return the regulariser of eq. 10."""
+        return self.tsr * tsr + self.csa * csa
 
 
 def facts(*options: TsrOptions | CsaOptions | Lambdas, prefixed: bool = True) -> dict[str, Fact]:

@@ -92,7 +92,7 @@ class Regularizer(NamedTuple):
 
     def _losses_of_level(self, level: Level) -> tuple[Tensor, Tensor | None, Tensor | None]:
         options, (lambda_tsr, lambda_csa) = self.options, self.turn.weighted
-        tsr, csa = evaluate_losses(
+        total, tsr, csa = evaluate_losses(
             level.saliencies,
             tsr=options.tsr if lambda_tsr else None,
             csa=options.csa if lambda_csa else None,
@@ -107,7 +107,7 @@ class Regularizer(NamedTuple):
             return lambda_tsr * tsr, tsr, None
         if lambda_tsr == 0:
             return lambda_csa * csa, None, csa
-        return lambda_tsr * tsr + lambda_csa * csa, tsr, csa
+        return total, tsr, csa
 
     def _measured_ratio(self, value: Tensor) -> Tensor | None:
         """Return the ratio of the gradients without ``strength``, where it is this call's turn."""

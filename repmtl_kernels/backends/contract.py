@@ -1,8 +1,8 @@
-"""The contract of the backends: six stages, with their shapes, dtypes, formulas and masks.
+"""The contract of the backends: seven stages, with their shapes, dtypes, formulas and masks.
 
 A backend is a module with the functions of :class:`Stages`. They are called in this order:
-``statistics``, ``entropy`` (TSR), ``anchors``, ``gram`` and ``contrast`` (CSA) in the forward pass,
-``saliency_grad`` in the backward pass. Equation numbers are those of the paper.
+``statistics``, ``entropy`` (TSR), ``anchors``, ``gram``, ``contrast`` and ``values`` (CSA) in the
+forward pass, ``saliency_grad`` in the backward pass. Equation numbers are those of the paper.
 
 Sizes
     ``T`` tasks, ``B`` samples, ``C`` channels, ``N`` positions (the product of the spatial sizes),
@@ -26,7 +26,8 @@ Masks
     ``mask`` is ``(B, N)``, bool and contiguous: True where a position exists. None: all of them do.
     A sample may have none. No stage uses what the saliencies hold at the other positions, NaN and
     inf included: it takes 0 instead, and does not multiply by 0. No stage copies all saliencies to
-    do so. ``entropy`` and ``contrast`` have no mask: their arguments are prepared by the caller.
+    do so. ``entropy``, ``contrast`` and ``values`` have no mask: their arguments are prepared by
+    the caller.
 
 A backend may have one more function, ``in_one_call(saliency)``. It returns a namespace with the
 operators ``losses`` and ``losses_backward``, which run all stages for such saliencies in one call
@@ -105,6 +106,52 @@ class Gram(NamedTuple):
     matrix: Tensor | None
 
 
+class Values(NamedTuple):
+    """CSA, its derivative, and the total of both losses."""
+
+    csa: Tensor  # ()
+    # (T, B): d csa / d s, -1 / (B K temperature) for each of a sample's K (present) tasks, else 0
+    weight: Tensor
+    total: Tensor | None  # (): lambda_tsr tsr + lambda_csa csa; None without lambdas
+
+
+class LossGradient(NamedTuple):
+    """``dL / d loss``, the product of a tensor and a number."""
+
+    grad: Tensor  # ()
+    factor: float
+
+    def product(self) -> Tensor:
+        """Return ``dL / d loss``."""
+        return self.grad if self.factor == 1 else self.grad * self.factor
+
+
+class TSRGradient(NamedTuple):
+    """TSR's part of the gradient of the saliencies: ``(dL / d tsr) position_grad 1^T / C``."""
+
+    position_grad: Tensor  # (T, B, N): d tsr / d x; with a mask, anything at other positions
+    of_loss: LossGradient
+
+    def of_samples(self, samples: slice) -> TSRGradient:
+        """Return the part for these samples, contiguous as the stages take it."""
+        return self._replace(position_grad=self.position_grad[:, samples].contiguous())
+
+    def of_channel(self, channels: int, mask: Tensor | None) -> Tensor:
+        """Return what each of the channels adds, (T, B, N); 0 at positions that do not exist."""
+        grad = self.position_grad * (self.of_loss.product() / channels)
+        # NaN elsewhere, or an infinite gradient, must not spread to padding.
+        return grad if mask is None else grad.masked_fill_(~mask, 0)
+
+
+class Coefficients(NamedTuple):
+    """The numbers in the formulas of :class:`CSAGradient`."""
+
+    negatives: Tensor  # (): dL / d csa
+    anchor_weight: Tensor  # (T, B): 2 (dL/ds) inverse
+    affinity_weight: Tensor  # (T, B): anchor_weight * slope
+    radial_weight: Tensor  # (B,): sum_t 2 (dL/ds) s
+
+
 class CSAGradient(NamedTuple):
     """CSA's part of the gradient of the saliencies.
 
@@ -115,16 +162,28 @@ class CSAGradient(NamedTuple):
 
     ``da_v = negatives contrast_grad_v
     + factor (sum_t anchor_weight_t S^_t S^_t^T u_v - radial_weight radial_v)``
+
+    The weights are those of :class:`Coefficients`, with ``dL/ds = (dL / d csa) weight``.
     """
 
     scale: Tensor  # (T, B)
     anchors: Anchors
     contrast_grad: Tensor  # (T, B, C): Contrast.grad
     gram: Gram
-    anchor_weight: Tensor  # (T, B): 2 (dL/ds) inverse
-    affinity_weight: Tensor  # (T, B): anchor_weight * slope
-    radial_weight: Tensor  # (B,): sum_t 2 (dL/ds) s
-    negatives: Tensor  # (): dL / d (mean of the logsumexp)
+    weight: Tensor  # (T, B): Values.weight
+    of_loss: LossGradient
+
+    def coefficients(self) -> Coefficients:
+        """Return the coefficients, for backends that do not compute them in their kernels."""
+        negatives = self.of_loss.product()
+        ds = 2 * negatives * self.weight
+        anchor_weight = ds * self.gram.inverse
+        return Coefficients(
+            negatives,
+            anchor_weight,
+            anchor_weight * self.gram.slope,
+            (ds * self.gram.similarity).sum(0),
+        )
 
     def of_samples(self, samples: slice) -> CSAGradient:
         """Return the part for these samples, contiguous as the stages take it."""
@@ -148,10 +207,8 @@ class CSAGradient(NamedTuple):
                 part_or_none(projection),
                 part_or_none(matrix),
             ),
-            anchor_weight=part(self.anchor_weight),
-            affinity_weight=part(self.affinity_weight),
-            radial_weight=self.radial_weight[samples],
-            negatives=self.negatives,
+            weight=part(self.weight),
+            of_loss=self.of_loss,
         )
 
 
@@ -162,6 +219,8 @@ class Expected(NamedTuple):
     csa: bool
     with_grad: bool
     recompute: bool  # the backward pass makes the Gram matrices again
+    present: bool  # some tasks may be missing
+    total: bool  # of both losses
 
 
 class Stages(Protocol):
@@ -234,17 +293,33 @@ class Stages(Protocol):
         projection are 0 at the others.
         """
 
+    def values(
+        self,
+        similarity: Tensor,
+        logsumexp: Tensor,
+        present: Tensor | None,
+        *,
+        temperature: float,
+        tsr: Tensor | None = None,
+        lambdas: tuple[float, float] | None = None,
+    ) -> Values:
+        """Return CSA (eq. 9) from :attr:`Gram.similarity` and :attr:`Contrast.logsumexp`.
+
+        ``present`` (T, B), bool, says which tasks count for a sample; None: all of them. With
+        ``lambdas``, of TSR and CSA, and the value of TSR, also the total of both losses (eq. 10).
+        """
+
     def saliency_grad(
         self,
         saliencies: list[Tensor],
         outputs: list[Tensor | None],
         csa: CSAGradient,
-        position_grad: Tensor | None,
+        tsr: TSRGradient | None,
         mask: Tensor | None = None,
     ) -> None:
         """Write the gradient of both losses with respect to each task's saliency.
 
-        ``outputs`` are views like the saliencies, None where no gradient is wanted.
-        ``position_grad`` (T, B, N) is TSR's part, added to every channel; None: there is no TSR.
-        With a mask, it is 0 at the other positions already, and the gradient there is exactly 0.
+        ``outputs`` are views like the saliencies, None where no gradient is wanted. ``tsr`` is
+        added to every channel; None: there is no TSR. With a mask, the gradient is exactly 0 at the
+        other positions.
         """

@@ -1,4 +1,4 @@
-"""The stage contract: every backend's six functions against the eager ones in float64."""
+"""The stage contract: every backend's seven functions against the eager ones in float64."""
 
 import math
 
@@ -58,6 +58,30 @@ def test_statistics(backend: str, dtype: torch.dtype, scale: float, case: Case):
     assert alone.positions is None
     torch.testing.assert_close(alone.channels, result.channels)
     assert torch.equal(alone.scale, result.scale)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1e-30])
+@pytest.mark.parametrize("kind", ["all", "some", "none of a sample"])
+@pytest.mark.parametrize("shape", [(3, 2), (1, 7), (17, 300), (2, 3000)], ids=str)
+@pytest.mark.parametrize("backend", sorted({b for b, _ in BACKEND_DTYPES}))
+def test_values(backend: str, shape: tuple, kind: str, temperature: float):
+    """CSA, its derivative and the total, from parts of any size."""
+    similarity = torch.rand(shape, device=DEVICE)
+    logsumexp = (2 + torch.rand(shape[1], device=DEVICE)) / temperature  # nothing cancels
+    present = None
+    if kind != "all":
+        present = torch.rand(shape[1], shape[0], device=DEVICE).T < 0.5
+        present[:, 0] = kind == "some"
+    tsr, lambdas = torch.tensor(0.8, device=DEVICE), (0.7, 1.3)
+    options = {"temperature": temperature, "lambdas": lambdas}
+    stage, exact_stage = choice.load(backend).values, choice.load("eager").values
+    result = stage(similarity, logsumexp, present, tsr=tsr, **options)
+    given = similarity.double(), logsumexp.double(), present
+    exact = exact_stage(*given, tsr=tsr.double(), **options)
+    for one, other in zip(result, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=3e-6, atol=0)
+    without = stage(similarity, logsumexp, present, temperature=temperature)
+    assert without.total is None and torch.equal(without.csa, result.csa)
 
 
 @pytest.mark.parametrize("form", TSR_FORMS, ids=TSR_IDS)
@@ -318,10 +342,10 @@ def test_gram_and_gradient_of_some_positions(
     contrast_grad = torch.randn(anchors.unit.shape, device=DEVICE) * anchors.factor[:, None]
     weight = torch.rand(statistics.scale.shape, device=DEVICE) + 0.1
     position_grad = torch.randn((case.tasks, *mask.shape), device=DEVICE)
-    position_grad *= anchors.factor[:, None] * mask  # of the size of the other terms
+    position_grad *= anchors.factor[:, None] * case.channels  # of the size of the other terms
+    position_grad[:, ~mask] = math.nan
 
     def gradient(stages, saliencies, gram, share, dtype, **options):
-        anchor_weight = weight * gram.inverse
         cast = [anchors.unit.to(dtype), (anchors.factor * share).to(dtype)]
         cast.append(anchors.radial.to(dtype).contiguous())
         csa = contract.CSAGradient(
@@ -329,17 +353,18 @@ def test_gram_and_gradient_of_some_positions(
             anchors=contract.Anchors(*cast),
             contrast_grad=(contrast_grad * share[:, None]).to(dtype),
             gram=gram,
-            anchor_weight=anchor_weight,
-            affinity_weight=anchor_weight * gram.slope,
-            radial_weight=(weight * gram.similarity).sum(0),
-            negatives=torch.tensor(0.7, dtype=dtype, device=DEVICE),
+            weight=weight.to(dtype),
+            of_loss=contract.LossGradient(torch.tensor(1.4, dtype=dtype, device=DEVICE), 0.5),
         )
+        of_tsr = contract.LossGradient(torch.tensor(0.6, dtype=dtype, device=DEVICE), 1.5)
+        tsr = contract.TSRGradient(position_grad.to(dtype), of_tsr)
         outputs = [torch.empty_like(s) for s in saliencies]
-        stages.saliency_grad(saliencies, outputs, csa, position_grad.to(dtype), **options)
+        stages.saliency_grad(saliencies, outputs, csa, tsr, **options)
         return torch.stack(outputs).flatten(3)
 
     one = torch.ones_like(anchors.factor)
     result = gradient(stages, views, result, one, precise, mask=mask)
+    position_grad[:, ~mask] = 0
     exact = gradient(eager, zeroed, exact, _share(mask), torch.float64) * mask[:, None]
     assert (result.movedim(2, 3)[:, ~mask] == 0).all()
     for b in range(case.batch - 1):

@@ -15,6 +15,8 @@ from repmtl_kernels import reference, rep_mtl_loss
 if find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
+from repmtl_kernels._ground.saliency import canonical_tasks
+from repmtl_kernels.backends import choice
 from repmtl_kernels.backends.triton import tiles
 from repmtl_kernels.backends.triton.tiles import ANY, KINDS, Rule, Sweep, Tile
 
@@ -91,7 +93,7 @@ def test_own_tiles_give_the_same_losses(own_table, tile: Tile, case: Case, dtype
         Rule("gram", ALL, tile),
         Rule("gradient", ALL, Tile(32, 16, 16, 4, 2)),
         Rule("pull", ALL, Tile(32, 16, 32, 4, 1)),
-        Rule("statistics", ALL, Sweep(2, 4, 64, 2)),
+        Rule("statistics", ALL, Sweep(2, 4, 64, 2, whole=1)),
     ]
     own_table(tiles.as_json(rules))
     own = rep_mtl_loss(values, lambda_tsr=0.7, lambda_csa=0.3, backend="triton").total
@@ -102,6 +104,43 @@ def test_own_tiles_give_the_same_losses(own_table, tile: Tile, case: Case, dtype
     assert abs(own.double() - expected) <= tolerance * abs(expected)
     for own_grad, grad in zip(own_grads, expected_grads, strict=True):
         assert (own_grad.double() - grad).norm() <= tolerance * grad.norm()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 150, (7, 7)),
+        Case(3, 2, 70, (9, 11), "channels_last"),
+        Case(9, 2, 40, (), "stacked"),
+        Case(3, 3, 33, (4, 5), "mixed"),
+    ],
+    ids=str,
+)
+def test_statistics_of_parts_are_those_of_whole_samples(case: Case, masked: bool, monkeypatch):
+    """A sample in one program, or in many whose sums a second kernel adds."""
+    from repmtl_kernels.backends.triton import statistics
+
+    launched = []
+    launch = statistics.launch
+    monkeypatch.setattr(
+        statistics, "launch", lambda kernel, *a, **k: (launched.append(k), launch(kernel, *a, **k))
+    )
+    tensors = [t.detach() for t in case.make(torch.bfloat16)]
+    views = canonical_tasks(tensors, case.layout == "stacked", case.channel_dim)
+    mask = torch.rand(case.batch, views[0][0, 0].numel(), device=DEVICE) < 0.6 if masked else None
+    options = {"positions": True, "channels": True, "mask": mask}
+    whole = statistics.statistics(views, **options)
+    assert all(keywords["WHOLE"] for keywords in launched)
+    launches = len(launched)
+    with tiles.trying({"statistics": Sweep(2, 4, 8, 1, whole=1)}):
+        parts = statistics.statistics(views, **options)
+    assert len(launched) == 3 * launches
+    exact = choice.load("eager").statistics([v.double() for v in views], **options)
+    for of_whole, of_parts, expected in zip(whole, parts, exact, strict=True):
+        for result in (of_whole, of_parts):
+            torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(whole.scale, parts.scale)
 
 
 def test_a_table_survives_writing_and_reading(own_table):

@@ -14,7 +14,7 @@ from torch.func import grad, jacrev, jvp, vmap
 from repmtl_kernels import RepMTL, RepMTLLoss, csa_loss, rep_mtl_loss, tsr_loss
 from repmtl_kernels._ground.record import Saved
 from repmtl_kernels._losses.config import Config
-from repmtl_kernels._losses.options import CsaOptions, TsrOptions
+from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions
 from repmtl_kernels.backends.availability import refusal
 from repmtl_kernels.backends.native import library as native_library
 
@@ -408,6 +408,7 @@ def _config(backend: str, **changes) -> Config:
 
 CONFIGS = {
     "both": {},
+    "total": {"lambdas": Lambdas(0.7, 1.3)},
     "tsr": {"csa": None},
     "floor": {"csa": None, "tsr": TsrOptions(floor=0.1)},
     "csa": {"tsr": None},
@@ -428,17 +429,19 @@ def test_operators(backend: str, name: str):
     torch.library.opcheck(torch.ops.repmtl.losses.default, (operands, None, None, *config.flat()))
     if not config.with_grad:
         return
-    _, _, *saved = torch.ops.repmtl.losses(operands, None, None, *config.flat())
+    _, _, _, *saved = torch.ops.repmtl.losses(operands, None, None, *config.flat())
     assert len(saved) == len(Saved._fields)
     one = torch.ones((), dtype=dtype, device=DEVICE)
     wanted = [True] if config.stacked else [False, True]
-    grads = [(one if config.tsr else None, one if config.csa else None)]
+    grads = [(None, one if config.tsr else None, one if config.csa else None)]
     if config.tsr and config.csa:
-        grads += [(None, one), (one, None)]
-    for grad_tsr, grad_csa in grads:
+        grads += [(None, None, one), (None, one, None)]
+    if config.lambdas:
+        grads += [(one, None, None), (one, one, None)]
+    for of_losses in grads:
         torch.library.opcheck(
             torch.ops.repmtl.losses_backward.default,
-            (grad_tsr, grad_csa, None, operands, saved, wanted, *config.flat()),
+            (*of_losses, None, operands, saved, wanted, *config.flat()),
         )
 
 

@@ -116,6 +116,27 @@ def test_only_the_gradients_that_are_needed(backend: str, loss: Loss):
             assert torch.equal(grad, full[i])
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 3, 0), (2, 0, 3), (0, 2, 3), (2, 3, 5)],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_sum_of_the_three_results(backend: str, weights: tuple[int, ...]):
+    """The total and its parts are results of one call, and each may have a gradient."""
+    tensors = Case(2, 3, 12, (2, 3)).make(torch.float32)
+
+    def gradients(saliencies, backend):
+        losses = rep_mtl_loss(saliencies, lambda_tsr=0.7, lambda_csa=1.3, backend=backend)
+        value = sum(w * loss for w, loss in zip(weights, losses, strict=True) if w)
+        return torch.stack(torch.autograd.grad(value, saliencies))
+
+    doubles = [s.detach().double().requires_grad_() for s in tensors]
+    exact = gradients(doubles, "reference")
+    error = (gradients(tensors, backend).double() - exact).norm()
+    assert error <= 1e-5 * exact.norm()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_losses_on_one_representation(backend: str):
     """Gradients accumulate in Z, graphs are kept, and no loss writes what the other one reads."""

@@ -132,11 +132,11 @@ def test_operators(backend: str, name: str):
     mask = mask_of(CASE, "random")
     ops = torch.ops.repmtl
     torch.library.opcheck(ops.losses.default, (operands, None, mask, *config.flat()))
-    _, _, *saved = ops.losses(operands, None, mask, *config.flat())
+    _, _, _, *saved = ops.losses(operands, None, mask, *config.flat())
     one = torch.ones((), dtype=dtype, device=DEVICE)
     for grads in ((one, one), (one, None), (None, one)):
         if (config.tsr or grads[0] is None) and (config.csa or grads[1] is None):
-            given = (*grads, mask, operands, saved, [False, True], *config.flat())
+            given = (None, *grads, mask, operands, saved, [False, True], *config.flat())
             torch.library.opcheck(ops.losses_backward.default, given)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repmtl_kernels.backends.contract import CSAGradient
+from repmtl_kernels.backends.contract import Coefficients, CSAGradient, TSRGradient
 from repmtl_kernels.backends.eager.operand import (
     is_n_side,
     masked_together,
@@ -35,11 +35,11 @@ def saliency_grad(
     saliencies: list[Tensor],
     outputs: list[Tensor | None],
     csa: CSAGradient,
-    position_grad: Tensor | None,
+    tsr: TSRGradient | None,
     mask: Tensor | None = None,
 ) -> None:
     """Write the gradient of each task into its output."""
-    for term in gradient_terms(saliencies, outputs, csa, position_grad, mask):
+    for term in gradient_terms(saliencies, outputs, csa, tsr, mask):
         # All but the product with the Gram matrix is a sum of few outer products (C) x (N).
         ones = term.da.new_ones(len(term.da), 1, 1)
         left = [term.da[:, :, None], term.left.permute(1, 2, 0)]
@@ -55,7 +55,7 @@ def gradient_terms(
     saliencies: list[Tensor],
     outputs: list[Tensor | None],
     csa: CSAGradient,
-    position_grad: Tensor | None,
+    tsr: TSRGradient | None,
     mask: Tensor | None,
 ) -> Iterator[GradientTerms]:
     """Yield the terms of each task whose gradient is wanted; with a mask, a few samples at a time.
@@ -68,7 +68,7 @@ def gradient_terms(
                 [s[samples] for s in saliencies],
                 [None if output is None else output[samples] for output in outputs],
                 csa.of_samples(samples),
-                None if position_grad is None else position_grad[:, samples],
+                None if tsr is None else tsr.of_samples(samples),
                 mask[samples],
             )
         return
@@ -76,13 +76,15 @@ def gradient_terms(
     assert projections is not None and matrices is not None
     prescale = needs_prescale(saliencies[0], csa.scale)
     anchors = csa.anchors.unit  # (T, B, C)
-    anchor_grad = _anchor_grad(saliencies, csa, prescale, mask)
+    coefficients = csa.coefficients()
+    anchor_grad = _anchor_grad(saliencies, csa, coefficients, prescale, mask)
+    position_grad = None if tsr is None else tsr.of_channel(anchors.shape[2], mask)
     for t, (s, output) in enumerate(zip(saliencies, outputs, strict=True)):
         if output is None:
             continue
         x, rest = operand(s, csa.scale[t], prescale, mask)
-        anchor_weight = csa.anchor_weight[t] * csa.scale[t]
-        affinity_weight = csa.affinity_weight[t] * csa.scale[t] * rest / storage_factor(s)
+        anchor_weight = coefficients.anchor_weight[t] * csa.scale[t]
+        affinity_weight = coefficients.affinity_weight[t] * csa.scale[t] * rest / storage_factor(s)
         matrix = matrices[t] * affinity_weight[:, None, None]
         dx = None if position_grad is None else position_grad[t]
         if is_n_side(s):
@@ -98,20 +100,25 @@ def gradient_terms(
 
 
 def _anchor_grad(
-    saliencies: list[Tensor], csa: CSAGradient, prescale: bool, mask: Tensor | None
+    saliencies: list[Tensor],
+    csa: CSAGradient,
+    coefficients: Coefficients,
+    prescale: bool,
+    mask: Tensor | None,
 ) -> Tensor:
     """Return ``da / N`` (T, B, C); with a mask, the sample's number of positions replaces ``N``."""
     projections, radial = csa.gram.projection, csa.anchors.radial
     assert projections is not None and radial is not None
     positive = torch.zeros_like(csa.anchors.unit)  # sum_t anchor_weight_t S^_t S^_t^T u
     for t, s in enumerate(saliencies):
-        v = projections[t] * csa.anchor_weight[t][:, None, None]  # (B, T, R)
+        v = projections[t] * coefficients.anchor_weight[t][:, None, None]  # (B, T, R)
         if is_n_side(s):
             x, rest = operand(s, csa.scale[t], prescale, mask)
             v = (v * rest[:, None, None]) @ x.mT
         positive += v.transpose(0, 1)
-    through = csa.anchors.factor[:, None] * (positive - csa.radial_weight[:, None] * radial)
-    da = csa.negatives * csa.contrast_grad + through
+    removed = coefficients.radial_weight[:, None] * radial
+    through = csa.anchors.factor[:, None] * (positive - removed)
+    da = coefficients.negatives * csa.contrast_grad + through
     return da / number_of_positions(saliencies[0], mask)
 
 

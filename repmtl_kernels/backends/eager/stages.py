@@ -6,5 +6,6 @@ from repmtl_kernels.backends.eager.entropy import entropy
 from repmtl_kernels.backends.eager.gradient import saliency_grad
 from repmtl_kernels.backends.eager.gram import gram
 from repmtl_kernels.backends.eager.statistics import statistics
+from repmtl_kernels.backends.eager.values import values
 
-__all__ = ["anchors", "contrast", "entropy", "gram", "saliency_grad", "statistics"]
+__all__ = ["anchors", "contrast", "entropy", "gram", "saliency_grad", "statistics", "values"]

@@ -98,7 +98,7 @@ def _losses(
     eps: float,
     with_grad: bool,
 ) -> list[Tensor]:
-    return empty_results(saliencies, tsr=tsr, csa=csa, with_grad=with_grad)
+    return empty_results(saliencies, total=False, tsr=tsr, csa=csa, with_grad=with_grad)[1:]
 
 
 Fake = Callable[..., object]

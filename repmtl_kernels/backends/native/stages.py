@@ -21,11 +21,24 @@ from repmtl_kernels.backends.contract import (
     Entropy,
     Gram,
     Statistics,
+    TSRGradient,
 )
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.eager import gradient as eager_gradient
 from repmtl_kernels.backends.eager import gram as eager_gram
+from repmtl_kernels.backends.eager.values import values
 from repmtl_kernels.backends.native import library as native_library
+
+__all__ = [
+    "anchors",
+    "contrast",
+    "entropy",
+    "gram",
+    "in_one_call",
+    "saliency_grad",
+    "statistics",
+    "values",
+]
 
 MOST_SMALL_TASKS = 64  # kSmallTasks of csrc
 
@@ -188,7 +201,7 @@ def saliency_grad(
     saliencies: list[Tensor],
     outputs: list[Tensor | None],
     csa: CSAGradient,
-    position_grad: Tensor | None,
+    tsr: TSRGradient | None,
     mask: Tensor | None = None,
 ) -> None:
     """Write the gradient of each task to ``outputs``."""
@@ -200,6 +213,7 @@ def saliency_grad(
         operator = ops.small_gradient
     if operator is not None:
         wanted = [t for t, output in enumerate(outputs) if output is not None]
+        coefficients = csa.coefficients()
         operator(
             saliencies,
             [outputs[t] for t in wanted],
@@ -211,15 +225,15 @@ def saliency_grad(
             csa.contrast_grad,
             csa.gram.projection,
             csa.gram.matrix,
-            csa.anchor_weight,
-            csa.affinity_weight,
-            csa.radial_weight,
-            csa.negatives,
-            None if position_grad is None else position_grad.contiguous(),
+            coefficients.anchor_weight,
+            coefficients.affinity_weight,
+            coefficients.radial_weight,
+            coefficients.negatives,
+            None if tsr is None else tsr.of_channel(first.shape[1], mask),
             mask,
         )
         return
-    for term in eager_gradient.gradient_terms(saliencies, outputs, csa, position_grad, mask):
+    for term in eager_gradient.gradient_terms(saliencies, outputs, csa, tsr, mask):
         dx = None if term.dx is None else term.dx.contiguous()
         rest = term.da.contiguous(), dx, term.left.contiguous(), term.right, term.output
         rows, transposed = eager_gradient.rows_of(term.output)

@@ -45,12 +45,13 @@ def anchor_gradient(
         anchor_grad.device,
         products,
         mask,
-        csa.anchor_weight,
+        *csa.of_loss,
+        csa.weight,
+        csa.gram.inverse,
+        csa.gram.similarity,
         csa.contrast_grad,
         csa.anchors.radial,
         csa.anchors.factor,
-        csa.radial_weight,
-        csa.negatives,
         anchor_grad,
         tasks,
         batch,
@@ -163,16 +164,24 @@ def _gradient_pull_kernel(
     tl.store(to, y, mask=(c < channels)[:, None] & (task < tasks))
 
 
-@triton.jit(do_not_specialize=["factor", "radial_weight", "negatives", "tasks", "batch"])
+@triton.jit
+def anchor_weight_of(sample, of_loss, weight, inverse):
+    """Return the anchor's weight of a task and sample, as in ``contract.Coefficients``."""
+    return 2 * of_loss * tl.load(weight + sample) * tl.load(inverse + sample)
+
+
+@triton.jit(do_not_specialize=["grad", "factor", "tasks", "batch"])
 def _gradient_anchor_kernel(
     products,  # (T, B, T, C): S^ S^^T u
     valid,  # (B, N) bool; or None
-    anchor_weight,  # (T, B)
+    grad,  # (): with `grad_factor`, dL / d csa
+    grad_factor,
+    weight,  # (T, B)
+    inverse,  # (T, B)
+    similarity,  # (T, B)
     contrast_grad,  # (T, B, C)
     radial,  # (T, B, C)
     factor,  # (B,)
-    radial_weight,  # (B,)
-    negatives,  # ()
     anchor_grad,  # (T, B, C)
     tasks,
     batch,
@@ -186,14 +195,17 @@ def _gradient_anchor_kernel(
     u = tl.program_id(1)
     c = tile * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
+    of_loss = tl.load(grad) * grad_factor
     positive = tl.zeros((BLOCK,), tl.float32)
+    radial_weight = 0.0
     for t in range(tasks):
         sample = t * batch + b
         y = tl.load(products + (sample * tasks + u) * channels + c, mask=inside, other=0.0)
-        positive += tl.load(anchor_weight + sample) * y
+        positive += anchor_weight_of(sample, of_loss, weight, inverse) * y
+        radial_weight += 2 * of_loss * tl.load(weight + sample) * tl.load(similarity + sample)
     at = (u * batch + b) * channels + c
-    negative = tl.load(negatives) * tl.load(contrast_grad + at, mask=inside, other=0.0)
-    removed = tl.load(radial_weight + b) * tl.load(radial + at, mask=inside, other=0.0)
+    negative = of_loss * tl.load(contrast_grad + at, mask=inside, other=0.0)
+    removed = radial_weight * tl.load(radial + at, mask=inside, other=0.0)
     da = negative + tl.load(factor + b) * (positive - removed)
     count = positions
     if valid is not None:

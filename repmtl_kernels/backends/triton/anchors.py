@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,9 @@ from repmtl_kernels.backends.triton.statistics import power_of_two
 # Channels of one step of a product of anchors, and warps, by the side of its tile: what three
 # products of tf32 parts leave registers for.
 STEPS = {16: (64, 4), 32: (32, 4), 64: (16, 8), 128: (16, 8)}
+# The same for anchors of few tasks, by their number: all their products have registers of their
+# own, so that no step waits for another.
+FEW_STEPS = {1: (1024, 4), 2: (1024, 4), 4: (512, 4)}
 
 
 def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
@@ -30,7 +35,10 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
     align = alignment(channels)
     unit, factor = torch.empty_like(a), a.new_empty(batch)
     radial = torch.empty_like(a) if with_grad else None
-    block = max(16, next_power_of_2(tasks))  # the least that a matrix product takes
+    block = next_power_of_2(tasks)
+    few = block in FEW_STEPS
+    if not few:
+        block = max(16, block)  # the least that a matrix product takes
     launch(
         _contrast_anchor_kernel,
         (batch,),
@@ -45,18 +53,21 @@ def anchors(a: Tensor, *, eps: float, with_grad: bool) -> Anchors:
         CHANNELS_ALIGN=align,
         TASKS=tasks,
         TASK_BLOCK=block,
+        FEW=few,
         PRECISION=product_precision(),
-        **product_step(block, align),
+        **product_step(block, align, FEW_STEPS if few else STEPS),
     )
     return Anchors(unit, factor, radial)
 
 
-def product_step(side: int, align: int) -> dict[str, int]:
+def product_step(
+    side: int, align: int, steps: Mapping[int, tuple[int, int]] = STEPS
+) -> dict[str, int]:
     """Return the channels of one step and the warps, as arguments of a kernel.
 
     Half the channels where C is odd, since each element then has an address of its own.
     """
-    wide, warps = STEPS[min(side, max(STEPS))]
+    wide, warps = steps[min(side, max(steps))]
     return {"WIDE": wide if align >= 4 else max(16, wide // 2), "num_warps": warps}
 
 
@@ -78,6 +89,7 @@ def _contrast_anchor_kernel(
     CHANNELS_ALIGN: tl.constexpr,
     TASKS: tl.constexpr,
     TASK_BLOCK: tl.constexpr,
+    FEW: tl.constexpr,  # as many tasks as FEW_STEPS knows
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -92,11 +104,14 @@ def _contrast_anchor_kernel(
         mask = (t < TASKS) & (c + lane < channels)
         largest = tl.maximum(largest, tl.abs(tl.load(a + offset + c, mask=mask, other=0.0)))
     scale = power_of_two(tl.max(largest))
-    products = tl.zeros((TASK_BLOCK, TASK_BLOCK), tl.float32)
-    for c in range(0, channels, WIDE):
-        mask = (t < TASKS) & (c + lane < channels)
-        x = tl.load(a + offset + c, mask=mask, other=0.0) * scale
-        products = tl.dot(x, tl.trans(x), products, input_precision=PRECISION)
+    if FEW:
+        products = _products_of_few(a, b, batch, channels, scale, TASKS, TASK_BLOCK, WIDE)
+    else:
+        products = tl.zeros((TASK_BLOCK, TASK_BLOCK), tl.float32)
+        for c in range(0, channels, WIDE):
+            mask = (t < TASKS) & (c + lane < channels)
+            x = tl.load(a + offset + c, mask=mask, other=0.0) * scale
+            products = tl.dot(x, tl.trans(x), products, input_precision=PRECISION)
     norm = tl.sqrt_rn(tl.sum(products * products))
     floor = eps * (root * scale) * (root * scale)
     clamped = tl.where(norm < floor, floor, norm)  # unlike a maximum, keeps NaN
@@ -110,5 +125,36 @@ def _contrast_anchor_kernel(
         u = tl.load(a + offset + c, mask=mask, other=0.0) * scale * root
         tl.store(anchors + offset + c, u, mask=mask)
         if radial is not None:
-            along = tl.dot(products, u, input_precision=PRECISION)
+            if FEW:
+                along = tl.sum(products[:, :, None] * u[None, :, :], 1)
+            else:
+                along = tl.dot(products, u, input_precision=PRECISION)
             tl.store(radial + offset + c, along, mask=mask)
+
+
+@triton.jit
+def _products_of_few(
+    a,
+    b,
+    batch,
+    channels,
+    scale,
+    TASKS: tl.constexpr,
+    TASK_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Return the products (TASK_BLOCK, TASK_BLOCK) of a sample's scaled means."""
+    t = tl.arange(0, TASK_BLOCK)
+    rows = (t * batch + b) * channels
+    lane = tl.arange(0, WIDE)[None, None, :]
+    terms = tl.zeros((TASK_BLOCK, TASK_BLOCK, WIDE), tl.float32)
+    for c in range(0, channels, WIDE):
+        inside = c + lane < channels
+        x = tl.load(
+            a + rows[:, None, None] + c + lane, mask=inside & (t < TASKS)[:, None, None], other=0.0
+        )
+        y = tl.load(
+            a + rows[None, :, None] + c + lane, mask=inside & (t < TASKS)[None, :, None], other=0.0
+        )
+        terms += (x * scale) * (y * scale)
+    return tl.sum(terms, 2)

@@ -13,6 +13,9 @@ from repmtl_kernels.backends.triton.common import cdiv, launch, next_power_of_2
 WARPS = 4
 # Elements of a block: 8 for each thread.
 BLOCK = 1024
+# Up to so many elements over tasks, one program with more warps takes all blocks: no sum of the
+# programs' values is needed then, which would take as long.
+ALONE, WARPS_ALONE = 1 << 14, 16
 
 SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
@@ -39,12 +42,13 @@ def _abs_gradient(x, share, h, log_p, total):
 # 0, z may be -inf, and the terms are 0.
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "blocks"])
 def _entropy_over_tasks_kernel(
     x,  # (T, length)
     grad,  # (T, length)
     value_parts,  # (programs,): sums of entropies / length
     length,
+    blocks,  # of one program
     temperature,
     eps,
     TASKS: tl.constexpr,
@@ -53,9 +57,32 @@ def _entropy_over_tasks_kernel(
     TASK_BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid: blocks of positions of all samples."""
+    """Grid: so many blocks of positions of all samples."""
+    value = tl.zeros((WIDE,), tl.float32)
+    for block in range(blocks):
+        i = (tl.program_id(0) * blocks + block).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+        h = _entropy_over_tasks(
+            x, grad, i, length, temperature, eps, TASKS, SOFTMAX, WITH_GRAD, TASK_BLOCK
+        )
+        value += tl.where(i < length, h, 0.0)
+    tl.store(value_parts + tl.program_id(0), tl.sum(value, 0) / length)
+
+
+@triton.jit
+def _entropy_over_tasks(
+    x,
+    grad,
+    i,
+    length,
+    temperature,
+    eps,
+    TASKS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    WITH_GRAD: tl.constexpr,
+    TASK_BLOCK: tl.constexpr,
+):
+    """Return the entropies at positions ``i``, and store their gradient."""
     t = tl.arange(0, TASK_BLOCK)[:, None]
-    i = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
     mask = (t < TASKS) & (i < length)[None, :]
     offset = t.to(tl.int64) * length + i[None, :]
     if SOFTMAX:
@@ -77,7 +104,6 @@ def _entropy_over_tasks_kernel(
         p = tl.div_rn(u, total[None, :])
         log_p = _log_share(u, p, total[None, :])
         h = -tl.sum(p * log_p, 0)
-    tl.store(value_parts + tl.program_id(0), tl.sum(tl.where(i < length, h, 0.0), 0) / length)
     if WITH_GRAD:
         if SOFTMAX:
             g = p * (mean[None, :] - z) / temperature
@@ -85,6 +111,7 @@ def _entropy_over_tasks_kernel(
             share = tl.sum(p, 0)
             g = _abs_gradient(s, share[None, :], h[None, :], log_p, total[None, :])
         tl.store(grad + offset, g / length, mask=mask)
+    return h
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -148,6 +175,11 @@ def _entropy_over_space_kernel(
             tl.store(target + n + lane, g / rows, mask=mask)
 
 
+def batches_of_all_programs(tasks: int, positions: int) -> list[int]:
+    """Return a batch that one program takes alone, if there is one, and one that it does not."""
+    return [1, ALONE // (next_power_of_2(tasks) * positions) + 1]
+
+
 def entropy(
     x: Tensor, *, over: str, normalizer: str, temperature: float, eps: float, with_grad: bool
 ) -> Entropy:
@@ -161,9 +193,13 @@ def entropy(
     if over == "tasks":
         length = batch * positions
         task_block = next_power_of_2(tasks)
-        wide = max(1, BLOCK // task_block)
+        wide, blocks = max(1, BLOCK // task_block), 1
         programs = cdiv(length, wide)
-        sizes = (length,)
+        if length * task_block <= ALONE:
+            wide *= WARPS_ALONE // WARPS
+            programs, blocks = 1, cdiv(length, wide)
+            constants["num_warps"] = WARPS_ALONE
+        sizes = length, blocks
         constants.update(TASKS=tasks, TASK_BLOCK=task_block, WIDE=wide)
         kernel = _entropy_over_tasks_kernel
     else:
@@ -171,6 +207,6 @@ def entropy(
         sizes = programs, positions
         constants.update(WIDE=min(BLOCK, next_power_of_2(positions)))
         kernel = _entropy_over_space_kernel
-    parts = torch.empty(programs, dtype=torch.float32, device=x.device)
+    parts = torch.empty(() if programs == 1 else programs, dtype=torch.float32, device=x.device)
     launch(kernel, (programs,), x.device, x, grad, parts, *sizes, *numbers, **constants)
-    return Entropy(parts.sum(), grad)
+    return Entropy(parts if programs == 1 else parts.sum(), grad)

@@ -8,24 +8,32 @@ since kernels are the same for all batches.
 from __future__ import annotations
 
 import contextvars
+import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 import triton
 from torch import Tensor
 
-from repmtl_kernels.backends.contract import Anchors, CSAGradient, Expected
+from repmtl_kernels.backends.contract import (
+    Anchors,
+    CSAGradient,
+    Expected,
+    LossGradient,
+    TSRGradient,
+)
 from repmtl_kernels.backends.triton.anchors import anchors
 from repmtl_kernels.backends.triton.common import INTERPRET, compiling, fp32_precision
 from repmtl_kernels.backends.triton.contrast import batches_of_all_tiles, contrast
-from repmtl_kernels.backends.triton.entropy import entropy
+from repmtl_kernels.backends.triton.entropy import batches_of_all_programs, entropy
 from repmtl_kernels.backends.triton.gradient import saliency_grad
 from repmtl_kernels.backends.triton.gram import gram
 from repmtl_kernels.backends.triton.statistics import statistics
+from repmtl_kernels.backends.triton.values import values
 
 # Threads, at most; the compiler needs about 200 MB of memory for each.
 THREADS = 16
@@ -50,8 +58,7 @@ def prepare(saliencies: Sequence[Tensor], mask: Tensor | None, expected: Expecte
     made_ready.add(key)
     samples = [s[:1] for s in saliencies]
     mask = None if mask is None else mask[:1]
-    batches = batches_of_all_tiles(len(saliencies))
-    compile_together(lambda: launch_all(samples, mask, expected, batches))
+    compile_together(lambda: launch_all(samples, mask, expected, all_batches=True))
 
 
 def compile_together(launches: Callable[[], object]) -> None:
@@ -74,46 +81,52 @@ def _compile_together(launches: Callable[[], object]) -> None:
 
 
 def launch_all(
-    saliencies: list[Tensor], mask: Tensor | None, expected: Expected, batches: Iterable[int]
+    saliencies: list[Tensor], mask: Tensor | None, expected: Expected, *, all_batches: bool
 ) -> None:
     """Launch every kernel of the stages, on tensors with any numbers.
 
     Args:
-        batches: the numbers of samples that are contrasted with each other.
+        all_batches: whether also those that are for other batches than that of the saliencies.
     """
+    tasks, (batch, channels) = len(saliencies), saliencies[0].shape[:2]
+    positions = saliencies[0].shape[2:].numel()
     with_grad = expected.with_grad
     means = statistics(
         saliencies, positions=expected.entropy is not None, channels=expected.csa, mask=mask
     )
-    position_grad = None
-    if expected.entropy is not None and means.positions is not None:
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=saliencies[0].device)
+    one = LossGradient(empty(()), 1.0)
+    if expected.entropy is not None:
         over, normalizer = expected.entropy
         numbers = {"temperature": 1.0, "eps": 0.0}
-        position_grad = entropy(
-            means.positions, over=over, normalizer=normalizer, with_grad=with_grad, **numbers
-        ).grad
+        for some in batches_of_all_programs(tasks, positions) if all_batches else [batch]:
+            x = empty(tasks, some, positions)
+            entropy(x, over=over, normalizer=normalizer, with_grad=with_grad, **numbers)
     if means.channels is None or means.scale is None:
         return
     unit = anchors(means.channels, eps=0.0, with_grad=with_grad)
     for kept in {with_grad and not expected.recompute, with_grad}:
         made = gram(saliencies, means.scale, unit.unit, eps=0.0, with_grad=kept, mask=mask)
-    tasks, _, channels = unit.unit.shape
-    for batch in batches:
-        others = unit.unit.new_empty(tasks, batch, channels)
-        some = Anchors(others, others.new_empty(batch), others if with_grad else None)
-        contrast(some, temperature=1.0, with_grad=with_grad)
+    for some in batches_of_all_tiles(tasks) if all_batches else [batch]:
+        others = empty(tasks, some, channels)
+        of_some = Anchors(others, others[0, :, 0].contiguous(), others if with_grad else None)
+        contrast(of_some, temperature=1.0, with_grad=with_grad)
+    present = empty(tasks, batch).bool() if expected.present else None
+    tsr = None if expected.entropy is None else one.grad
+    lambdas = (1.0, 1.0) if expected.total else None
+    weight = values(
+        made.similarity, unit.factor, present, temperature=1.0, tsr=tsr, lambdas=lambdas
+    ).weight
     if not with_grad:
         return
-    pairs = made.similarity
     csa = CSAGradient(
         scale=means.scale,
         anchors=unit,
         contrast_grad=unit.unit,
         gram=made,
-        anchor_weight=pairs,
-        affinity_weight=pairs,
-        radial_weight=pairs[0],
-        negatives=pairs[0, 0],
+        weight=weight,
+        of_loss=one,
     )
+    of_tsr = None if means.positions is None else TSRGradient(means.positions, one)
     outputs = [torch.empty_like(s) for s in saliencies]
-    saliency_grad(saliencies, [*outputs], csa, position_grad, mask=mask)
+    saliency_grad(saliencies, [*outputs], csa, of_tsr, mask=mask)

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from repmtl_kernels.backends.contract import CSAGradient
+from repmtl_kernels.backends.contract import CSAGradient, TSRGradient
 from repmtl_kernels.backends.triton import tma
-from repmtl_kernels.backends.triton.anchor_gradient import anchor_gradient
+from repmtl_kernels.backends.triton.anchor_gradient import anchor_gradient, anchor_weight_of
 from repmtl_kernels.backends.triton.common import (
     TRITON_3_6,
     Geometry,
@@ -42,7 +42,7 @@ def saliency_grad(
     saliencies: list[Tensor],
     outputs: list[Tensor | None],
     csa: CSAGradient,
-    position_grad: Tensor | None,
+    tsr: TSRGradient | None,
     mask: Tensor | None = None,
 ) -> None:
     """Write the gradient of each task into its output."""
@@ -51,6 +51,10 @@ def saliency_grad(
     tasks, batch, _ = anchors.shape
     operand = Operand.of(saliencies[0])
     anchor_grad = anchor_gradient(saliencies, csa, operand, mask)
+    of_positions: tuple = None, None, 0.0
+    if tsr is not None:
+        position_grad, (grad, factor) = tsr
+        of_positions = position_grad, grad, factor / anchors.shape[2]
     tile = operand.tile("gradient", anchors.device)
     tile = tile.within(operand.rows, operand.depth, depth=operand.rows)
     tiles = cdiv(operand.rows, tile.rows) * cdiv(operand.depth, tile.columns)
@@ -77,13 +81,15 @@ def saliency_grad(
             target.geometry.layout,
             target.tasks,
             csa.scale,
-            csa.anchor_weight,
-            csa.affinity_weight,
+            *csa.of_loss,
+            csa.weight,
+            csa.gram.inverse,
+            csa.gram.slope,
             stored,
             csa.gram.projection if operand.n_side else None,
             anchors,
             anchor_grad,
-            position_grad,
+            *of_positions,
             1 / operand.storage_factor,
             tasks,
             batch,
@@ -131,7 +137,7 @@ def _add_outer(left, right, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
         return matmul(left, tl.trans(right), acc, PRECISION)
 
 
-@triton.jit(do_not_specialize=["tasks", "batch", "N_DIV"])
+@triton.jit(do_not_specialize=["grad_csa", "grad_tsr", "tasks", "batch", "N_DIV"])
 def _gradient_kernel(
     saliencies,  # of a group of tasks: (B, C, N) each
     x_0,  # TMA descriptors of DEPTH x BLOCK_K of X, one a task; or None
@@ -145,13 +151,18 @@ def _gradient_kernel(
     target_layout,
     group,  # numbers of the tasks
     scale,  # (T, B)
-    anchor_weight,  # (T, B)
-    affinity_weight,  # (T, B)
+    grad_csa,  # (): with `csa_factor`, dL / d csa
+    csa_factor,
+    weight,  # (T, B)
+    inverse,  # (T, B)
+    slope,  # (T, B)
     matrix,  # (T, B, R, R): X^ X^^T / unit
     projection,  # (T, B, T, N), or None on the C side
     anchors,  # (T, B, C)
     anchor_grad,  # (T, B, C)
     position_grad,  # (T, B, N) or None
+    grad_tsr,  # () or None: with `tsr_factor`, dL / d tsr / C
+    tsr_factor,
     unit,
     tasks,
     batch,
@@ -241,9 +252,10 @@ def _gradient_kernel(
     else:
         left = task_vectors(anchors, anchor_stride, r, rows, tasks, COLUMNS, PARTS)
         right = (repeat_columns(join_columns(w)) if PARTS == 2 else w) * factor
+    anchor_weight = anchor_weight_of(sample, tl.load(grad_csa) * csa_factor, weight, inverse)
     # Scaled in an order in which 2^100 does not overflow.
-    grad = acc * factor * (tl.load(affinity_weight + sample) * unit)
-    grad = _add_outer(left * tl.load(anchor_weight + sample), right, grad, PARTS, PRECISION)
+    grad = acc * factor * (anchor_weight * tl.load(slope + sample) * unit)
+    grad = _add_outer(left * anchor_weight, right, grad, PARTS, PRECISION)
     of_channel = anchor_grad + sample * channels
     if N_SIDE:
         grad = grad * factor + tl.load(of_channel + k, mask=inside_k, other=0.0)[None, :]
@@ -251,10 +263,11 @@ def _gradient_kernel(
         grad = grad * factor + tl.load(of_channel + r, mask=inside_r, other=0.0)[:, None]
     if position_grad is not None:
         of_position = position_grad + sample * positions
+        of_tsr = tl.load(grad_tsr) * tsr_factor
         if N_SIDE:
-            grad += tl.load(of_position + r, mask=inside_r, other=0.0)[:, None]
+            grad += of_tsr * tl.load(of_position + r, mask=inside_r, other=0.0)[:, None]
         else:
-            grad += tl.load(of_position + k, mask=inside_k, other=0.0)[None, :]
+            grad += of_tsr * tl.load(of_position + k, mask=inside_k, other=0.0)[None, :]
     if valid is not None:
         if N_SIDE:
             there = tl.load(valid + r, mask=inside_r, other=0)[:, None]

@@ -7,5 +7,15 @@ from repmtl_kernels.backends.triton.first_use import prepare
 from repmtl_kernels.backends.triton.gradient import saliency_grad
 from repmtl_kernels.backends.triton.gram import gram
 from repmtl_kernels.backends.triton.statistics import statistics
+from repmtl_kernels.backends.triton.values import values
 
-__all__ = ["anchors", "contrast", "entropy", "gram", "prepare", "saliency_grad", "statistics"]
+__all__ = [
+    "anchors",
+    "contrast",
+    "entropy",
+    "gram",
+    "prepare",
+    "saliency_grad",
+    "statistics",
+    "values",
+]

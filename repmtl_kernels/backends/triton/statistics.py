@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,12 +44,13 @@ def power_of_two(largest):
     do_not_specialize_on_alignment=["tiles"],
 )
 def _statistics_kernel(
-    saliencies,  # tuple of (B, C, *spatial)
+    saliencies,  # of a group of tasks: (B, C, *spatial) each
+    group,  # numbers of the tasks
     layout,
     valid,  # (B, N) bool: which positions are there; or None, all are
-    column_parts,  # (tasks, B, chunks, columns) float32: sums over a chunk of rows
-    row_parts,  # (tasks, B, tiles, rows) float32: sums over a tile of columns
-    max_parts,  # (tasks, B, chunks, tiles) float32: max |S|
+    column_parts,  # (group, B, chunks, columns) float32: sums over a chunk of rows
+    row_parts,  # (group, B, tiles, rows) float32: sums over a tile of columns
+    max_parts,  # (group, B, chunks, tiles) float32: max |S|
     batch,
     rows,
     columns_div,
@@ -61,11 +63,12 @@ def _statistics_kernel(
     COLUMN_SUMS: tl.constexpr,
     ROW_SUMS: tl.constexpr,
     MAX: tl.constexpr,
+    WHOLE: tl.constexpr,  # a chunk and a tile hold all of a sample: parts are (T, B, ...) results
     DEEP: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid: (task, sample, chunk of rows, tile of columns), the last running fastest."""
+    """Grid: (task of the group, sample, chunk of rows, tile of columns), the last fastest."""
     part = tl.program_id(0)
     tile, chunk = part % tiles, (part // tiles) % chunks
     sample = (part // (tiles * chunks)).to(tl.int64)
@@ -82,6 +85,17 @@ def _statistics_kernel(
         valid += b * (rows if CHANNEL_COLUMNS else columns)
         if not CHANNEL_COLUMNS:
             there = tl.load(valid + column, mask=column < columns, other=0)
+    row_divisor = 1
+    column_divisor = 1
+    if WHOLE:
+        sample = pick(group, sample // batch) * batch + b
+        row_divisor = columns
+        column_divisor = rows
+        if valid is not None:
+            if CHANNEL_COLUMNS:
+                column_divisor = count_valid(valid, rows)
+            else:
+                row_divisor = count_valid(valid, columns)
 
     total = tl.zeros((HIGH, WIDE), tl.float32)
     largest = tl.zeros((HIGH, WIDE), tl.float32)
@@ -105,24 +119,27 @@ def _statistics_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(deep), 0))
         if ROW_SUMS:
             target = row_parts + (sample * tiles + tile) * rows + row
-            tl.store(target, tl.sum(s, 1), mask=row < rows)
+            tl.store(target, tl.sum(s, 1) / row_divisor, mask=row < rows)
     if COLUMN_SUMS:
         target = column_parts + (sample * chunks + chunk) * columns + column
-        tl.store(target, tl.sum(total, 0), mask=column < columns)
+        tl.store(target, tl.sum(total, 0) / column_divisor, mask=column < columns)
     if MAX:
-        tl.store(max_parts + part, tl.max(largest))
+        if WHOLE:
+            tl.store(max_parts + sample, power_of_two(tl.max(largest)))
+        else:
+            tl.store(max_parts + part, tl.max(largest))
 
 
 @triton.jit(do_not_specialize=["batch", "chunks", "tiles", "column_blocks", "blocks"])
 def _statistics_finish_kernel(
-    column_parts,  # (tasks, B, chunks, columns)
-    row_parts,  # (tasks, B, tiles, rows)
-    max_parts,  # (tasks, B, chunks, tiles)
+    group,  # numbers of the tasks
+    column_parts,  # (group, B, chunks, columns)
+    row_parts,  # (group, B, tiles, rows)
+    max_parts,  # (group, B, chunks, tiles)
     valid,  # (B, N) bool; or None
     column_means,  # (T, B, columns)
     row_means,  # (T, B, rows)
     scale,  # (T, B)
-    group,  # numbers of the tasks
     batch,
     rows,
     columns,
@@ -137,15 +154,15 @@ def _statistics_finish_kernel(
     PARTS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Grid: (task, sample, block of columns or rows): adds the partial sums in a fixed order."""
+    """Grid: (task of the group, sample, block of columns or rows); a fixed order of the sums."""
     block = tl.program_id(0) % blocks
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     b = sample % batch
-    target = pick(group, sample // batch) * batch + b
+    result = pick(group, sample // batch) * batch + b
     if COLUMN_SUMS:
         if block < column_blocks:
             parts = column_parts + sample * chunks * columns
-            means = column_means + target * columns
+            means = column_means + result * columns
             count = rows
             if valid is not None and CHANNEL_COLUMNS:
                 count = count_valid(valid + b * rows, rows)
@@ -153,7 +170,7 @@ def _statistics_finish_kernel(
     if ROW_SUMS:
         if block >= column_blocks:
             parts = row_parts + sample * tiles * rows
-            means = row_means + target * rows
+            means = row_means + result * rows
             count = columns
             if valid is not None and not CHANNEL_COLUMNS:
                 count = count_valid(valid + b * columns, columns)
@@ -166,7 +183,7 @@ def _statistics_finish_kernel(
                 source = max_parts + sample * chunks * tiles + part
                 m = tl.load(source, mask=part < chunks * tiles, other=0.0)
                 largest = tl.maximum(largest, m)
-            tl.store(scale + target, power_of_two(tl.max(largest, 0)))
+            tl.store(scale + result, power_of_two(tl.max(largest, 0)))
 
 
 @triton.jit
@@ -226,17 +243,22 @@ def _write_group(
     odd = min(align, group.geometry.form[1]) == 1
     kind = "16-bit" if size == 2 else "ieee"
     sweep = tile_of("statistics", kind, odd, rows, columns, first.device)
-    deep, high, wide, chunk = _tile(sweep, samples, rows, columns, size)
+    tile = _whole(sweep, rows, columns, size)
+    whole = tile is not None
+    deep, high, wide, chunk, warps = tile or _part(sweep, samples, rows, columns, size)
     chunks, tiles = cdiv(rows, chunk), cdiv(columns, wide)
-    empty = partial(torch.empty, dtype=torch.float32, device=first.device)
-    column_parts = None if column_means is None else empty(samples, chunks, columns)
-    row_parts = None if row_means is None else empty(samples, tiles, rows)
-    max_parts = None if scale is None else empty(samples, chunks, tiles)
+    column_parts, row_parts, max_parts = column_means, row_means, scale
+    if not whole:
+        empty = partial(torch.empty, dtype=torch.float32, device=first.device)
+        column_parts = None if column_means is None else empty(samples, chunks, columns)
+        row_parts = None if row_means is None else empty(samples, tiles, rows)
+        max_parts = None if scale is None else empty(samples, chunks, tiles)
     launch(
         _statistics_kernel,
         (samples * chunks * tiles,),
         first.device,
         group.tensors,
+        group.tasks,
         group.geometry.layout,
         mask,
         column_parts,
@@ -254,18 +276,22 @@ def _write_group(
         COLUMN_SUMS=column_means is not None,
         ROW_SUMS=row_means is not None,
         MAX=scale is not None,
+        WHOLE=whole,
         DEEP=deep,
         HIGH=high,
         WIDE=wide,
-        num_warps=sweep.warps,
+        num_warps=warps,
         maxnreg=sweep.registers,
     )
-    column_blocks = cdiv(columns, FINISH_COLUMNS) if column_means is not None else 0
-    blocks = column_blocks + (cdiv(rows, FINISH_COLUMNS) if row_means is not None else 0)
+    if whole:
+        return
+    column_blocks = 0 if column_means is None else cdiv(columns, FINISH_COLUMNS)
+    blocks = column_blocks + (0 if row_means is None else cdiv(rows, FINISH_COLUMNS))
     launch(
         _statistics_finish_kernel,
         (samples * blocks,),
         first.device,
+        group.tasks,
         column_parts,
         row_parts,
         max_parts,
@@ -273,7 +299,6 @@ def _write_group(
         column_means,
         row_means,
         scale,
-        group.tasks,
         first.shape[0],
         rows,
         columns,
@@ -297,12 +322,32 @@ def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
     return positions == 1 or (bool(unit >> 1 & 1) and not unit >> (1 + dims) & 1)
 
 
-def _tile(
-    sweep: Sweep, samples: int, rows: int, columns: int, element_size: int
-) -> tuple[int, int, int, int]:
-    """Return ``(DEEP, HIGH, WIDE)`` of a tile, and the rows of one program."""
+class _Tile(NamedTuple):
+    """What a program takes at a time, ``deep * high`` rows of ``wide`` columns, and in all."""
+
+    deep: int  # rows that a thread adds up in registers
+    high: int
+    wide: int
+    chunk: int  # rows of one program
+    warps: int
+
+
+def _whole(sweep: Sweep, rows: int, columns: int, element_size: int) -> _Tile | None:
+    """Return the tile of a program that takes a whole sample; None if that is too large."""
+    wide, warps = next_power_of_2(columns), 2 * sweep.warps
+    at_once = warps * _widest(element_size)  # elements
+    if wide > at_once * sweep.deep:
+        return None
+    high = min(max(1, at_once // wide), next_power_of_2(rows))
+    deep = min(sweep.deep, next_power_of_2(cdiv(rows, high)))
+    chunk = max(deep * high, next_power_of_2(rows))
+    return _Tile(deep, high, wide, chunk, warps) if chunk * wide <= sweep.whole else None
+
+
+def _part(sweep: Sweep, samples: int, rows: int, columns: int, element_size: int) -> _Tile:
+    """Return the tile of a program that takes a part of a sample."""
     # One warp of 16-byte loads; less where that would leave more than a quarter of the lanes idle.
-    widest = 512 // element_size
+    widest = _widest(element_size)
     widths = [w for w in (widest, widest // 2, widest // 4) if w < 2 * columns]
     wide = min(
         widths or [next_power_of_2(columns)],
@@ -315,4 +360,9 @@ def _tile(
     most_rows = min(rows, sweep.most_rows)
     while 2 * chunk <= most_rows and per_row * cdiv(rows, 2 * chunk) >= sweep.programs:
         chunk *= 2
-    return deep, high, wide, chunk
+    return _Tile(deep, high, wide, chunk, sweep.warps)
+
+
+def _widest(element_size: int) -> int:
+    """Return the elements of one warp of 16-byte loads."""
+    return 512 // element_size

@@ -63,6 +63,9 @@ class Sweep(NamedTuple):
     most_rows: int  # of up to that many rows
     warps: int
     registers: int | None = None
+    # Elements of a sample that one program takes whole, with twice the warps: there are no partial
+    # sums then, and no second kernel.
+    whole: int = 1 << 15
 
 
 ProductKernel = Literal["gram", "gradient", "pull"]
