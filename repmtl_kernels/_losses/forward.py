@@ -102,10 +102,7 @@ def run_stages(
     present: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the results of :func:`run_forward` from one stage after the other.
-
-    What is left out is None.
-    """
+    """Return the results of :func:`run_forward`, stage by stage; None for what is left out."""
     peers = None
     if config.csa is not None and config.group:
         facts_of_rank = _facts(config, config.csa, saliencies, mask)

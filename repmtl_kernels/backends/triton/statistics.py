@@ -323,7 +323,7 @@ def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
 
 
 class _Tile(NamedTuple):
-    """What a program takes at a time, ``deep * high`` rows of ``wide`` columns, and in all."""
+    """The part of a matrix that one program takes, and how: ``deep * high`` rows at a time."""
 
     deep: int  # rows that a thread adds up in registers
     high: int
