@@ -11,10 +11,19 @@ from repmtl_kernels._ground.saliency import in_factors
 from repmtl_kernels.backends.contract import Gram
 from repmtl_kernels.backends.triton import tma
 from repmtl_kernels.backends.triton.common import cdiv, launch, task_groups
-from repmtl_kernels.backends.triton.gram_kernel import _gram_kernel
+from repmtl_kernels.backends.triton.gram_kernel import _gram_join_kernel, _gram_kernel
 from repmtl_kernels.backends.triton.operand import Operand, task_columns
+from repmtl_kernels.backends.triton.tiles import Tile
 
 FINISH_BLOCK = 256
+# On the C side, each tile of a long sum is cut into parts of at least so many terms, up to so many
+# programs: two for each multiprocessor of a large GPU. A sum is long from so many terms for each
+# row on: parts of the Gram matrix are then at most a sixteenth of the bytes of X.
+PROGRAMS = 264
+LEAST_TERMS = 1024
+LONG, LONG_FOR_ROW = 4096, 32
+# Parts that are loaded at a time, and their elements: more would not fit into registers.
+JOIN_PARTS, JOIN_ELEMENTS = 8, 16384
 
 
 def gram(
@@ -41,13 +50,19 @@ def gram(
         partial = () if operand.n_side else (tiles,)
         projection = anchors.new_empty(tasks, batch, *partial, tasks, operand.rows)
         matrix = saliencies[0].new_empty(tasks, batch, operand.rows, operand.rows)
+    columns = task_columns(tasks, 2 if operand.is_split else 1)
+    sums, parts, part_depth = None, 1, 0
+    if _is_long(operand):
+        part_depth = _part_depth(operand, tile, pairs * batch * tasks)
+        parts = cdiv(operand.depth, part_depth)
+        sums = anchors.new_empty(tasks, batch, pairs, parts, tile.rows, tile.rows)
     for group in task_groups(saliencies, tma.most_tasks(tile)):
         form = group.geometry.form
         x = tma.matrices(group.tensors, operand, tile)
         launch(
             _gram_kernel,
             # The pairs of tiles of a sample are neighbours: they share it in the L2 cache.
-            (pairs * batch, len(group.tasks)),
+            (parts * pairs * batch, len(group.tasks)),
             anchors.device,
             group.tensors,
             *tma.descriptors(x, tile.rows, tile.depth),
@@ -61,16 +76,19 @@ def gram(
             positives,
             projection,
             matrix,
+            sums,
             operand.storage_factor,
             tasks,
             batch,
             tiles,
             strips,
+            parts,
+            part_depth,
             *operand.sizes,
             FORM=form,
             N_SIDE=operand.n_side,
             SPLIT=operand.is_split,
-            COLUMNS=task_columns(tasks, 2 if operand.is_split else 1),
+            COLUMNS=columns,
             SCALING=_scaling(operand),
             PRECISION=operand.precision,
             TOUCH=operand.passes_registers(form, along_rows=False),
@@ -81,6 +99,31 @@ def gram(
             STAGES=tile.stages,
             num_warps=tile.warps,
             maxnreg=tile.registers,
+        )
+    if sums is not None:
+        launch(
+            _gram_join_kernel,
+            (pairs * batch, tasks),
+            anchors.device,
+            sums,
+            anchors,
+            squares,
+            positives,
+            projection,
+            matrix,
+            operand.storage_factor,
+            tasks,
+            batch,
+            tiles,
+            parts,
+            operand.rows,
+            SPLIT=operand.is_split,
+            COLUMNS=columns,
+            PRECISION=operand.precision,
+            BLOCK=tile.rows,
+            AT_ONCE=min(JOIN_PARTS, JOIN_ELEMENTS // tile.rows**2),
+            num_warps=8,
+            maxnreg=255,
         )
     similarity, inverse, slope = (anchors.new_empty(tasks, batch) for _ in range(3))
     launch(
@@ -102,6 +145,17 @@ def gram(
     if projection is not None and not operand.n_side:
         projection = projection.sum(2)  # over the tiles
     return Gram(similarity, inverse, slope, projection, matrix)
+
+
+def _is_long(operand: Operand) -> bool:
+    """Return whether the sums of a tile come in parts. The batch has no say: it may change."""
+    return not operand.n_side and operand.depth >= max(LONG, LONG_FOR_ROW * operand.rows)
+
+
+def _part_depth(operand: Operand, tile: Tile, tiles: int) -> int:
+    """Return the terms of a part, a multiple of the tile's depth."""
+    most = min(PROGRAMS // tiles, operand.depth // LEAST_TERMS)
+    return cdiv(operand.depth, max(1, most) * tile.depth) * tile.depth
 
 
 def _scaling(operand: Operand) -> str:

@@ -1,9 +1,8 @@
 """The Gram kernel: a tile of the lower triangle of ``X^ X^^T``, and all that is made from it.
 
-A program loads rows of ``X`` (see ``operand.py``), multiplies them, and ends with an epilogue: the
-square of the norm, the stored matrix, and the products with the anchors ``u``. On the N side these
-are ``V = S^^T u``, a narrow product on the diagonal tiles next to the tile itself; on the C side
-they are products of the tile, which is one of the affinity ``S^ S^^T``.
+A program loads rows of ``X`` (see ``operand.py``), multiplies them, and ends with an epilogue
+(``gram_epilogue.py``). Where there are too few tiles for the GPU, each has several programs, with a
+part of the depth each; they leave their sums to ``_gram_join_kernel``.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import triton
 import triton.language as tl
 
 from repmtl_kernels.backends.triton.common import pick, stride_of, zero_unless
+from repmtl_kernels.backends.triton.gram_epilogue import store_tile, tile_pair
 from repmtl_kernels.backends.triton.operand import (
-    join_columns,
     matmul,
-    matmul_in_parts,
-    round_tf32,
     row_offsets,
     split_columns,
     task_vectors,
@@ -49,11 +46,14 @@ def _gram_kernel(
     positives,  # partial sums of p: (T, B, TILES), on the C side (T, B, PAIRS)
     projection,  # (T, B, T, N), or parts to be summed over the tiles: (T, B, TILES, T, C); or None
     matrix,  # (T, B, R, R): multiple of X^ X^^T; or None
+    sums,  # (T, B, PAIRS, PARTS, BLOCK, BLOCK): of a part of the depth each; or None, of all
     multiple,
     tasks,
     batch,
     tiles,
     strips,
+    parts,
+    part_depth,  # a multiple of DEPTH
     R_DIV,
     K_DIV,
     R_ALIGN: tl.constexpr,
@@ -71,35 +71,114 @@ def _gram_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid: (sample and in it the row of tiles and strip of columns, task of the group)."""
+    """Grid: (sample, in it the row of tiles and strip of columns, in it the part; task)."""
     rows, depth = R_DIV * R_ALIGN, K_DIV * K_ALIGN
-    channels = depth if N_SIDE else rows
+    place, first, last = tl.program_id(0), 0, depth
+    part = 0
+    if sums is not None:
+        place, part = place // parts, place % parts
+        first = part * part_depth
+        last = tl.minimum(first + part_depth, depth)
     # Else ptxas (its note C7515) has each HGMMA wait for the one before, for a loop that might not
     # run.
-    tl.assume(depth > 0)
+    tl.assume(last > first)
     pairs = RATIO * (strips * (strips + 1) // 2)
-    b, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
-    i, j = _tile_pair(pair, strips, RATIO)
-    has_diagonal = i // RATIO == j
+    b, pair = (place // pairs).to(tl.int64), place % pairs
+    i, j = tile_pair(pair, strips, RATIO)
     sample = pick(group, tl.program_id(1)) * batch + b
-    if RATIO > 1:
-        if i >= tiles:  # the last row of the last square may not exist
-            tl.store(squares + sample * pairs + pair, 0.0)
-            return
-
     x = pick(saliencies, tl.program_id(1)) + b * stride_of(layout, FORM, 0)
+    if valid is not None:
+        valid += b * (rows if N_SIDE else depth)
+    channels = depth if N_SIDE else rows
+    anchors += b * channels
+    anchor_stride = tl.cast(batch, tl.int64) * channels
+    tall = None
+    wide = None
+    if tall_0 is not None:
+        tall = chosen(tall_0, tall_1, tall_2, tall_3, tl.program_id(1))
+        wide = tall
+        if wide_0 is not None:
+            wide = chosen(wide_0, wide_1, wide_2, wide_3, tl.program_id(1))
+
+    if RATIO == 1:
+        _tile(
+            x, tall, wide, b, sample, i, j, first, last, part, parts, layout, valid, scale,
+            anchors, anchor_stride, squares, positives, projection, matrix, sums, multiple,
+            pairs, pair, rows, depth, tasks, tiles, FORM, N_SIDE, SPLIT, COLUMNS, SCALING,
+            PRECISION, TOUCH, BLOCK, 1, False, ROWS_LAST, DEPTH, STAGES,
+        )  # fmt: skip
+    elif i == j * RATIO:  # the strip's other tiles are above the diagonal
+        _tile(
+            x, tall, tall, b, sample, i, i, first, last, part, parts, layout, valid, scale,
+            anchors, anchor_stride, squares, positives, projection, matrix, sums, multiple,
+            pairs, pair, rows, depth, tasks, tiles, FORM, N_SIDE, SPLIT, COLUMNS, SCALING,
+            PRECISION, TOUCH, BLOCK, 1, True, ROWS_LAST, DEPTH, STAGES,
+        )  # fmt: skip
+    elif i < tiles:
+        _tile(
+            x, tall, wide, b, sample, i, j, first, last, part, parts, layout, valid, scale,
+            anchors, anchor_stride, squares, positives, projection, matrix, sums, multiple,
+            pairs, pair, rows, depth, tasks, tiles, FORM, N_SIDE, SPLIT, COLUMNS, SCALING,
+            PRECISION, TOUCH, BLOCK, RATIO, False, ROWS_LAST, DEPTH, STAGES,
+        )  # fmt: skip
+    else:  # the last row of the last square may not exist
+        tl.store(squares + sample * pairs + pair, 0.0)
+
+
+@triton.jit
+def _tile(
+    x,  # of the sample; the others are the arguments of the kernel, or made from them
+    tall,
+    wide,
+    b,
+    sample,
+    i,
+    j,
+    first,
+    last,
+    part,
+    parts,
+    layout,
+    valid,
+    scale,
+    anchors,
+    anchor_stride,
+    squares,
+    positives,
+    projection,
+    matrix,
+    sums,
+    multiple,
+    pairs,
+    pair,
+    rows,
+    depth,
+    tasks,
+    tiles,
+    FORM: tl.constexpr,
+    N_SIDE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCALING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TOUCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RATIO: tl.constexpr,
+    ON_DIAGONAL: tl.constexpr,  # whether it is known to be there
+    ROWS_LAST: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Multiply the rows of a tile of BLOCK x (BLOCK * RATIO), and store what is made from it."""
+    channels = depth if N_SIDE else rows
+    has_diagonal = i // RATIO == j
     WIDE: tl.constexpr = BLOCK * RATIO
     first_i, first_j = i * BLOCK, j * WIDE
     r_i, r_j = first_i + tl.arange(0, BLOCK), first_j + tl.arange(0, WIDE)
     inside_i, inside_j = r_i < rows, r_j < rows
     rows_i = (x + row_offsets(r_i, layout, FORM, N_SIDE))[:, None]
     rows_j = (x + row_offsets(r_j, layout, FORM, N_SIDE))[None, :]
-    if valid is not None:
-        valid += b * (rows if N_SIDE else depth)
-    anchors += b * channels
-    anchor_stride = tl.cast(batch, tl.int64) * channels
     factor = tl.load(scale + sample)
-    task = tl.arange(0, COLUMNS // 2 if SPLIT else COLUMNS)[None, :]
 
     # One of these loops runs: on the diagonal, off it, or for saliencies that have to be scaled
     # before they are multiplied (NaN among them). Scaling takes operands through registers, so the
@@ -108,22 +187,17 @@ def _gram_kernel(
     if SCALING == "needed":
         safe = (factor <= SAFE_SCALE) & (factor >= 1 / SAFE_SCALE)
         wanted = tl.where(safe, wanted, 2)
-    if tall_0 is not None:
-        tall = chosen(tall_0, tall_1, tall_2, tall_3, tl.program_id(1))
-        wide = tall
-        if wide_0 is not None:
-            wide = chosen(wide_0, wide_1, wide_2, wide_3, tl.program_id(1))
     acc = tl.zeros((BLOCK, WIDE), tl.float32)
     v = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for loop in tl.static_range(3 if SCALING == "needed" else 2):
+    for loop in tl.static_range(0, 3 if SCALING == "needed" else 2, 2 if ON_DIAGONAL else 1):
         if wanted == loop:
             SCALED: tl.constexpr = loop == 2 or SCALING == "always"
             STEP: tl.constexpr = DEPTH if loop < 2 else 16
-            TMA: tl.constexpr = tall_0 is not None and not SCALED
+            TMA: tl.constexpr = tall is not None and not SCALED
             # Its own, not those of the branch before: the same note of ptxas.
             acc = tl.zeros((BLOCK, WIDE), tl.float32)
             v = tl.zeros((BLOCK, COLUMNS), tl.float32)
-            for start in tl.range(0, depth, STEP, num_stages=STAGES if loop < 2 else 1):
+            for start in tl.range(first, last, STEP, num_stages=STAGES if loop < 2 else 1):
                 k = start + tl.arange(0, STEP)
                 inside_k = k < depth
                 offsets = row_offsets(k, layout, FORM, not N_SIDE)
@@ -164,40 +238,16 @@ def _gram_kernel(
         v = zero_unless(there_i[:, None], v)
     rest = 1.0 if SCALING == "always" else tl.where(wanted == 2, 1.0, factor)
     acc = acc * rest * rest
-    weight = _weight(i, j, BLOCK, RATIO)
-    _store_square(squares + sample * pairs + pair, acc, weight, RATIO)
-    if matrix is not None:
-        _store_matrix(
-            matrix, acc, multiple, sample, i, j, r_i, r_j, inside_i, inside_j, rows,
-            BLOCK, RATIO, PRECISION,
+    if sums is not None:
+        at = ((sample * pairs + pair) * parts + part) * (BLOCK * BLOCK)
+        place = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(sums + at + place, acc)
+    else:
+        store_tile(
+            acc, v * rest, squares, positives, projection, matrix, multiple, anchors, anchor_stride,
+            sample, pairs, pair, i, j, rows, tiles, tasks,
+            N_SIDE, SPLIT, COLUMNS, PRECISION, BLOCK, RATIO,
         )  # fmt: skip
-    if not N_SIDE:
-        _store_affinity_products(
-            positives, projection, acc, weight, anchors, anchor_stride,
-            sample, pairs, pair, task, i, j, r_i, r_j, inside_i, inside_j,
-            rows, tiles, tasks, SPLIT, COLUMNS, PRECISION,
-        )  # fmt: skip
-    elif has_diagonal:
-        v_sum = (join_columns(v) if SPLIT else v) * rest
-        _store_projection(
-            positives + sample * tiles + i, projection, v_sum,
-            sample, task, r_i, inside_i, rows, tasks,
-        )  # fmt: skip
-
-
-@triton.jit
-def _tile_pair(pair, strips, RATIO: tl.constexpr):
-    """Return ``(i, j)``, ``j <= i // RATIO``: row of tiles, and strip of RATIO tiles of columns.
-
-    The rows of the lower triangle of squares of RATIO tiles, folded in two, make a rectangle.
-    """
-    odd = strips % 2
-    width = strips + 1 - odd
-    square = pair // RATIO
-    row, column = square // width, square % width
-    in_long_row = column < strips - row
-    i = tl.where(in_long_row, strips - 1 - row, row - odd)
-    return i * RATIO + pair % RATIO, tl.where(in_long_row, column, column - strips + row)
 
 
 @triton.jit
@@ -217,142 +267,40 @@ def _masked_and_scaled(
 
 
 @triton.jit
-def _weight(i, j, BLOCK: tl.constexpr, RATIO: tl.constexpr):
-    """Return how often a tile counts, or each of its columns: the upper triangle is an image."""
-    if RATIO == 1:
-        return tl.where(i == j, 1.0, 2.0)
-    else:
-        tile_j = j * RATIO + tl.arange(0, BLOCK * RATIO) // BLOCK
-        return tl.where(tile_j == i, 1.0, tl.where(tile_j < i, 2.0, 0.0))
-
-
-@triton.jit
-def _store_square(to, acc, weight, RATIO: tl.constexpr):
-    """Store the part of a tile, and of its image, in the square of the norm."""
-    if RATIO == 1:
-        tl.store(to, weight * tl.sum(acc * acc))
-    else:
-        tl.store(to, tl.sum(tl.sum(acc * acc, 0) * weight))
-
-
-@triton.jit
-def _store_matrix(
-    matrix,  # (T, B, R, R)
-    acc,
-    multiple,
-    sample,
-    i,
-    j,
-    r_i,
-    r_j,
-    inside_i,
-    inside_j,
-    rows,
-    BLOCK: tl.constexpr,
-    RATIO: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store a tile and its image in the upper triangle, so that the backward reads plain rows."""
-    in_lower, in_upper = inside_j, inside_j
-    if RATIO > 1:
-        tile_j = j * RATIO + tl.arange(0, BLOCK * RATIO) // BLOCK
-        in_lower, in_upper = inside_j & (tile_j <= i), inside_j & (tile_j < i)
-    g = acc * multiple
-    g = round_tf32(g) if PRECISION == "tf32" else g.to(matrix.dtype.element_ty)
-    matrix += sample * rows * rows
-    lower = matrix + r_i.to(tl.int64)[:, None] * rows + r_j[None, :]
-    tl.store(lower, g, mask=inside_i[:, None] & in_lower[None, :])
-    if j * RATIO < i:
-        upper = matrix + r_j.to(tl.int64)[:, None] * rows + r_i[None, :]
-        tl.store(upper, tl.trans(g), mask=in_upper[:, None] & inside_i[None, :])
-
-
-@triton.jit
-def _store_affinity_products(
-    positives,  # (T, B, PAIRS): partial sums of p
-    projection,  # (T, B, TILES, T, C): a part of S^ S^^T u for each tile; or None
-    acc,
-    weight,
-    anchors,  # of the sample
-    anchor_stride,
-    sample,
-    pairs,
-    pair,
-    task,
-    i,
-    j,
-    r_i,
-    r_j,
-    inside_i,
-    inside_j,
-    rows,
-    tiles,
-    tasks,
-    SPLIT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Store the products of a tile of the affinity (C side), and of its image, with ``u``."""
-    y = _times_anchors(
-        acc, anchors, anchor_stride, r_j, rows, tasks, SPLIT, COLUMNS, PRECISION, False
-    )
-    u = task_vectors(anchors, anchor_stride, r_i, rows, tasks, task.shape[1], 1)
-    tl.store(positives + sample * pairs + pair, weight * tl.sum(u * y))
-    if projection is not None:
-        parts = projection + (sample * tiles * tasks + task) * rows
-        part_j = parts + (j * tasks * rows + r_i)[:, None]
-        tl.store(part_j, y, mask=inside_i[:, None] & (task < tasks))
-        if i != j:
-            y = _times_anchors(
-                acc, anchors, anchor_stride, r_i, rows, tasks, SPLIT, COLUMNS, PRECISION, True
-            )
-            part_i = parts + (i * tasks * rows + r_j)[:, None]
-            tl.store(part_i, y, mask=inside_j[:, None] & (task < tasks))
-
-
-@triton.jit
-def _store_projection(
-    positive,  # where the sum of squares of v goes
-    projection,  # (T, B, T, N); or None
-    v,
-    sample,
-    task,
-    r,
-    inside,
-    rows,
-    tasks,
-):
-    """Store ``V = S^^T u`` of a tile's positions (N side), and the sum of its squares."""
-    tl.store(positive, tl.sum(v * v))
-    if projection is not None:
-        to = projection + (sample * tasks + task) * rows + r[:, None]
-        tl.store(to, v, mask=inside[:, None] & (task < tasks))
-
-
-@triton.jit
-def _times_anchors(
-    x,
+def _gram_join_kernel(
+    sums,  # as in the Gram kernel, like the others
     anchors,
-    stride,
-    index,
-    size,
+    squares,
+    positives,
+    projection,
+    matrix,
+    multiple,
     tasks,
+    batch,
+    tiles,
+    parts,
+    rows,
     SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # parts that are loaded at a time
 ):
-    """Return ``x @ u`` (TRANSPOSED: ``x^T @ u``) of float32 ``x``: a column for each task."""
-    y = tl.zeros((x.shape[0], COLUMNS), tl.float32)
-    u = task_vectors(anchors, stride, index, size, tasks, COLUMNS, 2 if SPLIT else 1)
-    if SPLIT:  # two bfloat16 parts of x need fewer registers than float32 products
-        return join_columns(matmul_in_parts(x, split_columns(u, tl.bfloat16), y, TRANSPOSED))
-    elif PRECISION == "ieee":  # without matrix units a product would hold all of x once more
-        column = tl.arange(0, COLUMNS)[None, :]
-        for task in range(tasks):
-            one = tl.load(anchors + task * stride + index, mask=index < size, other=0.0)
-            terms = x * (one[:, None] if TRANSPOSED else one[None, :])
-            y = tl.where(column == task, tl.sum(terms, 0 if TRANSPOSED else 1)[:, None], y)
-        return y
-    else:
-        return matmul(tl.trans(x) if TRANSPOSED else x, u, y, PRECISION)
+    """Add up the parts of a tile, in a fixed order. Grid: (sample and in it the tile; task)."""
+    pairs = tiles * (tiles + 1) // 2
+    b, pair = (tl.program_id(0) // pairs).to(tl.int64), tl.program_id(0) % pairs
+    i, j = tile_pair(pair, tiles, 1)
+    sample = tl.program_id(1) * batch + b
+    sums += (sample * pairs + pair) * parts * (BLOCK * BLOCK)
+    place = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, parts, AT_ONCE):
+        for one in tl.static_range(AT_ONCE):
+            at = (start + one) * (BLOCK * BLOCK) + place
+            acc += tl.load(sums + at, mask=at < parts * (BLOCK * BLOCK), other=0.0)
+    store_tile(
+        acc, acc, squares, positives, projection, matrix, multiple,
+        anchors + b * rows, tl.cast(batch, tl.int64) * rows,
+        sample, pairs, pair, i, j, rows, tiles, tasks,
+        False, SPLIT, COLUMNS, PRECISION, BLOCK, 1,
+    )  # fmt: skip

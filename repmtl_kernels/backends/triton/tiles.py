@@ -130,21 +130,33 @@ class Rule:
         )
 
 
-# These fit into registers (but for up to 16 bytes of channels_last saliencies) and into the shared
-# memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
+# The L2 cache bounds large products, and the widest tiles read least from it. A multiprocessor has
+# one such program at a time: they are for long sums, whose ends count little. They take up to 160
+# KB of shared memory, and too many registers elsewhere.
+WIDE = Tile(128, 256, 64, 8, 3, tma=True)
+WIDE_TF32 = WIDE._replace(depth=32)
+HOPPER, DATACENTER = (90, 99), (90, 119)  # also Blackwell's
+# The others fit into registers (but for up to 16 bytes of channels_last saliencies) and into the
+# shared memory of the smallest target: 99 KB for 8.6, 8.9 and 12.x.
 RULES = (
+    Rule("gram", ("16-bit",), WIDE, False, (321, ANY), (2048, ANY), HOPPER),
     # Tiles of 64 read each row twice as often from the L2 cache, more than it can give; up to about
     # 320 rows those of 128 have more padding than that.
     Rule("gram", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(321, ANY)),
-    Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), False, (321, ANY), capability=(90, 119)),
+    Rule("gram", ("tf32",), Tile(128, 128, 32, 8, 3), False, (321, ANY), capability=DATACENTER),
     Rule("gram", ("16-bit",), Tile(64, 64, 64, 4, 3, 168), odd=False),
     Rule("gram", ("tf32", "tf32x3"), Tile(64, 64, 32, 4, 3, 255), odd=False),
     Rule("gram", ("ieee",), Tile(64, 64, 16, 4, 3, 255), odd=False),
-    # Odd rows are loaded element by element, with a pointer each.
+    # Odd rows are loaded element by element, with a pointer each. Single 16-bit elements cannot be
+    # copied ahead, so that every step waits for memory: few deep steps where registers allow it.
     Rule("gram", ("16-bit",), Tile(32, 32, 32, 4, 3), odd=True, rows=(1, 32)),
+    Rule("gram", ("16-bit",), Tile(64, 64, 128, 8, 3), odd=True, capability=DATACENTER),
     Rule("gram", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
     Rule("gram", KINDS, Tile(32, 32, 16, 4, 3, 128), odd=True, rows=(1, 32)),
+    Rule("gram", ("tf32",), Tile(64, 64, 64, 8, 3), odd=True, capability=DATACENTER),
     Rule("gram", KINDS, Tile(64, 64, 16, 8, 3, 128), odd=True),
+    Rule("gradient", ("16-bit",), WIDE, False, (321, ANY), (1024, ANY), HOPPER),
+    Rule("gradient", ("tf32",), WIDE_TF32, False, (321, ANY), (1024, ANY), HOPPER),
     Rule("gradient", ("16-bit",), Tile(128, 128, 64, 8, 3), odd=False, rows=(65, ANY)),
     Rule("gradient", ("tf32",), Tile(128, 128, 32, 8, 3), odd=False, rows=(65, ANY)),
     Rule("gradient", ("16-bit",), Tile(16, 256, 16, 8, 3), rows=(1, 16)),
