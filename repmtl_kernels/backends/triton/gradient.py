@@ -24,15 +24,17 @@ from repmtl_kernels.backends.triton.common import (
 )
 from repmtl_kernels.backends.triton.operand import (
     Operand,
+    gathered,
     join_columns,
+    load_spread,
     matmul,
     matmul_in_parts,
     repeat_columns,
     row_offsets,
     split_columns,
+    spread,
     task_columns,
     task_vectors,
-    touched,
 )
 from repmtl_kernels.backends.triton.tiles import capability_of
 from repmtl_kernels.backends.triton.tma import chosen, load_block
@@ -63,7 +65,8 @@ def saliency_grad(
     untouched = TRITON_3_6 and not operand.n_side and capability_of(anchors.device) >= 100
     for group, target in _paired_groups(saliencies, outputs, tma.most_tasks(tile)):
         views = tuple(saliencies[t] for t in target.tasks)
-        x, matrix = tma.matrices(views, operand, tile), None
+        touch = operand.passes_registers(group.form, along_rows=True) and not untouched
+        x, matrix = None if touch else tma.matrices(views, operand, tile), None
         if x is not None:
             matrix = [stored.flatten(0, 1)]
             if not tma.readable(matrix[0]):
@@ -100,7 +103,7 @@ def saliency_grad(
             PARTS=parts,
             COLUMNS=task_columns(tasks, parts),
             PRECISION=operand.precision,
-            TOUCH=operand.passes_registers(group.form, along_rows=True) and not untouched,
+            TOUCH=touch,
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
             ROWS_LAST=x is not None and tma.rows_last(x[0]),
@@ -229,14 +232,18 @@ def _gradient_kernel(
                 mask=inside_r[:, None] & inside_q[None, :],
                 other=0.0,
             )
-            x_q = tl.load(
-                x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
-                mask=wanted_q[:, None] & inside_k[None, :],
-                other=0.0,
-            )
-        if TOUCH:
-            x_q = touched(x_q)
-        if MASKED and not LEFT_OUT:
+            if TOUCH:
+                x_q = load_spread(
+                    x_columns, inside_k, valid if MASKED else None, start, rows, layout,
+                    FORM, N_SIDE, DEPTH,
+                )  # fmt: skip
+            else:
+                x_q = tl.load(
+                    x_columns + row_offsets(q, layout, FORM, N_SIDE)[:, None],
+                    mask=wanted_q[:, None] & inside_k[None, :],
+                    other=0.0,
+                )
+        if MASKED and not LEFT_OUT and not TOUCH:
             x_q = zero_unless(there_q[:, None], x_q)
         acc = matmul(g, x_q, acc, PRECISION)
         if not N_SIDE:
@@ -248,7 +255,8 @@ def _gradient_kernel(
         left = task_vectors(
             projection + sample * tasks * rows, rows, r, rows, tasks, COLUMNS, PARTS
         )
-        right = task_vectors(anchors, anchor_stride, k, depth, tasks, COLUMNS, PARTS)
+        at = first_k + spread(BLOCK_K) if TOUCH else k
+        right = task_vectors(anchors, anchor_stride, at, depth, tasks, COLUMNS, PARTS)
     else:
         left = task_vectors(anchors, anchor_stride, r, rows, tasks, COLUMNS, PARTS)
         right = (repeat_columns(join_columns(w)) if PARTS == 2 else w) * factor
@@ -256,6 +264,8 @@ def _gradient_kernel(
     # Scaled in an order in which 2^100 does not overflow.
     grad = acc * factor * (anchor_weight * tl.load(slope + sample) * unit)
     grad = _add_outer(left * anchor_weight, right, grad, PARTS, PRECISION)
+    if TOUCH:
+        grad = gathered(grad)
     of_channel = anchor_grad + sample * channels
     if N_SIDE:
         grad = grad * factor + tl.load(of_channel + k, mask=inside_k, other=0.0)[None, :]

@@ -58,7 +58,8 @@ def gram(
         sums = anchors.new_empty(tasks, batch, pairs, parts, tile.rows, tile.rows)
     for group in task_groups(saliencies, tma.most_tasks(tile)):
         form = group.geometry.form
-        x = tma.matrices(group.tensors, operand, tile)
+        touch = operand.passes_registers(form, along_rows=False)
+        x = None if touch else tma.matrices(group.tensors, operand, tile)
         launch(
             _gram_kernel,
             # The pairs of tiles of a sample are neighbours: they share it in the L2 cache.
@@ -91,7 +92,7 @@ def gram(
             COLUMNS=columns,
             SCALING=_scaling(operand),
             PRECISION=operand.precision,
-            TOUCH=operand.passes_registers(form, along_rows=False),
+            TOUCH=touch,
             BLOCK=tile.rows,
             RATIO=ratio,
             ROWS_LAST=x is not None and tma.rows_last(x[0]),

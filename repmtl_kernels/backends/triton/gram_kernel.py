@@ -13,6 +13,8 @@ import triton.language as tl
 from repmtl_kernels.backends.triton.common import pick, stride_of, zero_unless
 from repmtl_kernels.backends.triton.gram_epilogue import store_tile, tile_pair
 from repmtl_kernels.backends.triton.operand import (
+    gathered,
+    load_spread,
     matmul,
     row_offsets,
     split_columns,
@@ -218,7 +220,13 @@ def _tile(
                 if valid is not None and not N_SIDE:
                     there = tl.load(valid + k, mask=inside_k, other=0)
                 x_i = _masked_and_scaled(x_i, there, factor, False, SCALED)
-                if loop == 0 and RATIO == 1:
+                if TOUCH:
+                    x_j = load_spread(
+                        rows_j, inside_j, None if N_SIDE else valid, start, depth, layout,
+                        FORM, not N_SIDE, STEP,
+                    )  # fmt: skip
+                    x_j = _masked_and_scaled(x_j, None, factor, True, SCALED)
+                elif loop == 0 and RATIO == 1:
                     x_j = tl.trans(x_i)
                 else:
                     if TMA:
@@ -226,8 +234,6 @@ def _tile(
                     else:
                         inside = inside_k[:, None] & inside_j[None, :]
                         x_j = tl.load(rows_j + offsets[:, None], mask=inside, other=0.0)
-                    if TOUCH:
-                        x_j = touched(x_j)
                     x_j = _masked_and_scaled(x_j, there, factor, True, SCALED)
                 acc = matmul(x_i, x_j, acc, PRECISION)
                 if N_SIDE and loop != 1:
@@ -236,6 +242,8 @@ def _tile(
                     )
                     v = matmul(x_i, split_columns(u, x_i.dtype) if SPLIT else u, v, PRECISION)
 
+    if TOUCH:
+        acc = gathered(acc)
     if valid is not None and N_SIDE:
         # An element needs only its own row and column of X: here it is not in the way of loads.
         there_i = tl.load(valid + r_i, mask=inside_i, other=0)

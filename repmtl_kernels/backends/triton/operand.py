@@ -22,6 +22,7 @@ from repmtl_kernels.backends.triton.common import (
     next_power_of_2,
     position_offsets,
     stride_of,
+    zero_unless,
 )
 from repmtl_kernels.backends.triton.tiles import ProductKernel, Tile, tile_of
 
@@ -161,6 +162,73 @@ def touched(x):
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def load_spread(
+    columns,  # where those of the block begin
+    inside,  # which of them are there
+    valid,  # of each row: whether it is there; or None, all are
+    start,
+    size,
+    layout,
+    FORM: tl.constexpr,
+    N_SIDE: tl.constexpr,  # as :func:`row_offsets` takes it for the rows of the block
+    ROWS: tl.constexpr,
+):
+    """Load a block whose rows are contiguous, with its columns as :func:`spread` orders them.
+
+    It is for a right factor in tf32, which the matrix units want column by column. A thread loads
+    four rows of four columns, so that it stores four rows of a column at once. In this order, the
+    stores of eight threads are free of bank conflicts; those of single elements have 16 of them.
+    """
+    x_0 = _fourth(0, columns, inside, valid, start, size, layout, FORM, N_SIDE, ROWS)
+    x_1 = _fourth(1, columns, inside, valid, start, size, layout, FORM, N_SIDE, ROWS)
+    x_2 = _fourth(2, columns, inside, valid, start, size, layout, FORM, N_SIDE, ROWS)
+    x_3 = _fourth(3, columns, inside, valid, start, size, layout, FORM, N_SIDE, ROWS)
+    WIDE: tl.constexpr = x_0.shape[1]
+    x = tl.join(tl.join(x_0, x_2), tl.join(x_1, x_3))
+    x = tl.permute(tl.reshape(x, (ROWS // 4, WIDE // 4, 4, 4)), (0, 3, 2, 1))
+    return tl.reshape(x, (ROWS, WIDE))
+
+
+@triton.jit
+def _fourth(
+    which: tl.constexpr,
+    columns,
+    inside,
+    valid,
+    start,
+    size,
+    layout,
+    FORM: tl.constexpr,
+    N_SIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Load every fourth row of a block."""
+    k = start + which + 4 * tl.arange(0, ROWS // 4)
+    x = tl.load(
+        columns + row_offsets(k, layout, FORM, N_SIDE)[:, None],
+        mask=(k < size)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    if valid is not None:
+        x = zero_unless(tl.load(valid + k, mask=k < size, other=0)[:, None], x)
+    return x
+
+
+@triton.jit
+def spread(SIZE: tl.constexpr):
+    """Return the columns in an order in which every fourth one is next to the one before."""
+    place = tl.arange(0, SIZE)
+    return place % (SIZE // 4) * 4 + place // (SIZE // 4)
+
+
+@triton.jit
+def gathered(x):
+    """Return columns that came as :func:`spread` orders them in their own order."""
+    apart = tl.reshape(x, (x.shape[0], 4, x.shape[1] // 4))
+    return tl.reshape(tl.permute(apart, (0, 2, 1)), x.shape)
 
 
 @triton.jit
