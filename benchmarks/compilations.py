@@ -158,6 +158,9 @@ SERIES: dict[str, dict[str, Call]] = {
     "batch, N side in large tiles": {
         f"B = {batch}": partial(losses, 3, batch, 512, 18, 24) for batch in (8, 5, 1)
     },
+    "batch, long sums": {
+        f"B = {batch}": partial(losses, 2, batch, 64, 64, 64) for batch in (4, 3, 1)
+    },
     "batch, C side": {f"B = {batch}": partial(losses, 3, batch, 64, 18, 24) for batch in (8, 5, 1)},
     "ranks": {
         "B = 64": partial(losses, 4, 64, *OFFICE),
