@@ -17,29 +17,11 @@ if library := os.environ.get("REPMTL_EMULATED_CUDA"):  # set by test_emulated_cu
     emulated_cuda.install(library)
 
 
-def _patch_triton_language_once():
-    """Halve the interpreter's time: patch triton.language once a launch of a kernel.
-
-    The interpreter would patch it again for each device function that the kernel calls.
-    """
-    from triton.runtime import interpreter
-
-    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope
-    core = interpreter.tl.core
-
-    def once(function):
-        seen = function.__globals__.values()
-        modules = [m for m in (interpreter.tl, core) if any(value is m for value in seen)]
-        if modules and not any(core.is_builtin(m.load) for m in modules):
-            return nothing()
-        return patch(function)
-
-    interpreter._patch_lang = once
-
-
 if not CUDA:
     with contextlib.suppress(ImportError, AttributeError):  # no Triton, or another release
-        _patch_triton_language_once()
+        import interpreter
+
+        interpreter.speed_up()
 
 
 def pytest_addoption(parser):
