@@ -4,6 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
+import pairs
 import pytest
 import torch
 
@@ -40,6 +41,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="run one case of each test, and none that is slow",
     )
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="under an interpreter too, run each case, not only one for every pair of values",
+    )
 
 
 def pytest_configure(config):
@@ -71,7 +77,11 @@ def refused(record_property):
     return expect
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not CUDA and not config.getoption("--every-case"):
+        kept = pairs.chosen(items, "native" if library else "triton")
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for number, item in enumerate(items):
         if marker := item.get_closest_marker("cell"):
             backend = marker.kwargs.get("backend") or item.callspec.params["backend"]
