@@ -115,10 +115,7 @@ def status(tree: Path, library: str, monkeypatch) -> str:
 
 
 def _only_names(tree: Path) -> None:
-    """Reduce the library for the CPU to the name that the build looks for; all of it takes 8 s.
-
-    Of the other, leave what nvcc compiles.
-    """
+    """Leave the name that the build looks for, and of the other library what nvcc compiles."""
     folder = tree / "csrc" / "cpu"
     for source in folder.glob("*.cpp"):
         source.unlink()
@@ -150,7 +147,6 @@ def _only_contrast(tree: Path) -> Path:
 
 
 @needs_native
-@pytest.mark.slow
 @pytest.mark.slow_cpu
 def test_wheel_with_the_compiled_libraries(tree: Path, tmp_path: Path):
     """With both where there is nvcc, else with the one for the CPU."""
@@ -371,7 +367,6 @@ def test_required_and_skipped_is_refused(tree: Path, require, skip):
 
 
 @needs_native
-@pytest.mark.slow
 @pytest.mark.slow_cpu
 def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tree: Path):
     compiler = os.environ.get("CXX") or "c++"
@@ -386,17 +381,10 @@ def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tree: Path
     sanitize = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
     done = build(tree, "build_ext --inplace", CXXFLAGS=sanitize)
     assert done.returncode == 0, done.stderr
+    # Without the tests of damaged files, which have processes of their own.
+    tests = [str(ROOT / "tests" / "backends" / "test_native.py"), "-k", "not library_that"]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            str(ROOT / "tests" / "backends" / "test_native.py"),
-            "-k",
-            "not library_that",  # of damaged files, in processes of their own
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests],
         cwd=tree,
         env={
             **os.environ,
