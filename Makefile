@@ -22,7 +22,7 @@ CSRC := $(shell find csrc -type f -not -name '*.pyc')
 PYTEST := OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast coverage lint bench bench-quick gpu clean
+.PHONY: help venv test test-fast ptx coverage lint bench bench-quick gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ test: lint ## lint, then the whole test suite on the CPU (Triton kernels under i
 test-fast: $(PACKAGE_STAMP) ## one quick case of each test of the package, in a minute
 	@$(PYTEST) --fast --ignore tests/bench
 
+ptx: $(PACKAGE_STAMP) ## all cases of compiled kernels, which the PTX machine runs; `make test` has a choice of them
+	@$(PYTEST) tests/ptx --compiled benchmarks/results/compiled
+
 # Not part of `make test`: before Python 3.12, counting lines takes the tests 1.9 times as long.
 coverage: $(PACKAGE_STAMP) ## the tests of test-fast, and the share of the lines that they run
 	@core=$$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")'); \
@@ -61,7 +64,7 @@ lint: $(PACKAGE_STAMP) ## ruff, import-linter, mypy and clang-format; changes no
 	@$(BIN)/ruff format --check .
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/mypy
-	@find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
+	@find csrc tests/emulation tests/ptx -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 		xargs $(BIN)/clang-format --dry-run -Werror
 
 bench: $(PACKAGE_STAMP) ## the full benchmark of this machine, into benchmarks/results/

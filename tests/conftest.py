@@ -4,6 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
+import pairs
 import pytest
 import torch
 
@@ -17,29 +18,11 @@ if library := os.environ.get("REPMTL_EMULATED_CUDA"):  # set by test_emulated_cu
     emulated_cuda.install(library)
 
 
-def _patch_triton_language_once():
-    """Halve the interpreter's time: patch triton.language once a launch of a kernel.
-
-    The interpreter would patch it again for each device function that the kernel calls.
-    """
-    from triton.runtime import interpreter
-
-    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope
-    core = interpreter.tl.core
-
-    def once(function):
-        seen = function.__globals__.values()
-        modules = [m for m in (interpreter.tl, core) if any(value is m for value in seen)]
-        if modules and not any(core.is_builtin(m.load) for m in modules):
-            return nothing()
-        return patch(function)
-
-    interpreter._patch_lang = once
-
-
 if not CUDA:
     with contextlib.suppress(ImportError, AttributeError):  # no Triton, or another release
-        _patch_triton_language_once()
+        import interpreter
+
+        interpreter.speed_up()
 
 
 def pytest_addoption(parser):
@@ -57,6 +40,11 @@ def pytest_addoption(parser):
         "--fast",
         action="store_true",
         help="run one case of each test, and none that is slow",
+    )
+    parser.addoption(
+        "--every-case",
+        action="store_true",
+        help="under an interpreter too, run each case, not only one for every pair of values",
     )
 
 
@@ -89,7 +77,11 @@ def refused(record_property):
     return expect
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not CUDA and not config.getoption("--every-case"):
+        kept = pairs.chosen(items, "native" if library else "triton")
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
     for number, item in enumerate(items):
         if marker := item.get_closest_marker("cell"):
             backend = marker.kwargs.get("backend") or item.callspec.params["backend"]

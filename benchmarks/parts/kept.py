@@ -124,14 +124,17 @@ def measure_case(run: Run, case: Case) -> list[dict]:
     return rows
 
 
-def checkpointed(device: torch.device) -> list[dict]:
-    """Return a step's peak in a small network, by what is under ``torch.utils.checkpoint``."""
+def checkpointed(device: torch.device, side: int = 48) -> list[dict]:
+    """Return a step's peak in a small network, by what is under ``torch.utils.checkpoint``.
+
+    The images have ``side`` rows and columns.
+    """
     torch.manual_seed(0)
     encoder = nn.Sequential(*_convolutions(3), *_convolutions(16)).to(device)
     heads = nn.ModuleList(
         nn.Sequential(*_convolutions(16), nn.Conv2d(16, 2, 1)) for _ in range(HEADS)
     ).to(device)
-    images = torch.randn(4, 3, 48, 48, device=device)
+    images = torch.randn(4, 3, side, side, device=device)
     rows = []
     for what in CHECKPOINTED:
         row: dict = {"checkpointed": what}

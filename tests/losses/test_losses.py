@@ -21,13 +21,19 @@ from cases import (
 
 from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
 
-TSR = LOSSES[0]
+TSR, CSA, FUSED, FLOOR = LOSSES
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
-def test_every_case(backend: str, dtype: torch.dtype, case: Case, loss: Loss):
+def test_every_case(backend: str, dtype: torch.dtype, case: Case):
+    judge(FUSED, case, dtype, backend)
+
+
+@pytest.mark.parametrize("loss", [TSR, CSA, FLOOR], ids=lambda loss: loss.name)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_every_case_of_one_loss(backend: str, dtype: torch.dtype, case: Case, loss: Loss):
     judge(loss, case, dtype, backend)
 
 
@@ -237,16 +243,17 @@ SALIENCIES = {
     ids=str,
 )
 @pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-def test_reduced_precision_of_float32_products(precision: str, case: Case, kind: str, monkeypatch):
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "triton"])
+def test_reduced_precision_of_float32_products(
+    backend: str, precision: str, case: Case, kind: str, monkeypatch
+):
     """tf32x3 is as good as float32; tf32 within its 10 bits."""
-    if "triton" not in BACKENDS:
-        pytest.skip("needs the Triton backend")
     monkeypatch.setenv("REPMTL_FP32_PRECISION", precision)
     tensors = [SALIENCIES[kind](t.detach()).requires_grad_() for t in case.make(torch.float32)]
     exact, exact_grads = value_and_grads(
         reference.csa_loss, case, [t.detach().double().requires_grad_() for t in tensors]
     )
-    value, grads = value_and_grads(LOSSES[1].public, case, tensors, backend="triton")
+    value, grads = value_and_grads(LOSSES[1].public, case, tensors, backend=backend)
     bound = 1e-5 if precision == "tf32x3" else 1e-3
     assert abs(value.item() - exact.item()) < bound / 5
     for g, e in zip(grads, exact_grads, strict=True):

@@ -53,7 +53,7 @@ def test_without_a_cell(): pass
 @pytest.mark.slow
 def test_cells_are_the_outcomes(tmp_path):
     parallel = importlib.util.find_spec("xdist") is not None
-    for name in ("conftest.py", "cells.py", "cases.py"):
+    for name in ("conftest.py", "pairs.py", "cells.py", "cases.py"):
         (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
     (tmp_path / "test_some.py").write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", "."]

@@ -23,8 +23,9 @@ def pytest_pyfunc_call(pyfuncitem):
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
     answer = PROCESS.call(pyfuncitem.obj, arguments)
-    pyfuncitem.user_properties.append(("mode", arguments.get("mode", "ieee")))
-    pyfuncitem.user_properties.append(("compiled", answer.launches))
+    if "mode" in arguments:  # a case of report.py
+        pyfuncitem.user_properties.append(("mode", arguments["mode"]))
+        pyfuncitem.user_properties.append(("compiled", answer.launches))
     if answer.error is not None:
         pytest.fail(answer.error, pytrace=False)
     return True
