@@ -75,9 +75,9 @@ class Geometry(NamedTuple):
 
     ``layout = (stride_b, stride_c, stride_0, stride_1, stride_2, size_1, size_2)``: the positions
     as a row-major grid of ``dims`` dimensions. Strides other than 1 are in units of ``align``
-    elements and sizes in units of ``grid_align``, so that the compiler knows how rows are aligned
-    without one variant per size. All of them are :func:`unspecialized`.
-    ``form = (dims, align, unit, grid_align)`` is for compile time; bit i of ``unit`` says that
+    elements and the last size in units of ``width_align``, so that the compiler knows how rows are
+    aligned without one variant per size. All of them are :func:`unspecialized`.
+    ``form = (dims, align, unit, width_align)`` is for compile time; bit i of ``unit`` says that
     stride i is 1.
     """
 
@@ -105,15 +105,17 @@ def _geometry(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> Geometry:
             sizes.append(size)
             strides.append(stride)
     dims = max(1, len(sizes))
-    grid_align = alignment(*sizes[1:])
-    sizes += [grid_align] * (3 - len(sizes))
+    width_align = 1
+    if dims > 1:
+        width_align = alignment(sizes[-1])
+        sizes[-1] //= width_align
+    sizes += [1] * (3 - len(sizes))
     strides = [batch, channel, *strides, *[0] * (3 - len(strides))]
     unit = sum(1 << i for i, stride in enumerate(strides) if stride == 1)
     align = alignment(*(stride for stride in strides if stride != 1))
     scaled = [1 if stride == 1 else stride // align for stride in strides]
-    grid = [size // grid_align for size in sizes[1:]]
-    layout = tuple(map(unspecialized, (*scaled, *grid)))
-    return Geometry(layout, (dims, align, unit, grid_align))
+    layout = tuple(map(unspecialized, (*scaled, *sizes[1:])))
+    return Geometry(layout, (dims, align, unit, width_align))
 
 
 def unspecialized(size: int) -> int:
@@ -203,7 +205,7 @@ def position_offsets(n, layout, FORM: tl.constexpr):
         row, column = n // width, n % width
         return row * stride_of(layout, FORM, 2) + column * stride_of(layout, FORM, 3)
     else:
-        height, width = tuple_item(layout, 5) * FORM[3], tuple_item(layout, 6) * FORM[3]
+        height, width = tuple_item(layout, 5), tuple_item(layout, 6) * FORM[3]
         plane, rest = n // (height * width), n % (height * width)
         row, column = rest // width, rest % width
         return (
