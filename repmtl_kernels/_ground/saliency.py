@@ -109,7 +109,9 @@ def canonical_tasks(
 
 def _canonical(saliency: Tensor, channel_dim: int) -> Tensor:
     # Kernels read memory: a view that is negative only by its flag becomes a copy.
-    view = saliency.resolve_neg().movedim(channel_dim, 1)
+    view = saliency.resolve_neg()
+    if channel_dim != 1:  # a view costs the host as much as an allocation
+        view = view.movedim(channel_dim, 1)
     return view if view.ndim > 2 else view.unsqueeze(-1)
 
 
