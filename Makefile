@@ -73,37 +73,8 @@ bench: $(PACKAGE_STAMP) ## the full benchmark of this machine, into benchmarks/r
 bench-quick: $(PACKAGE_STAMP) ## a short benchmark; its results are not kept
 	@$(BIN)/python -m benchmarks --quick
 
-# INT, not TERM: pytest then still writes the XML of what it has run. KILL follows 5 s later.
-# The benchmark runs even if tests fail; the exit status covers both. Tests spend their time in
-# the compiler, so they run in parallel where pytest-xdist is installed. Each process has one
-# thread and takes one test at a time: in larger shares one process would have all slow tests.
-gpu: ## native build, all tests and the full benchmark on a CUDA machine, under 10 minutes: make gpu OUT=DIR
-	@test -n "$(OUT)" || { echo "make gpu: name the results directory: make gpu OUT=DIR" >&2; exit 2; }
-	@command -v "$(PYTHON_GPU)" >/dev/null || \
-		{ echo "make gpu: no '$(PYTHON_GPU)' here: set PYTHON_GPU" >&2; exit 2; }
-	@"$(PYTHON_GPU)" -c 'import hypothesis, pytest, sys, torch, triton; \
-		torch.cuda.is_available() or sys.exit("PyTorch %s sees no CUDA device" % torch.__version__); \
-		print("%s, PyTorch %s, Triton %s" \
-			% (torch.cuda.get_device_name(), torch.__version__, triton.__version__))' || \
-		{ echo "make gpu: needs CUDA, PyTorch, Triton, pytest and hypothesis in '$(PYTHON_GPU)'" >&2; exit 2; }
-	@mkdir -p "$(OUT)"
-	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=""; \
-	export TORCH_CUDA_ARCH_LIST=$$("$(PYTHON_GPU)" -c \
-		'import torch; print("%d.%d" % torch.cuda.get_device_capability())'); \
-	if command -v nvcc >/dev/null; then export REPMTL_REQUIRE_NATIVE=1 REPMTL_REQUIRE_CUDA=1; fi; \
-	timeout -s INT -k 5 60 "$(PYTHON_GPU)" setup.py -q build_ext --inplace \
-		|| failed="$$failed build($$?)"; \
-	jobs=$$("$(PYTHON_GPU)" -c 'import os, xdist; \
-		print("-n", min(16, os.cpu_count()), "--maxschedchunk", 1)' 2>/dev/null); \
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
-		timeout -s INT -k 15 210 "$(PYTHON_GPU)" -m pytest tests -m "not slow_cpu" $$jobs \
-		--junitxml="$(OUT)/tests.xml" --cells "$(OUT)" || failed="$$failed tests($$?)"; \
-	timeout -s INT -k 5 260 "$(PYTHON_GPU)" -m benchmarks --out "$(OUT)" \
-		|| failed="$$failed benchmark($$?)"; \
-	if [ -n "$$failed" ]; then \
-		echo "make gpu: failed, with exit status (124: ran out of time):$$failed" >&2; exit 1; \
-	fi; \
-	echo "make gpu: tests and benchmark done; results in $(OUT)"
+gpu: ## build, tests, benchmark and tuning on a CUDA machine, in nine minutes: make gpu OUT=DIR
+	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON_GPU)" -m benchmarks.gpu_run --out "$(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
 	@rm -rf build/lib* build/temp* build/bdist* dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(PACKAGE_STAMP)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import parts, report, results, targets
+from benchmarks import ceilings, parts, report, results, targets
 from benchmarks.machine import describe, slug
 from benchmarks.output import say
 from benchmarks.part import Part, Run, described
@@ -58,6 +58,10 @@ def arguments() -> argparse.Namespace:
         f"{on_request}, and stages on a CPU")  # fmt: skip
     add("--seconds", type=float, metavar="N",
         help="about how long it may take; default: by device, at most ten minutes")  # fmt: skip
+    add("--rates", type=Path, metavar="FILE",
+        help="this machine's rates: taken from there, or measured and written there")  # fmt: skip
+    add("--continue", action="store_true", dest="go_on",
+        help="go on with the losses in --out: measure the cases that are missing")  # fmt: skip
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one",
         default="cuda" if torch.cuda.is_available() else "cpu")  # fmt: skip
     return parser.parse_args()
@@ -74,7 +78,7 @@ def main() -> None:
     if options.out is None and options.quick:
         folder = Path(tempfile.mkdtemp(prefix="repmtl-bench-"))
     say(f"machine {slug(device)}: measuring its copy and matrix-product rates")
-    head = describe(device)
+    head = describe(device, ceilings.of(device, options.rates))
     say(f"  {head['machine']}\n  {head['versions']}\n  {head['measured']}")
     say(f"  commit {head['commit'][:10]}{', with changes' if head['dirty'] else ''}")
     notes = unclean(head)
@@ -84,12 +88,12 @@ def main() -> None:
         part, deadline = PARTS[name], began + share * budget
         # A part on request is short where nobody asked for it.
         quick = options.quick or (options.only is None and "cpu" not in part.on)
-        broken += measure(part, Run(name, device, head, folder, quick, deadline, list(notes)))
+        run = Run(name, device, head, folder, quick, options.go_on, deadline, list(notes))
+        broken += measure(part, run)
     report.draw_results(folder)
     reached = targets.table(folder)
     if reached is not None:
         say(f"\nTARGETS\n{reached}")
-        (folder / "targets.md").write_text(f"{reached}\n")
     if keep:
         report.refresh_documents()
     say(f"\nresults: {folder}; {time.monotonic() - began:.0f} s")

@@ -85,7 +85,8 @@ class Case:
     def __str__(self) -> str:
         s = self.shape
         size = f"T{s.tasks} B{s.batch} C{s.channels} {s.height}x{s.width}"
-        return f"{self.function} {s.name} ({size}) {self.precision.name} {self.layout}"
+        text = f"{self.function} {s.name} ({size}) {self.precision.name} {self.layout}"
+        return f"{text}, torch.compile too" if self.compiled else text
 
 
 def make_inputs(case: Case, device: torch.device) -> list[list[Tensor]]:

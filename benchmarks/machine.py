@@ -1,4 +1,4 @@
-"""Which machine this is, which versions run on it, and how fast it can go at best."""
+"""Which machine this is, and which versions run on it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import platform
 import re
 import subprocess
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-
-from benchmarks.cases import BFLOAT16, FLOAT16, FLOAT32, TF32, products_in
-from benchmarks.timing import block_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -25,8 +21,8 @@ PACKAGES = (
 NOT_CODE = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!docs")
 
 
-def describe(device: torch.device, *, measure: bool = True) -> dict:
-    """Return the head of a result file: machine, versions, commit, date and measured rates."""
+def describe(device: torch.device, measured: dict | None = None) -> dict:
+    """Return the head of a result file: machine, versions, commit, date and ``measured`` rates."""
     commit, dirty = git_state()
     return {
         "machine": machine(device),
@@ -34,7 +30,7 @@ def describe(device: torch.device, *, measure: bool = True) -> dict:
         "commit": commit,
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "measured": ceilings(device) if measure else None,
+        "measured": measured,
     }
 
 
@@ -94,28 +90,6 @@ def git_state() -> tuple[str, bool | None]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", ".", *NOT_CODE))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
-
-
-def ceilings(device: torch.device) -> dict:
-    """Return the best rates seen: GB/s of a copy, and TFLOP/s of products by precision."""
-    gpu = device.type == "cuda"
-
-    def best_ms(call: partial) -> float:
-        call()
-        return min(block_ms(call, 3, device) for _ in range(8))
-
-    source = torch.randn(1 << (30 if gpu else 26), device=device)
-    copy = partial(torch.empty_like(source).copy_, source)
-    copy_gbs = 2 * source.nbytes / best_ms(copy) / 1e6
-    del source, copy
-    side = 8192 if gpu else 2048
-    rates = {}
-    for precision in (FLOAT32, TF32, BFLOAT16, FLOAT16) if gpu else (FLOAT32,):
-        with products_in(precision):
-            a, b = (torch.randn(side, side, device=device).to(precision.dtype) for _ in range(2))
-            ms = best_ms(partial(torch.mm, a, b, out=torch.empty_like(a)))
-            rates[precision.name] = round(2 * side**3 / ms / 1e9, 4)
-    return {"copy_gbs": round(copy_gbs, 1), "matmul_tflops": rates}
 
 
 def busy_cores(seconds: float = 1.0) -> float | None:

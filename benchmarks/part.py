@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import results
+from benchmarks import results, targets
 from benchmarks.output import say
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Run:
     head: dict  # of the result file
     folder: Path | None  # None: nothing is saved
     quick: bool = False
+    go_on: bool = False  # with the rows in the result file
     deadline: float = float("inf")  # time.monotonic() when the part should be over
     notes: list[str] = field(default_factory=list)
     rows: list[dict] = field(default_factory=list)
@@ -53,6 +54,7 @@ class Run:
             results.save(
                 self.folder, self.name, self.head, self.rows, **self.more, notes=self.notes
             )
+            targets.refresh(self.folder)
 
     def each(self, cases: Sequence, measure: Callable[..., list[dict]]) -> None:
         """Measure every case and save its rows; note the cases that time or memory leave out."""

@@ -12,13 +12,19 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def save(folder: Path, what: str, head: dict, rows: list[dict], **more: object) -> Path:
     """Write ``folder/what.json``: the head of the run, what else belongs to it, and its rows."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{what}.json"
     # One row on each line: a new measurement is a readable difference.
     text = json.dumps({**head, **more}, indent=1)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
-    path.write_text(f'{text[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    return path
+    return write(path, f'{text[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def write(path: Path, text: str) -> Path:
+    """Write a file, also in place of another; nobody sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}")
+    fresh.write_text(text)
+    return fresh.replace(path)
 
 
 def load(folder: Path, what: str) -> dict | None:

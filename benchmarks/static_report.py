@@ -237,7 +237,7 @@ def main() -> None:
     if options.json:
         json.dump(rows, sys.stdout)
     if options.everything:
-        head = describe(torch.device("cpu"), measure=False) | {"machine": {"name": "compiler"}}
+        head = describe(torch.device("cpu")) | {"machine": {"name": "compiler"}}
         results.save(results.RESULTS / "compiler", "static", head, merged(rows))
         report.refresh_documents()
 

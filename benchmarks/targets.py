@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.output import captioned, failure, markdown, on_gpu
-from benchmarks.results import load
+from benchmarks.results import load, write
 
 BACKENDS = {"triton": "Triton", "native": "native"}
 FILES = ("kernels", "stages")
@@ -180,6 +180,12 @@ def table(folder: Path) -> str | None:
     return captioned(
         markdown(["target", "bound", *BACKENDS.values(), "met by"], lines), first, f"{text}."
     )
+
+
+def refresh(folder: Path) -> None:
+    """Write the table beside the results, where they are a GPU's."""
+    if (reached := table(folder)) is not None:
+        write(folder / "targets.md", f"{reached}\n")
 
 
 def _shown(target: Target, value: Worst | dict | None) -> str:

@@ -31,7 +31,7 @@ class Cells:
         from benchmarks import machine, results
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        head = machine.describe(device, measure=False)
+        head = machine.describe(device)
         results.save(self.folder, "compatibility", head, self.rows(), notes=[])
 
     def rows(self) -> list[dict]:

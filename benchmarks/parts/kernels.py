@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import repmtl_kernels
-from benchmarks import cases, floors, line_up, output, rivals
+from benchmarks import cases, floors, line_up, output, results, rivals
 from benchmarks.cases import BFLOAT16, FLOAT16, FLOAT32, PRECISIONS, TF32, TF32X3, Case, Effort
 from benchmarks.line_up import FORWARD, FORWARD_BACKWARD, REFERENCE, LineUp, Way
 from benchmarks.output import TITLES, by, captioned, groups, markdown
@@ -35,8 +35,8 @@ QUICK = Effort(1.0, 2, 10)
 QUICK_SHAPES = ("office49", "vit196", "cityscapes")
 # Memory layouts that networks produce, other than contiguous (B, C, H, W).
 LAYOUTS = (("cityscapes", "channels_last"), ("vit196", "tokens"))
-# The decisive cases of a GPU, in order; at the end whether torch.compile takes part, which
-# takes longer than all others together.
+# The decisive cases of a GPU, in order; at the end whether torch.compile takes part. It takes
+# longer than all others together, so those cases are measured once more with it.
 DECISIVE = (
     ("tsr_loss", BFLOAT16, ("nyuv2",), False),
     ("rep_mtl_loss", BFLOAT16, ("nyuv2", "cityscapes", "office49", "office1"), True),
@@ -53,7 +53,10 @@ Loss = Callable[[Sequence[Tensor]], Tensor]
 
 def planned(device_type: str, quick: bool) -> list[Case]:
     """Return the decisive cases first: when time runs out, the last ones are left out."""
-    plan = _cuda_cases() if device_type == "cuda" else _cpu_cases()
+    if device_type == "cuda":
+        plain = [replace(case, compiled=False) for case in decisive()]
+        return plain if quick else _cuda_cases(plain)
+    plan = _cpu_cases()
     if quick:  # compiling takes longer than everything else
         plan = [replace(c, compiled=False) for c in plan if c.layout == "contiguous"]
         plan = [case for case in plan if case.shape.name in QUICK_SHAPES]
@@ -78,7 +81,7 @@ def _cpu_cases() -> list[Case]:
     return plan + [Case("csa_loss", SHAPES[n].scaled("cpu"), FLOAT32, lay) for n, lay in LAYOUTS]
 
 
-def _cuda_cases() -> list[Case]:
+def _cuda_cases(first: list[Case]) -> list[Case]:
     of_layouts = [
         Case("rep_mtl_loss", SHAPES[name], precision, layout)
         for precision in (BFLOAT16, TF32)
@@ -93,10 +96,8 @@ def _cuda_cases() -> list[Case]:
         if not (function == "tsr_loss" and precision in (TF32, TF32X3))
     ]
     of_bfloat16 = [case for case in rest if case.precision == BFLOAT16]
-    plan: dict[Case, Case] = {}
-    for case in (*decisive(), *of_bfloat16, *of_layouts, *rest):
-        plan.setdefault(replace(case, compiled=False), case)
-    return list(plan.values())
+    compiled = [case for case in decisive() if case.compiled]
+    return list(dict.fromkeys([*first, *compiled, *of_bfloat16, *of_layouts, *rest]))
 
 
 def contestants(case: Case, device: torch.device) -> dict[str, Loss]:
@@ -140,16 +141,25 @@ def _call(loss: Loss, with_backward: bool, saliencies: list[Tensor]) -> Tensor:
 
 def measure(run: Run) -> None:
     run.more["default_backend"] = default_backend(run.device)
-    effort = QUICK if run.quick else EFFORTS[run.device.type]
+    cpu = run.device.type == "cpu"
+    effort = QUICK if run.quick and cpu else EFFORTS[run.device.type]
+    before = results.load(run.folder, run.name) if run.go_on and run.folder else None
+    run.rows += before["rows"] if before else []
 
     def one(case: Case) -> list[dict]:
+        labels = case.labels()
+        known = [row for row in run.rows if labels.items() <= row.items()]
+        if known and (not case.compiled or any(row["backend"] == COMPILED for row in known)):
+            return []
         if case.compiled and run.left < COMPILE_SECONDS[run.device.type]:
-            run.note(f"left out for time: torch.compile in {case}")
-            case = replace(case, compiled=False)
-        return measure_case(case, run.device, run.head["measured"], effort)
+            run.note(f"left out for time: {case}")
+            return []
+        rows = measure_case(case, run.device, run.head["measured"], effort)
+        run.rows[:] = [row for row in run.rows if row not in known]
+        return rows
 
     run.each(planned(run.device.type, run.quick), one)
-    output.say(f"\n{losses_table({**run.head, **run.more, 'rows': run.rows})}")
+    output.say(f"\n{kernels_table({**run.head, **run.more, 'rows': run.rows})}")
 
 
 def default_backend(device: torch.device) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
+from benchmarks import ceilings, results
 from benchmarks.machine import ROOT, describe, slug
 from benchmarks.quality import config, loaders, pictures
 from benchmarks.quality.studies import run_study
@@ -46,7 +46,7 @@ def main(words: list[str] | None = None) -> None:
         out = options.out or results.RESULTS / slug(device)
         folder = loaders.data_folder(options.data)
         where = {"folder": folder, "work": options.work, "device": options.device}
-        run_study(study, describe(device), out, jobs=options.jobs, **where)
+        run_study(study, describe(device, ceilings.of(device)), out, jobs=options.jobs, **where)
         pictures.draw(out, f"quality_{study.name}")
 
 

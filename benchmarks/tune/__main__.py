@@ -19,7 +19,7 @@ from benchmarks.part import Run
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.static_report import LAYOUTS, MODES
 from benchmarks.tune import measuring
-from benchmarks.tune.cases import Case, cases, shape_of_size, shapes_named
+from benchmarks.tune.cases import KERNELS, Case, cases, shape_of_size, shapes_named
 from benchmarks.tune.compiling import Compiled, Job, compile_all
 from benchmarks.tune.measuring import GAIN, Measured, WrongResultError, measure
 from repmtl_kernels.backends.triton import tiles as tile_table
@@ -44,6 +44,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="tasks, batch, channels, positions of your own shape; may be repeated")  # fmt: skip
     add("--mode", **some, default=DEFAULT_MODES, choices=MODES,
         help=f"dtype or precision; default: {' '.join(DEFAULT_MODES)}")  # fmt: skip
+    add("--kernel", **some, default=list(KERNELS), choices=KERNELS, help="default: all")
     add("--layout", **some, default=["contiguous"], choices=LAYOUTS,
         help="default: contiguous; with several, a tile has to be slower in none")  # fmt: skip
     add("--seconds", type=float, metavar="N",
@@ -66,13 +67,13 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA device")
     device = torch.device("cuda")
-    head = describe(device, measure=False)
+    head = describe(device)
     say(f"{head['machine']}\n{head['versions']}")
     folder = options.out or results.RESULTS / slug(device)
     run = Run("tiles", device, head, folder)
     if options.seconds is not None:
         run.deadline = began + options.seconds
-    planned = cases(shapes(options), options.mode, options.layout)
+    planned = cases(shapes(options), options.mode, options.layout, options.kernel)
     tune(planned, run, tile_table.capability_of(device), options.write, options.workers)
     say(f"\nresults: {folder / 'tiles.json'}; {time.monotonic() - began:.0f} s")
 
@@ -100,8 +101,7 @@ def tune(
             return []
         rules[:] = measuring.faster_rules(measured)
         if write is not None:
-            write.parent.mkdir(parents=True, exist_ok=True)
-            write.write_text(tile_table.as_json((*rules, *kept)))
+            results.write(write, tile_table.as_json((*rules, *kept)))
         rows = measuring.rows_of(measured[-1])
         say(comparison(rows))
         return rows

@@ -109,13 +109,18 @@ class Case:
         return f"{self.kernel} {self.shape.name} {self.mode} {self.layout}"
 
 
-def cases(shapes: Sequence[Shape], modes: Sequence[str], layouts: Sequence[str]) -> list[Case]:
+def cases(
+    shapes: Sequence[Shape],
+    modes: Sequence[str],
+    layouts: Sequence[str],
+    kernels: Sequence[str] = tuple(KERNELS),
+) -> list[Case]:
     """Return the decisive cases first: what a deadline leaves out is at the end."""
     decisive = [s for s in shapes if s.name not in OTHERS]
     others = [s for s in shapes if s.name in OTHERS]
     planned: list[Case] = []
     for layout, group in itertools.product(layouts, (decisive, others)):
-        for mode, shape, kernel in itertools.product(modes, group, KERNELS):
+        for mode, shape, kernel in itertools.product(modes, group, kernels):
             case = Case(kernel, shape, mode, layout)
             if _is_new(case, planned):
                 planned.append(case)

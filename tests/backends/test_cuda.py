@@ -178,6 +178,7 @@ def most_of_the_memory(tmp_path_factory):
         torch.cuda.empty_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("most_of_the_memory")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_more_than_2_to_the_31_elements(backend: str):
@@ -206,6 +207,7 @@ def test_more_than_2_to_the_31_elements(backend: str):
             assert difference <= 1e-2 * g[b].float().norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "check"),
     [

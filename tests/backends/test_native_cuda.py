@@ -23,6 +23,8 @@ if not os.environ.get("REPMTL_EMULATED_CUDA") and (
 
 from repmtl_kernels.backends.native import stages as native
 
+pytestmark = pytest.mark.decisive
+
 ops = native_library.load("cuda")
 
 ANY = [

@@ -23,6 +23,8 @@ from repmtl_kernels.backends.triton.tiles import Tile, trying
 if DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0):
     pytest.skip("needs a GPU with TMA", allow_module_level=True)
 
+pytestmark = pytest.mark.decisive
+
 # Matrix units of Hopper want 64 rows; the interpreter is faster with less.
 SIDE = 64 if DEVICE == "cuda" else 32
 TILES = [

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from stand_ins import BUILT, CEILINGS, CPU, EFFORT, SMALL, new_run
 
-from benchmarks import cases, floors, line_up, rivals, rotation
+from benchmarks import cases, floors, line_up, results, rivals, rotation
 from benchmarks.cases import BFLOAT16, FLOAT32, TF32, TF32X3, Case
 from benchmarks.parts import kernels
 from benchmarks.shapes import SHAPES, Shape
@@ -132,7 +133,8 @@ def test_a_precision_of_the_triton_kernels_alone_is_theirs_alone(monkeypatch):
 
 def test_every_case_of_a_gpu_is_measured_once():
     planned = kernels.planned("cuda", quick=False)
-    kinds = [(c.function, c.shape, c.precision, c.layout) for c in planned]
+    plain = [case for case in planned if not case.compiled]
+    kinds = [(c.function, c.shape, c.precision, c.layout) for c in plain]
     assert len(set(kinds)) == len(kinds)
     expected = {
         (function, shape, precision, "contiguous")
@@ -144,8 +146,12 @@ def test_every_case_of_a_gpu_is_measured_once():
     assert expected <= set(kinds)
     layouts = {kind[3] for kind in set(kinds) - expected}
     assert layouts == {"channels_last", "tokens"}
-    # torch.compile is slow, so what decides comes before what does not.
-    first = len(kernels.decisive())
+    # torch.compile is slow: what decides is measured without it, then with it, then the rest.
+    quick = kernels.planned("cuda", quick=True)
+    assert quick == [replace(case, compiled=False) for case in kernels.decisive()]
+    compiled = [case for case in kernels.decisive() if case.compiled]
+    first = len(quick) + len(compiled)
+    assert planned[:first] == [*quick, *compiled]
     assert not any(case.compiled for case in planned[first:])
     everywhere = {
         case.shape.name
@@ -153,9 +159,40 @@ def test_every_case_of_a_gpu_is_measured_once():
         if case.compiled and (case.function, case.precision) == ("rep_mtl_loss", BFLOAT16)
     }
     assert everywhere == set(SHAPES)
-    quick = kernels.planned("cuda", quick=True)
+    quick = kernels.planned("cpu", quick=True)
     assert quick and not any(case.compiled for case in quick)
     assert {case.shape.name for case in quick} == set(kernels.QUICK_SHAPES)
+
+
+def test_a_run_goes_on_with_what_is_missing(monkeypatch, tmp_path):
+    """Cases with rows are not measured again, unless torch.compile comes to them."""
+    other = replace(SMALL, name="other")
+    plain, late = (Case("rep_mtl_loss", shape, FLOAT32) for shape in (SMALL, other))
+    compiled, tried = replace(plain, compiled=True), []
+
+    def measure_case(case, *_):
+        tried.append(case)
+        names = ["eager", *(["reference_compiled"] if case.compiled else [])]
+        figures = {"direction": "forward", "graph": False, "ms": len(tried), "error": "none"}
+        return [case.labels() | figures | {"backend": name} for name in names]
+
+    def run(plan: list[Case], **options) -> list[tuple]:
+        monkeypatch.setattr(kernels, "planned", lambda *_: plan)
+        run = new_run("kernels", folder=tmp_path, **options)
+        kernels.measure(run)
+        rows = results.load(tmp_path, "kernels")["rows"]
+        return [(row["shape"], row["backend"], row["ms"]) for row in rows]
+
+    monkeypatch.setattr(kernels, "measure_case", measure_case)
+    assert run([plain]) == [(SMALL.name, "eager", 1)]
+    expected = [(SMALL.name, "eager", 2), (SMALL.name, "reference_compiled", 2)]
+    assert run([plain, compiled], go_on=True) == expected
+    assert run([plain, compiled, late], go_on=True) == [*expected, ("other", "eager", 3)]
+    assert tried == [plain, compiled, late]
+    # Without time for the compiler, the rows of the plain case stay.
+    monkeypatch.setitem(kernels.COMPILE_SECONDS, "cpu", 45)
+    found = run([plain, compiled], deadline=time.monotonic() + 40)
+    assert found == [(SMALL.name, "eager", 4)] and tried[3:] == [plain]
 
 
 def test_contestants_are_captured_ours_first(monkeypatch):
@@ -227,8 +264,8 @@ def test_a_case_that_does_not_fit_or_has_no_time_to_compile_is_noted(monkeypatch
     assert run.notes == [f"left out: {case}: OutOfMemoryError: tried to allocate 1 TiB"]
     run = new_run(quick=True, deadline=time.monotonic() + 500)
     kernels.measure(run)
-    assert run.notes[0] == f"left out for time: torch.compile in {case}"
-    assert [case.compiled for case in measured] == [True, False]
+    assert run.notes == [f"left out for time: {case}"]
+    assert measured == [case]
 
 
 def test_running_out_of_memory_is_a_row(monkeypatch):

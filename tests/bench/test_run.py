@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from stand_ins import HEAD, new_run
+from stand_ins import CEILINGS, HEAD, new_run
 
 from benchmarks import __main__ as program
-from benchmarks import results
+from benchmarks import ceilings, results
 from benchmarks.part import Part, Run
 
 
@@ -35,7 +35,8 @@ def run_main(monkeypatch, *arguments: str, measure=None) -> list[Run]:
         Part("third", "THIRD", measure, share=0.5),
     )
     monkeypatch.setattr(program, "PARTS", {part.name: part for part in made})
-    monkeypatch.setattr(program, "describe", lambda _: HEAD)
+    monkeypatch.setattr(ceilings, "of", lambda *_: CEILINGS)
+    monkeypatch.setattr(program, "describe", lambda *_: HEAD)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", *arguments])
     program.main()
@@ -90,7 +91,8 @@ def test_rows_are_saved_as_they_come_and_what_is_left_out_is_noted(tmp_path):
 def test_what_is_broken_ends_the_run_with_an_error(monkeypatch, tmp_path):
     part = Part("first", measure=lambda run: None, broken=lambda rows: ["first: wrong"])
     monkeypatch.setattr(program, "PARTS", {"first": part})
-    monkeypatch.setattr(program, "describe", lambda _: HEAD)
+    monkeypatch.setattr(ceilings, "of", lambda *_: CEILINGS)
+    monkeypatch.setattr(program, "describe", lambda *_: HEAD)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     command = ["benchmarks", "--device", "cpu", "--only", "first", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from stand_ins import EFFORT, GPU_HEAD, HEAD, SMALL, new_run
+from stand_ins import CPU, EFFORT, GPU_HEAD, HEAD, SMALL, new_run
 
 from benchmarks import report, results, rivals, targets
 from benchmarks.cases import FLOAT32
 from benchmarks.line_up import Way
+from benchmarks.part import Run
 from benchmarks.parts import kernels, stages
 
 
@@ -22,7 +23,7 @@ def gpu_rows(ms: float) -> dict[str, list[dict]]:
     rival = figures | {"ms": 0.1, "peak_mb": 10.0, "gradient_error": 1e-2}
     ours = ("eager", "native", "triton")
     found: dict[str, list[dict]] = {"kernels": [], "stages": []}
-    for case in kernels.planned("cuda", quick=False)[: len(kernels.decisive())]:
+    for case in kernels.decisive():
         names = ["reference", *ours]
         names += ["factored"] * (case.function in rivals.FACTORED)
         names += ["reference_compiled", "factored_compiled"] * case.compiled
@@ -101,6 +102,24 @@ def test_targets_that_were_not_measured(tmp_path):
     assert "| at least 80% of the floor | failed |  | no |" in table
     assert targets.table(tmp_path / "nothing") is None
     assert targets.table(saved(tmp_path / "cpu", rows, HEAD)) is None
+
+
+def test_the_table_follows_every_case(tmp_path):
+    """What a run has when it is killed is on the disk, whole."""
+    run = Run("kernels", CPU, GPU_HEAD, tmp_path / "out")
+    counts = []
+
+    def measure(rows: list[dict]) -> list[dict]:
+        if (tmp_path / "out").exists():
+            counts.append((tmp_path / "out" / "targets.md").read_text().count("not measured |"))
+        return rows
+
+    rows = gpu_rows(ms=1e-3)["kernels"]
+    run.each([rows[:30], rows[30:], []], measure)
+    assert counts[0] > counts[1] > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"kernels.json", "targets.md"}
+    new_run("part", folder=tmp_path / "cpu").save()
+    assert not (tmp_path / "cpu" / "targets.md").exists()
 
 
 def test_documents_show_targets_and_stages_of_machines_with_results(tmp_path):

@@ -106,6 +106,13 @@ def test_most_telling_first_and_nothing_twice():
     assert not any(c.shape.name == "office1" and c.layout == "channels_last" for c in found)
 
 
+def test_kernels_can_be_chosen():
+    options = program.arguments(["--shape", "nyuv2", "--mode", "tf32", "--kernel", "pull", "gram"])
+    found = cases.cases(program.shapes(options), options.mode, options.layout, options.kernel)
+    assert [case.kernel for case in found] == ["pull", "gram"]
+    assert program.arguments([]).kernel == list(KERNELS)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("mode", ["bfloat16", "float16", "ieee"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

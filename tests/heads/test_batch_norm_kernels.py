@@ -62,6 +62,7 @@ def test_shapes(shape):
     check_both(Problem(shape, training=False, relu=False))
 
 
+@pytest.mark.decisive
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
 TSR, CSA, FUSED, FLOOR = LOSSES
 
 
+@pytest.mark.decisive
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_every_case(backend: str, dtype: torch.dtype, case: Case):
@@ -53,11 +54,14 @@ def test_eps_is_the_usual_guard(backend: str, dtype: torch.dtype, loss: Loss, ep
     judge(loss, Case(3, 3, 12, (3, 4)), dtype, backend, eps=eps)
 
 
-@pytest.mark.slow_cpu
+@pytest.mark.decisive
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        (Case(1, 2, 610, (26, 25)), torch.bfloat16),  # tiles of 128
+        # Tiles of 128: N side, C side.
+        pytest.param(Case(1, 2, 360, (8, 43)), torch.bfloat16, marks=pytest.mark.gpu),
+        (Case(1, 2, 610, (26, 25)), torch.bfloat16),
         (Case(1, 2, 610, (26, 25)), torch.float16),  # a gradient of 5e-7
         # Tiles of 64 whose rows start at any address: N side, C side.
         (Case(1, 2, 209, (13, 15)), torch.float32),
@@ -230,6 +234,7 @@ SALIENCIES = {
 }
 
 
+@pytest.mark.decisive
 @pytest.mark.parametrize("kind", SALIENCIES)
 @pytest.mark.parametrize(
     "case",
@@ -239,6 +244,9 @@ SALIENCIES = {
         Case(3, 2, 128, (8, 8), "channels_last"),
         Case(2, 2, 48, (8, 12)),
         Case(2, 2, 48, (8, 12), "channels_last"),
+        # On Hopper tf32 has tiles of 128: N side, C side.
+        pytest.param(Case(1, 2, 352, (8, 43)), marks=pytest.mark.gpu),
+        pytest.param(Case(1, 2, 336, (18, 20)), marks=pytest.mark.gpu),
     ],
     ids=str,
 )
