@@ -85,19 +85,24 @@ def inspect(kernel, capability: int, *, instructions: bool = True) -> dict:
     To count ``instructions`` takes as long as to compile: ``global_loads`` by their width in bits,
     ``matrix_instructions`` by name, and whether each HGMMA waits for the one before (``serial``).
     """
-    with _cubin_file(kernel.asm["cubin"]) as cubin:
-        usage = _cuobjdump("--dump-resource-usage", cubin)
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage))
+    numbers = resources(kernel.asm["cubin"])
     counted = _instructions(kernel.asm["cubin"]) if instructions else (None, None, None)
     return {
         "kernel": kernel.metadata.name,
         "capability": capability,
-        "registers": int(numbers["REG"]),
-        "spill_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "registers": numbers["REG"],
+        "spill_bytes": numbers["STACK"] + numbers["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
         "warps": kernel.metadata.num_warps,
         **dict(zip(("global_loads", "matrix_instructions", "serial"), counted, strict=True)),
     }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return registers and bytes of memory: ``REG``, ``STACK``, ``LOCAL`` and ``SHARED``."""
+    with _cubin_file(cubin) as file:
+        usage = _cuobjdump("--dump-resource-usage", file)
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
 
 
 @functools.cache  # shapes and modes have kernels in common

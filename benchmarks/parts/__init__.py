@@ -4,6 +4,7 @@ from benchmarks.parts import (
     compatibility,
     kept,
     kernels,
+    predicted,
     quality,
     scaling,
     second_order,
@@ -23,5 +24,6 @@ PARTS = (
     scaling.PART,
     quality.BENCH,
     static.PART,
+    predicted.PART,
     compatibility.PART,
 )
