@@ -29,12 +29,14 @@ from repmtl_kernels.backends.triton.operand import (
     load_spread,
     matmul,
     matmul_in_parts,
+    reads_shared_memory,
     repeat_columns,
     row_offsets,
     split_columns,
     spread,
     task_columns,
     task_vectors,
+    touched,
 )
 from repmtl_kernels.backends.triton.tiles import capability_of
 from repmtl_kernels.backends.triton.tma import chosen, load_block
@@ -104,6 +106,7 @@ def saliency_grad(
             COLUMNS=task_columns(tasks, parts),
             PRECISION=operand.precision,
             TOUCH=touch,
+            SPREAD=touch and reads_shared_memory(anchors.device),
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
             ROWS_LAST=x is not None and tma.rows_last(x[0]),
@@ -180,6 +183,7 @@ def _gradient_kernel(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     TOUCH: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS_LAST: tl.constexpr,  # what TMA copies lies in memory row by row of X^T
@@ -232,7 +236,7 @@ def _gradient_kernel(
                 mask=inside_r[:, None] & inside_q[None, :],
                 other=0.0,
             )
-            if TOUCH:
+            if SPREAD:
                 x_q = load_spread(
                     x_columns, inside_k, valid if MASKED else None, start, rows, layout,
                     FORM, N_SIDE, DEPTH,
@@ -243,7 +247,9 @@ def _gradient_kernel(
                     mask=wanted_q[:, None] & inside_k[None, :],
                     other=0.0,
                 )
-        if MASKED and not LEFT_OUT and not TOUCH:
+        if TOUCH and not SPREAD:
+            x_q = touched(x_q)
+        if MASKED and not LEFT_OUT and not SPREAD:
             x_q = zero_unless(there_q[:, None], x_q)
         acc = matmul(g, x_q, acc, PRECISION)
         if not N_SIDE:
@@ -255,7 +261,7 @@ def _gradient_kernel(
         left = task_vectors(
             projection + sample * tasks * rows, rows, r, rows, tasks, COLUMNS, PARTS
         )
-        at = first_k + spread(BLOCK_K) if TOUCH else k
+        at = first_k + spread(BLOCK_K) if SPREAD else k
         right = task_vectors(anchors, anchor_stride, at, depth, tasks, COLUMNS, PARTS)
     else:
         left = task_vectors(anchors, anchor_stride, r, rows, tasks, COLUMNS, PARTS)
@@ -264,7 +270,7 @@ def _gradient_kernel(
     # Scaled in an order in which 2^100 does not overflow.
     grad = acc * factor * (anchor_weight * tl.load(slope + sample) * unit)
     grad = _add_outer(left * anchor_weight, right, grad, PARTS, PRECISION)
-    if TOUCH:
+    if SPREAD:
         grad = gathered(grad)
     of_channel = anchor_grad + sample * channels
     if N_SIDE:

@@ -12,7 +12,7 @@ from repmtl_kernels.backends.contract import Gram
 from repmtl_kernels.backends.triton import tma
 from repmtl_kernels.backends.triton.common import cdiv, launch, task_groups
 from repmtl_kernels.backends.triton.gram_kernel import _gram_join_kernel, _gram_kernel
-from repmtl_kernels.backends.triton.operand import Operand, task_columns
+from repmtl_kernels.backends.triton.operand import Operand, reads_shared_memory, task_columns
 from repmtl_kernels.backends.triton.tiles import Tile
 
 FINISH_BLOCK = 256
@@ -93,6 +93,7 @@ def gram(
             SCALING=_scaling(operand),
             PRECISION=operand.precision,
             TOUCH=touch,
+            SPREAD=touch and reads_shared_memory(anchors.device),
             BLOCK=tile.rows,
             RATIO=ratio,
             ROWS_LAST=x is not None and tma.rows_last(x[0]),

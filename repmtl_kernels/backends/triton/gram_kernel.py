@@ -73,6 +73,7 @@ def _gram_kernel(
     SCALING: tl.constexpr,
     PRECISION: tl.constexpr,
     TOUCH: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
     RATIO: tl.constexpr,
     ROWS_LAST: tl.constexpr,  # what TMA copies lies in memory row by row of X^T
@@ -113,21 +114,21 @@ def _gram_kernel(
             x, tall, wide, b, sample, i, j, first, last, part, parts, layout, valid, scale,
             anchors, anchor_stride, squares, positives, projection, matrix, sums, multiple,
             pairs, pair, rows, depth, tasks, tiles, FORM, N_SIDE, SPLIT, COLUMNS, SCALING,
-            PRECISION, TOUCH, BLOCK, 1, False, ROWS_LAST, DEPTH, STAGES,
+            PRECISION, TOUCH, SPREAD, BLOCK, 1, False, ROWS_LAST, DEPTH, STAGES,
         )  # fmt: skip
     elif i == j * RATIO:  # the strip's other tiles are above the diagonal
         _tile(
             x, tall, tall, b, sample, i, i, first, last, part, parts, layout, valid, scale,
             anchors, anchor_stride, squares, positives, projection, matrix, sums, multiple,
             pairs, pair, rows, depth, tasks, tiles, FORM, N_SIDE, SPLIT, COLUMNS, SCALING,
-            PRECISION, TOUCH, BLOCK, 1, True, ROWS_LAST, DEPTH, STAGES,
+            PRECISION, TOUCH, SPREAD, BLOCK, 1, True, ROWS_LAST, DEPTH, STAGES,
         )  # fmt: skip
     elif i < tiles:
         _tile(
             x, tall, wide, b, sample, i, j, first, last, part, parts, layout, valid, scale,
             anchors, anchor_stride, squares, positives, projection, matrix, sums, multiple,
             pairs, pair, rows, depth, tasks, tiles, FORM, N_SIDE, SPLIT, COLUMNS, SCALING,
-            PRECISION, TOUCH, BLOCK, RATIO, False, ROWS_LAST, DEPTH, STAGES,
+            PRECISION, TOUCH, SPREAD, BLOCK, RATIO, False, ROWS_LAST, DEPTH, STAGES,
         )  # fmt: skip
     else:  # the last row of the last square may not exist
         tl.store(squares + sample * pairs + pair, 0.0)
@@ -170,6 +171,7 @@ def _tile(
     SCALING: tl.constexpr,
     PRECISION: tl.constexpr,
     TOUCH: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
     RATIO: tl.constexpr,
     ON_DIAGONAL: tl.constexpr,  # whether it is known to be there
@@ -220,7 +222,7 @@ def _tile(
                 if valid is not None and not N_SIDE:
                     there = tl.load(valid + k, mask=inside_k, other=0)
                 x_i = _masked_and_scaled(x_i, there, factor, False, SCALED)
-                if TOUCH:
+                if SPREAD:
                     x_j = load_spread(
                         rows_j, inside_j, None if N_SIDE else valid, start, depth, layout,
                         FORM, not N_SIDE, STEP,
@@ -234,6 +236,8 @@ def _tile(
                     else:
                         inside = inside_k[:, None] & inside_j[None, :]
                         x_j = tl.load(rows_j + offsets[:, None], mask=inside, other=0.0)
+                    if TOUCH:
+                        x_j = touched(x_j)
                     x_j = _masked_and_scaled(x_j, there, factor, True, SCALED)
                 acc = matmul(x_i, x_j, acc, PRECISION)
                 if N_SIDE and loop != 1:
@@ -242,7 +246,7 @@ def _tile(
                     )
                     v = matmul(x_i, split_columns(u, x_i.dtype) if SPLIT else u, v, PRECISION)
 
-    if TOUCH:
+    if SPREAD:
         acc = gathered(acc)
     if valid is not None and N_SIDE:
         # An element needs only its own row and column of X: here it is not in the way of loads.

@@ -24,7 +24,7 @@ from repmtl_kernels.backends.triton.common import (
     stride_of,
     zero_unless,
 )
-from repmtl_kernels.backends.triton.tiles import ProductKernel, Tile, tile_of
+from repmtl_kernels.backends.triton.tiles import ProductKernel, Tile, capability_of, tile_of
 
 # The interpreter multiplies bfloat16 wrongly and has no inline assembly.
 INTERPRET = tl.constexpr(common.INTERPRET)
@@ -89,6 +89,15 @@ class Operand(NamedTuple):
         dims, _, unit, _ = form
         axis = 1 + dims if self.n_side == along_rows else 1
         return self.precision == "tf32" and not unit >> axis & 1
+
+
+def reads_shared_memory(device: torch.device) -> bool:
+    """Return whether right factors have to be in shared memory; True under the interpreter.
+
+    Hopper's matrix units and those of large Blackwell GPUs want them there. Others take factors
+    from registers, where transposing them is cheap.
+    """
+    return common.INTERPRET or 90 <= capability_of(device) < 120
 
 
 def task_columns(tasks: int, parts: int) -> int:
