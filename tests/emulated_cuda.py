@@ -28,11 +28,14 @@ def build(folder: Path, *flags: str) -> Path:
         "-isystem",
         str(torch_folder / "include"),
     ]
+    allocations = list(binding)
     binding += ["-DREPMTL_DISPATCH_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    binding.append("-DREPMTL_ARENA=0")
     binding.append(f'-DREPMTL_SOURCES="{digest(ROOT / "csrc")}"')
     jobs = [(kernels, source) for source in sorted(SOURCES.glob("*.cu"))]
     jobs += [(binding, path) for path in sorted(SOURCES.glob("*.cpp"))]
     jobs.append((binding, HEADERS / "torch_cuda.cpp"))
+    jobs.append((allocations, HEADERS / "allocations.cpp"))
 
     def compile_one(job: tuple[list[str], Path]) -> str:
         options, source = job

@@ -21,6 +21,12 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, voi
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
 
+// Small pieces of scratch memory share allocations of this size. Tests give each piece its own, so
+// that its bounds can be checked.
+#ifndef REPMTL_ARENA
+#define REPMTL_ARENA (1 << 20)
+#endif
+
 namespace repmtl::cuda {
 
 // Scratch memory of one call. Freed tensors go back to the same stream, so the next kernels that
@@ -30,16 +36,16 @@ class Scratch final : public Workspace {
   explicit Scratch(const Tensor& like) : like_(like) {}
 
   void* take(int64_t bytes) override {
-    constexpr int64_t kAlignment = 256, kArena = 1 << 20;  // one allocation for many small ones
-    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    constexpr int64_t kAlignment = 256;
     if (bytes > left_) {
-      left_ = std::max(bytes, kArena);
+      left_ = std::max<int64_t>(bytes, REPMTL_ARENA);
       tensors_.push_back(torch::stable::new_empty(like_, {left_}, ScalarType::Byte));
       next_ = static_cast<char*>(tensors_.back().mutable_data_ptr());
     }
     char* taken = next_;
-    next_ += bytes;
-    left_ -= bytes;
+    const int64_t step = std::min(left_, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    next_ += step;
+    left_ -= step;
     return taken;
   }
 

@@ -64,6 +64,7 @@ enum cudaError {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719,
   cudaErrorNotSupported = 801,
 };
 typedef cudaError cudaError_t;
@@ -79,11 +80,24 @@ struct cudaLaunchConfig_t {
   unsigned int numAttrs;
 };
 
+// Where it is set, launches go to this function instead of the emulation. It gets the addresses of
+// a kernel's arguments, and returns why the launch failed, or null.
+extern "C" {
+typedef const char* (*CudaEmulationRunner)(const void* kernel, const uint3* grid,
+                                           const uint3* block, const void* const* arguments);
+inline CudaEmulationRunner cuda_emulation_runner = nullptr;
+}
+
+namespace cuda_emulation {
+inline const char* launch_failure = "unspecified launch failure";
+}
+
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorLaunchFailure: return cuda_emulation::launch_failure;
     case cudaErrorNotSupported: return "operation not supported";
   }
   return "unrecognized error code";
@@ -137,6 +151,15 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
     return cuda_emulation::remember(error);
   }
   return [&](ExpTypes... converted) {
+    if (cuda_emulation_runner != nullptr) {
+      const void* const arguments[] = {&converted..., nullptr};
+      const uint3 grid = config->gridDim, block = config->blockDim;
+      const char* const failure =
+          cuda_emulation_runner(reinterpret_cast<const void*>(kernel), &grid, &block, arguments);
+      if (failure == nullptr) return cudaSuccess;
+      cuda_emulation::launch_failure = failure;
+      return cuda_emulation::remember(cudaErrorLaunchFailure);
+    }
     auto call = [&] { kernel(converted...); };  // a thread has its own copy of every argument
     cuda_emulation::launch(
         config->gridDim, config->blockDim,

@@ -269,6 +269,29 @@ void test_launches() {
   EXPECT(cudaMemsetAsync(out, 0, sizeof(out), nullptr) == cudaSuccess && out[99] == 0);
 }
 
+const char* only_three(const void* kernel, const uint3* grid, const uint3* block,
+                       const void* const* arguments) {
+  const bool right = kernel == reinterpret_cast<const void*>(&argument_kernel) && grid->y == 2 &&
+                     block->x == 100 && static_cast<const Big*>(arguments[0])->values[3] == 7;
+  EXPECT(right && arguments[4] == nullptr);
+  return *static_cast<const long long*>(arguments[1]) == 3 ? nullptr : "not 3";
+}
+
+void test_another_runner() {
+  Big big;
+  big.values[3] = 7;
+  int out[100] = {5};
+  cuda_emulation_runner = only_three;
+  EXPECT(launch(dim3(1, 2), 100, argument_kernel, big, 3, nullptr, out) == cudaSuccess);
+  EXPECT(out[0] == 5 && cudaGetLastError() == cudaSuccess);
+  const cudaError_t error = launch(dim3(1, 2), 100, argument_kernel, big, 4, nullptr, out);
+  EXPECT(error == cudaErrorLaunchFailure && cudaGetLastError() == error);
+  EXPECT(std::string(cudaGetErrorString(error)) == "not 3");
+  EXPECT(launch(0, 1, nothing_kernel) == cudaErrorInvalidConfiguration);
+  EXPECT(cudaGetLastError() == cudaErrorInvalidConfiguration);
+  cuda_emulation_runner = nullptr;
+}
+
 void test_threads_of_the_system() {
   std::vector<std::vector<int>> outs(3, std::vector<int>(300));
   std::vector<std::thread> threads;
@@ -352,6 +375,7 @@ int main(int count, char** arguments) {
   test_votes();
   test_numbers();
   test_launches();
+  test_another_runner();
   test_threads_of_the_system();
   if (count > 1 && std::string(arguments[1]) == "time") measure_all();
   test_deaths();
