@@ -32,6 +32,7 @@ FAMILIES = (
     "products",
     "warp",
     "warpgroup",
+    "wmma",
 )
 _DECODERS: dict[str, Decoder] = {}
 
