@@ -16,6 +16,10 @@ if library := os.environ.get("REPMTL_EMULATED_CUDA"):  # set by test_emulated_cu
     import emulated_cuda
 
     emulated_cuda.install(library)
+    if kernels := os.environ.get("REPMTL_EMULATED_PTX"):  # set by ptx/test_csrc.py
+        from ptx import csrc
+
+        csrc.install(library, kernels)
 
 
 if not CUDA:

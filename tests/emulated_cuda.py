@@ -1,7 +1,9 @@
 """Compiles the CUDA kernels of ``csrc/cuda`` for the CPU, with headers that emulate CUDA."""
 
 import os
+import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,14 +13,16 @@ from repmtl_kernels.backends.native import library as native_library
 from repmtl_kernels.backends.native.files import digest
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 SOURCES = ROOT / "csrc" / "cuda"
-HEADERS = ROOT / "tests" / "emulation"
+HEADERS = TESTS / "emulation"
+COMPILER = os.environ.get("CXX") or "c++"
+LIBRARY = "librepmtl_emulated.so"
 
 
 def build(folder: Path, *flags: str) -> Path:
     """Compile the library, whose operators take CPU tensors, and return its path."""
     torch_folder = Path(torch.__file__).parent
-    compiler = os.environ.get("CXX", "c++")
     common = ["-std=c++17", "-O2", "-fPIC", "-Wall", *flags]
     kernels = [*common, "-Wno-unknown-pragmas", "-x", "c++", "-I", str(HEADERS)]
     binding = [
@@ -40,20 +44,42 @@ def build(folder: Path, *flags: str) -> Path:
     def compile_one(job: tuple[list[str], Path]) -> str:
         options, source = job
         target = folder / f"{source.stem}.o"
-        _run(compiler, *options, "-c", str(source), "-o", str(target))
+        command(COMPILER, *options, "-c", str(source), "-o", str(target))
         return str(target)
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, jobs))
-    library = folder / "librepmtl_emulated.so"
+    library = folder / LIBRARY
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-    _run(compiler, *flags, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(library))
+    command(COMPILER, *flags, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(library))
     return library
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def command(*words: str) -> str:
+    """Run a command, and return what it prints."""
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def run_tests(library: Path, *arguments: str, **environment: str) -> int:
+    """Run tests with a library in a process of their own; return how many have passed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", *arguments],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "REPMTL_EMULATED_CUDA": str(library),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    return int(passed)
 
 
 def install(library: str) -> None:

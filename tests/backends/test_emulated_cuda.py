@@ -7,17 +7,15 @@ A result that depends on the order shows a race.
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import emulated_cuda
 import pytest
 import torch
+from emulated_cuda import COMPILER, TESTS, run_tests
 
 from repmtl_kernels.backends.native import library as native_library
 
-COMPILER = os.environ.get("CXX") or "c++"
-TESTS = Path(__file__).parents[1]
 CUDA = "backends/test_native_cuda"
 BLOCKS = "27x25 or 26x26"  # the shapes of its cases whose Gram matrix has several blocks
 
@@ -35,24 +33,6 @@ if shutil.which(COMPILER) is None:
     pytest.skip(f"there is no {COMPILER}", allow_module_level=True)
 
 
-def run(library: Path, *arguments: str, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-k", "native", *arguments],
-        cwd=TESTS.parent,
-        env={
-            **os.environ,
-            "REPMTL_EMULATED_CUDA": str(library),
-            "PYTHONPATH": str(TESTS.parent),
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
 def sources(*names: str) -> list[str]:
     return [str(TESTS / f"{name}.py") for name in names]
 
@@ -64,11 +44,11 @@ def test_the_tests_of_the_native_backend_in_any_order_of_threads(tmp_path: Path)
     of_losses = [str(path) for name in names for path in TESTS.glob(f"losses/test_{name}.py")]
     # Gradients in float64 are those of the reference, which has the finite differences.
     selection = ["-k", "native and not gradcheck"]
-    run(library, *sources(CUDA, "backends/test_stages"), *of_losses, *selection)
+    run_tests(library, *sources(CUDA, "backends/test_stages"), *of_losses, *selection)
     # Matrices in several blocks take most of the time: their kernels run once in another order.
     reverse, mixed = f"not (with_a_mask and ({BLOCKS}))", f"not ({BLOCKS})"
     for order, others in (("reverse", reverse), ("7", mixed)):
-        run(library, *sources(CUDA), "-k", f"native and {others}", CUDA_EMULATION_ORDER=order)
+        run_tests(library, *sources(CUDA), "-k", f"native and {others}", CUDA_EMULATION_ORDER=order)
 
 
 def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tmp_path: Path):
@@ -86,7 +66,7 @@ def test_no_address_or_undefined_behaviour_is_found_by_the_sanitizers(tmp_path: 
     preload = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     selection = "every_way and (dtype1 or dtype2) or anywhere or some_tasks"
     selection = f"({selection}) and not (with_a_mask and dtype1 and ({BLOCKS}))"
-    run(library, *sources(CUDA), "-k", selection, **preload)
+    run_tests(library, *sources(CUDA), "-k", selection, **preload)
 
 
 def test_the_emulation_itself(tmp_path: Path):
