@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from ptx.process import Answer, Process
+
+pytest.importorskip("triton")
 
 
 def leave() -> None:
