@@ -9,7 +9,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -84,13 +83,13 @@ def driver(
     stand_in = StandIn(capability, run if execute else None, edit)
     before = triton.runtime.driver._active
     assert not isinstance(before, StandIn), "one stand-in at a time"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(triton.knobs.cache.scope())
-        triton.knobs.cache.dir = str(Path(library.folder()) / "kernels")
+    with (
+        triton.knobs.cache.scope(),
         # The driver loads PTX, as the real one can; to assemble it takes as long as to compile it.
-        patch = functools.partial(mock.patch.object, autospec=False)
-        stack.enter_context(patch(nvidia_compiler.CUDABackend, "make_cubin", _not_assembled))
-        stack.enter_context(patch(choice, "refusal", lambda *_: None))
+        mock.patch.object(nvidia_compiler.CUDABackend, "make_cubin", _not_assembled),
+        mock.patch.object(choice, "refusal", lambda *_: None),
+    ):
+        triton.knobs.cache.dir = str(library.folder() / "kernels")
         triton.runtime.driver.set_active(stand_in)
         for record in _records:
             record.append(stand_in.launches)
