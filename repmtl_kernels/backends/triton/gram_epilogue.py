@@ -1,4 +1,4 @@
-"""What is made from a tile of the lower triangle of ``X^ X^^T`` once its sum is complete.
+"""The epilogue of the Gram kernel: a tile of ``X^ X^^T`` is complete, and all else is made from it.
 
 It is the square of the norm, the stored matrix, and the products with the anchors ``u``. On the N
 side these are ``V = S^^T u``, which comes next to the tile; on the C side they are products of the
