@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import ast
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +10,21 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# As the device functions are, kernels are marked @triton.jit: the name tells them apart.
-KERNEL = re.compile(r"^@triton\.jit[^\n]*\ndef (\w+_kernel)\(", re.M)
 
 
 def kernels_of_the_package() -> list[str]:
-    """Return the names of all Triton kernels, in the order of the source."""
-    sources = sorted((ROOT / "repmtl_kernels").rglob("*.py"))
-    return [name for source in sources for name in KERNEL.findall(source.read_text())]
+    """Return the names of all Triton kernels, in the order of the source.
+
+    Device functions are ``@triton.jit`` too: the name tells kernels apart.
+    """
+    return [
+        node.name
+        for source in sorted((ROOT / "repmtl_kernels").rglob("*.py"))
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and node.name.endswith("_kernel")
+        and any(ast.unparse(one).startswith("triton.jit") for one in node.decorator_list)
+    ]
 
 
 class Place(NamedTuple):
@@ -40,6 +47,7 @@ class Report:
         self.wrong: Counter[Place] = Counter()
         self.failed: list[str] = []
         self.tests = 0
+        self.known = set(kernels_of_the_package())
 
     def pytest_runtest_logreport(self, report) -> None:
         properties = dict(report.user_properties)
@@ -53,6 +61,7 @@ class Report:
             Place(kernel, capability, mode)
             for capability, kernels in properties["compiled"]
             for kernel in kernels
+            if kernel in self.known
         }
         self.cases.update(places)
         if report.failed:
@@ -70,7 +79,7 @@ class Report:
 
     def missing(self) -> set[str]:
         """Return the kernels of the package that no case launched."""
-        return set(kernels_of_the_package()) - {place.kernel for place in self.cases}
+        return self.known - {place.kernel for place in self.cases}
 
     def pytest_sessionfinish(self, session) -> None:
         if not self.tests:
@@ -79,7 +88,7 @@ class Report:
 
         if self.missing() and session.exitstatus == 0:
             session.exitstatus = 1
-        head = machine.describe(torch.device("cpu"), measure=False)
+        head = machine.describe(torch.device("cpu"))
         figures = {"cases": self.tests, "wrong": len(self.failed), "failed": self.failed}
         results.save(self.folder, "compiled", head, self.rows(), **figures)
 
