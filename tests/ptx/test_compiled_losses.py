@@ -48,7 +48,7 @@ def test_every_case(capability: int, mode: str, case: Case):
 # Several tiles of a side, whole and cut off. Tiles of 128 where the smaller side has over 320 rows
 # that are aligned; on the C side, channels are the smaller side.
 LARGE = [
-    Case(1, 2, 328, (16, 21)),  # 128, C side
+    Case(2, 2, 328, (16, 21)),  # 128, C side
     Case(1, 2, 344, (8, 41)),  # 128, N side
     Case(1, 2, 195, (11, 19)),  # 64, C side, rows that start at any address
     Case(1, 2, 344, (8, 41), "channels_last"),

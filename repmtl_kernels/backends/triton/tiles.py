@@ -156,7 +156,7 @@ RULES = (
     Rule("gram", ("16-bit",), Tile(64, 64, 128, 8, 3), odd=True, capability=DATACENTER),
     Rule("gram", ("16-bit",), Tile(64, 64, 32, 8, 3), odd=True),
     Rule("gram", KINDS, Tile(32, 32, 16, 4, 3, 128), odd=True, rows=(1, 32)),
-    Rule("gram", ("tf32",), Tile(64, 64, 64, 8, 3), odd=True, capability=DATACENTER),
+    Rule("gram", ("tf32",), Tile(64, 64, 64, 8, 3, 128), odd=True, capability=DATACENTER),
     Rule("gram", KINDS, Tile(64, 64, 16, 8, 3, 128), odd=True),
     Rule("gradient", ("16-bit",), WIDE, False, (321, ANY), (1024, ANY), HOPPER),
     Rule("gradient", ("tf32",), WIDE_TF32, False, (321, ANY), (1024, ANY), HOPPER),
