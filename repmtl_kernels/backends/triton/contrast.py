@@ -21,8 +21,8 @@ TILES = 264
 SIDES = (64, 32, 16)
 # Anchors of one step of the gradient kernel (more if one sample has more), and their elements.
 GRADIENT_SIDE, GRADIENT_ELEMENTS = 32, 2048
-# Left to itself, the compiler spills two registers for more occupancy on sm_90.
-GRADIENT_REGISTERS = 128
+# Its registers by precision: for more occupancy on sm_90, the compiler would spill two in tf32x3.
+GRADIENT_REGISTERS = {"tf32x3": 112}
 # Similarities of one step of a log-sum-exp, whatever the batch: four for each thread.
 LOGSUMEXP_WIDE = 512
 # Elements of the block of products kept for the gradient; more if the anchors have more.
@@ -367,7 +367,7 @@ def contrast(
             K_SIDE=k_side,
             WIDE=gradient_wide,
             num_warps=step["num_warps"],
-            maxnreg=GRADIENT_REGISTERS,
+            maxnreg=GRADIENT_REGISTERS.get(product_precision()),
             **tiling,
         )
     return Contrast(logsumexp, grad)
