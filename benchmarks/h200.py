@@ -1,7 +1,7 @@
 """Rates of an H200, and the time that the counts of a launch take at each of them.
 
 Nothing here was measured by this project. The copy and matrix rates are those of the floors
-(``benchmarks/floors.py``), as measured on such a card. All else are assumptions, near to what
+(``benchmarks/floors.py``), as measured on such a card. All else is an assumption, near to what
 NVIDIA's documentation and public measurements of Hopper say, until a card has been measured.
 """
 
@@ -73,7 +73,7 @@ def waves(launch: Launch) -> float:
 def times_us(launch: Launch, l2_gbs: float) -> dict[str, float]:
     """Return the microseconds that a launch needs of each resource, if it has the others free.
 
-    Those of a multiprocessor count as the busiest one: with ``ceil(CTAs / multiprocessors)``.
+    The busiest multiprocessor counts: it has ``ceil(CTAs / multiprocessors)`` of them.
     """
     share = math.ceil(launch.ctas / MULTIPROCESSORS) / launch.ctas  # of the busiest
     clocks = {

@@ -20,6 +20,8 @@ from benchmarks.part import described
 from benchmarks.parts import kernels, stages
 from benchmarks.static_report import compiled_instead_of_launched
 from repmtl_kernels.backends import choice
+from repmtl_kernels.backends.contract import Expected
+from repmtl_kernels.backends.triton import first_use
 from repmtl_kernels.backends.triton.tiles import capability_of
 
 # Nobody times them by themselves; a loss without a gradient launches them.
@@ -31,10 +33,16 @@ VALUES = tuple(
         ("contrast", ()),
     )
 )
+# What the three losses ask for, with a gradient and without.
+EXPECTED = tuple(
+    Expected(entropy, csa, with_grad, recompute=False, present=False, total=csa and bool(entropy))
+    for entropy, csa in ((("tasks", "abs"), False), (None, True), (("tasks", "abs"), True))
+    for with_grad in (True, False)
+)
 
 
 def planned() -> list[cases.Case]:
-    """Return one case for each shape and precision: all losses launch the same kernels."""
+    """Return one case for each shape and precision: all losses are made ready together."""
     alike = [replace(c, function="rep_mtl_loss", compiled=False) for c in kernels.decisive()]
     return list(dict.fromkeys(alike))
 
@@ -53,6 +61,8 @@ def compile_case(case: cases.Case, capability: int) -> set[str]:
         work = stages.work_of("triton", saliencies)
         for variant in (*stages.MAIN, *stages.OTHER, *VALUES):
             stages.call(choice.load("triton"), variant, work)
+        for expected in EXPECTED:
+            first_use.launch_all(saliencies, None, expected, all_batches=True)
     return set(compiled)
 
 

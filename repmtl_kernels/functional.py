@@ -23,7 +23,10 @@ class RepMTLLosses(NamedTuple):
     """The result of :func:`rep_mtl_loss`: three scalars."""
 
     total: Tensor
-    """``lambda_tsr * tsr + lambda_csa * csa``, the regulariser of eq. 10."""
+    """``lambda_tsr * tsr + lambda_csa * csa``, the regulariser of eq. 10.
+
+    It is a result of its own: its gradient does not pass through ``tsr`` and ``csa``.
+    """
     tsr: Tensor
     csa: Tensor
 

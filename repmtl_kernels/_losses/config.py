@@ -26,8 +26,13 @@ class Config(NamedTuple):
     lambdas: Lambdas | None = None
 
     @property
+    def total(self) -> bool:
+        """Return whether the total is one of the results."""
+        return self.lambdas is not None and self.tsr is not None and self.csa is not None
+
+    @property
     def recompute(self) -> bool:
-        """Whether the backward makes the Gram matrices again."""
+        """Return whether the backward makes the Gram matrices again."""
         return self.csa is not None and self.csa.recompute
 
     def flat(self) -> tuple[Constant, ...]:

@@ -91,7 +91,7 @@ def _expected(config: Config, present: bool) -> Expected:
         with_grad=config.with_grad,
         recompute=config.recompute,
         present=present,
-        total=config.lambdas is not None,
+        total=config.total,
     )
 
 

@@ -43,7 +43,7 @@ def _(operands, present, positions, *flat):
     saliencies = canonical_tasks(operands, config.stacked, config.channel_dim)
     return empty_results(
         saliencies,
-        total=config.lambdas is not None,
+        total=config.total,
         tsr=config.tsr is not None,
         csa=config.csa is not None,
         with_grad=config.with_grad,

@@ -1,4 +1,4 @@
-"""What Triton compiles when sizes change: nothing for another batch. Counted without compiling."""
+"""Triton compiles nothing for another batch, and little for other sizes: counted, not compiled."""
 
 import json
 import os

@@ -19,7 +19,7 @@ MOST_ALLOCATIONS = 30
 def test_launches_at_office_size(spatial: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     """Four tasks of 64 samples and 512 channels; launches do not depend on values: none are made.
 
-    Of PyTorch's operators, the only one that launches is where autograd begins.
+    PyTorch launches one operator, where autograd begins.
     """
     kernels: list[str] = []
     monkeypatch.setattr(

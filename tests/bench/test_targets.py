@@ -105,7 +105,7 @@ def test_targets_that_were_not_measured(tmp_path):
 
 
 def test_the_table_follows_every_case(tmp_path):
-    """What a run has when it is killed is on the disk, whole."""
+    """A run that is killed leaves all that it had on the disk, whole."""
     run = Run("kernels", CPU, GPU_HEAD, tmp_path / "out")
     counts = []
 

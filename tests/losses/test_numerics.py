@@ -200,7 +200,7 @@ def test_any_shape_and_scale(backend, tasks, batch, channels, positions, exponen
 def _with_means_of_their_own_size(saliencies: list[Tensor], seed: int) -> list[Tensor]:
     """Means over the channels from 0.4 to 2.7, of one sign for a task and sample.
 
-    Of values u with the sum U, an entropy has the second derivatives -1 / (u U) where u is small. A
+    The entropy of values u with the sum U has the second derivatives -1 / (u U) where u is small. A
     mean that nearly cancels has a rounding error of about 1e-7 |S|, so that of its gradient is
     1e-7 |S| / u in units of 1 / U: without a bound, and below 1e-7 |S| even the sign is chance.
     One sign, since the anchor of one channel is a mean too.

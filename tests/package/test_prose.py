@@ -15,7 +15,11 @@ DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/*.md")],
     key=lambda path: path.relative_to(ROOT).as_posix(),
 )
-MODULES = sorted((ROOT / "repmtl_kernels").rglob("*.py"))
+MODULES = sorted(
+    path
+    for folder in ("repmtl_kernels", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
 
 # Python's code, a generated table, a comment.
 NOT_PROSE = re.compile(r"^ *```.*?^ *```$|<!-- bench:.*?<!-- /bench -->|<!--.*?-->", re.S | re.M)

@@ -29,7 +29,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Counts(NamedTuple):
-    """What one call asked for."""
+    """Counts of one call."""
 
     kernels: Counter[str]  # Triton's launches
     operators: Counter[str]  # PyTorch's that launch

@@ -1,4 +1,4 @@
-"""What a GPU's counters would show for a launch, from the instructions that it executed."""
+"""Counters of a launch, as a GPU's would be, from the instructions that it executed."""
 
 from __future__ import annotations
 

@@ -125,6 +125,8 @@ class Machine:
                     else:
                         break
             self.shared.end()
+            self.copies.end()
+            self.products.end()
         except Fault as fault:
             raise Fault(f"{self.kernel.name}: {fault}") from None
         if self.observer:
@@ -163,7 +165,7 @@ class Machine:
                     self.pc[lanes] = following
                     self.state[lanes if where is active else lanes & where] = ENDED
                     return
-            elif instruction.op in ("bar", "barrier") and instruction.modifiers[0] != "warp":
+            elif instruction.op in ("bar", "barrier") and instruction.modifiers[:1] == ("sync",):
                 if where is not active:
                     raise Fault(f"a barrier for some lanes only: {instruction.text}")
                 if not self._arrive(instruction, lanes):

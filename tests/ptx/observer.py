@@ -54,7 +54,7 @@ class Observer:
     def product(
         self, instruction: Instruction, m: int, n: int, k: int, groups: int, operands: int
     ) -> None:
-        """That many warps, or warpgroups, multiplied m x k by k x n.
+        """Warps, or warpgroups, multiplied m x k by k x n; ``groups`` is their number.
 
         ``operands``: bytes of shared memory that one of them reads for it.
         """

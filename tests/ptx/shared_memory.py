@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx.faults import Fault
-from ptx.global_memory import UNSIGNED
+from ptx.global_memory import UNSIGNED, same_but_for_rounding
 from ptx.kernel import BYTES, Kernel
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class SharedMemory:
             spread = self._machine.spread(value)
             wanted = spread if where is None else spread[where]
             words[places // size + i] = wanted
-            if not _same_but_for_rounding(words[places // size + i], wanted):
+            if not same_but_for_rounding(words[places // size + i], wanted):
                 raise Fault("race: lanes store different values in one place at once")
 
     def _lanes(self, where: Active) -> np.ndarray:
@@ -93,23 +93,14 @@ class SharedMemory:
         self.races.end()
 
 
-def _same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
-    """Return whether what lanes store together may be copies of one number.
-
-    Triton has all lanes that hold a sum store it. Where one of its products is fused with a sum,
-    lanes that added in another order differ in the last bits.
-    """
-    if a.dtype.itemsize != 4:
-        return np.array_equal(a, b)
-    return bool((np.abs(a.astype(np.int64) - b.astype(np.int64)) <= 16).all())
-
-
 def _grain(kernel: Kernel) -> int:
     """Return the largest unit of bytes, up to 4, that no access to shared memory divides."""
     grain = 4
     for instruction in kernel.instructions:
         if instruction.op in ("ld", "st", "atom", "red") and "global" not in instruction.modifiers:
             grain = min(grain, BYTES[instruction.type])
+        elif instruction.op == "stmatrix" and "trans" in instruction.modifiers:
+            grain = min(grain, 2)
     return grain
 
 
@@ -121,12 +112,12 @@ class NoRaces:
     def deliver(self, places, size, lanes) -> None: ...
     def read_by_products(self, places, size, group) -> None: ...
     def products_done(self, read) -> None: ...
-    def written_by_tma(self, places, lane) -> None: ...
+    def written_by_tma(self, places, lane, mbarrier) -> None: ...
     def tma_delivers(self, places) -> None: ...
     def barrier(self, lanes) -> None: ...
     def warp_barrier(self, lanes) -> None: ...
     def proxy_fence(self, lanes) -> None: ...
-    def acquired(self, lanes) -> None: ...
+    def acquired(self, lanes, mbarriers) -> None: ...
     def end(self) -> None: ...
 
 
@@ -144,6 +135,7 @@ class Races:
         self._reader = np.full(grains, NOBODY, np.int32)
         self._reading_warp = np.full(grains, NOBODY, np.int32)
         self._read = np.full(grains, NEVER, np.int32)
+        self._products = np.zeros(grains, np.int16)  # under way, which read it
         lanes = machine.lanes
         self._last_barrier = np.full(lanes, NEVER)
         self._last_warp_barrier = np.full(lanes, NEVER)
@@ -151,7 +143,9 @@ class Races:
         # The last fence before the last barrier, and the last barrier before the last fence.
         self._fence_at_barrier = np.full(lanes, NEVER)
         self._barrier_at_fence = np.full(lanes, NEVER)
-        self._acquired = np.full(lanes, NEVER)  # when it last saw an mbarrier's phase complete
+        # When a lane last saw a phase complete, by the place of the mbarrier.
+        self._acquired: dict[int, np.ndarray] = {}
+        self._delivered_by = np.full(grains, NOBODY, np.int32)  # the place of TMA's mbarrier
 
     def read(self, places: np.ndarray, size: int, lanes: np.ndarray) -> None:
         grains, lanes = self._grains(places, size, lanes)
@@ -162,7 +156,9 @@ class Races:
         writer, written = self._writer[grains], self._written[grains]
         if (written == UNDER_WAY).any():
             raise Fault("reads shared memory that an asynchronous copy has not delivered")
-        if not (self._ordered(writer, written, lanes) | (writer == lanes)).all():
+        if (written == NEVER).any():
+            raise Fault("reads shared memory that nobody wrote")
+        if not (self._ordered(grains, lanes) | (writer == lanes)).all():
             raise Fault("race: reads shared memory that another thread wrote, without a barrier")
 
     def write(
@@ -178,13 +174,13 @@ class Races:
         writer, written = self._writer[grains], self._written[grains]
         if (written == UNDER_WAY).any():
             raise Fault("writes to shared memory under an asynchronous copy")
-        if not (self._ordered(writer, written, lanes) | (writer == lanes)).all():
+        if not (self._ordered(grains, lanes) | (writer == lanes)).all():
             raise Fault("race: writes over what another thread wrote, without a barrier")
         self._check_after_reads(grains, lanes)
 
     def _check_after_reads(self, grains: np.ndarray, lanes: np.ndarray) -> None:
         read = self._read[grains]
-        if (read == UNDER_WAY).any():
+        if self._products[grains].any():
             raise Fault("writes to shared memory that a product under way reads")
         same_warp = self._reading_warp[grains] == lanes // 32
         ordered = (
@@ -195,12 +191,19 @@ class Races:
         if not ordered.all():
             raise Fault("race: writes over what another thread read, without a barrier")
 
-    def _ordered(self, writer: np.ndarray, written: np.ndarray, lanes: np.ndarray) -> np.ndarray:
-        """Return where a write is ordered before what these lanes do now, if it is another's."""
+    def _ordered(self, grains: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """Return where the last write is ordered before what these lanes do now."""
+        writer, written = self._writer[grains], self._written[grains]
         same_warp = writer // 32 == lanes // 32
         by_warp = same_warp & (written <= self._last_warp_barrier[lanes])
-        by_mbarrier = (writer == TMA) & (written <= self._acquired[lanes])
-        return (written <= self._last_barrier[lanes]) | by_warp | by_mbarrier
+        return (written <= self._last_barrier[lanes]) | by_warp | self._seen(grains, lanes)
+
+    def _seen(self, grains: np.ndarray, lanes: np.ndarray) -> np.ndarray:
+        """Return where TMA wrote last, and the lanes saw its mbarrier's phase complete."""
+        seen = np.zeros(len(grains), bool)
+        for place, when in self._acquired.items():
+            seen |= (self._delivered_by[grains] == place) & (self._written[grains] <= when[lanes])
+        return seen & (self._writer[grains] == TMA)
 
     def _note_read(self, grains: np.ndarray, lanes: np.ndarray) -> None:
         # Reads of the same epoch by others are kept as "several", so that none is lost.
@@ -226,34 +229,42 @@ class Races:
         writer, written = self._writer[grains], self._written[grains]
         if (written == UNDER_WAY).any():
             raise Fault("a product reads what an asynchronous copy has not delivered")
-        barrier = self._last_barrier[group].min()
-        acquired = self._acquired[group].min()
-        if not ((written <= barrier) | ((writer == TMA) & (written <= acquired))).all():
+        ordered = written <= self._last_barrier[group].min()
+        for warp in group[::32]:  # the lanes of a warp wait together
+            ordered |= self._seen(grains, np.full(len(grains), warp))
+        if not ordered.all():
             raise Fault("race: a product reads what other threads wrote, without a barrier")
         fenced = (writer < 0) | (written <= self._fence_at_barrier[writer])
         fenced |= written <= self._barrier_at_fence[group].min()
         if not fenced.all():
             raise Fault("a product reads what was written before no fence.proxy.async")
-        self._read[grains] = UNDER_WAY
-        self._reader[grains] = self._reading_warp[grains] = SEVERAL
+        if (written == NEVER).any():
+            raise Fault("a product reads shared memory that nobody wrote")
+        np.add.at(self._products, grains, 1)
         return grains
 
     def products_done(self, read: np.ndarray) -> None:
         """Products that read these grains were waited for."""
+        np.subtract.at(self._products, read, 1)
         self._read[read] = self._machine.clock
+        self._reader[read] = self._reading_warp[read] = SEVERAL
 
-    def written_by_tma(self, places: np.ndarray, lane: int) -> None:
-        """A copy that a lane asked for begins to write."""
+    def written_by_tma(self, places: np.ndarray, lane: int, mbarrier: int) -> None:
+        """A copy that a lane asked for begins to write; the mbarrier is at this place."""
         grains = np.unique(places // self._grain)
         writer, written = self._writer[grains], self._written[grains]
         lanes = np.full(len(grains), lane)
         if (written == UNDER_WAY).any():
             raise Fault("TMA writes under another asynchronous copy")
-        if not (self._ordered(writer, written, lanes) | (writer == lane)).all():
+        if not (self._ordered(grains, lanes) | (writer == lane)).all():
             raise Fault("race: TMA writes over what a thread wrote, without a barrier")
         self._check_after_reads(grains, lanes)
+        fenced = (writer < 0) | (written <= self._fence_at_barrier[writer])
+        if not (fenced | (written <= self._barrier_at_fence[lane])).all():
+            raise Fault("TMA writes over what was written before no fence.proxy.async")
         self._writer[grains] = TMA
         self._written[grains] = UNDER_WAY
+        self._delivered_by[grains] = mbarrier
 
     def tma_delivers(self, places: np.ndarray) -> None:
         self._written[places // self._grain] = self._machine.clock
@@ -269,15 +280,15 @@ class Races:
         self._last_fence[lanes] = self._machine.clock
         self._barrier_at_fence[lanes] = self._last_barrier[lanes]
 
-    def acquired(self, lanes: np.ndarray) -> None:
-        """These lanes have seen the phase of an mbarrier complete."""
-        self._acquired[lanes] = self._machine.clock
+    def acquired(self, lanes: np.ndarray, mbarriers: np.ndarray) -> None:
+        """These lanes have seen the phase of the mbarriers at these places complete."""
+        for place in np.unique(mbarriers):
+            when = self._acquired.setdefault(int(place), np.full(self._machine.lanes, NEVER))
+            when[lanes[mbarriers == place]] = self._machine.clock
 
     def end(self) -> None:
         if (self._written == UNDER_WAY).any():
             raise Fault("ends with an asynchronous copy under way")
-        if (self._read == UNDER_WAY).any():
-            raise Fault("ends with a product under way")
 
     def _grains(
         self, places: np.ndarray, size: int, lanes: np.ndarray

@@ -93,7 +93,7 @@ LOOP = "@!complete bra.uni wait;"
 
 
 class TensorMap(ctypes.Structure):
-    """What the driver of these tests makes for a tensor."""
+    """A tensor's map, as the driver of these tests makes it."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in ("address", "element", "rank", "swizzle")]
     _fields_ += [("sizes", ctypes.c_uint64 * 3), ("strides", ctypes.c_uint64 * 2)]
@@ -144,7 +144,7 @@ def test_tma_delivers_what_its_mbarrier_waits_for():
 
 def test_an_mbarrier_is_initialised_once_there_is_one():
     with pytest.raises(Fault, match="not initialised"):
-        run("mbarrier.arrive.expect_tx.shared.b64 _, [0], 16;", shared=16)
+        run("mbarrier.try_wait.parity.shared.b64 %p1, [0], 0;", shared=16)
     begin = (
         "mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [0], 1;"
     )

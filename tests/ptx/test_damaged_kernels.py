@@ -182,7 +182,7 @@ def test_every_place(damage: Damage, kernel: str, capability: int):
         total += 1
         missed += not noticed(damage, capability, text, changed)
     print(f"{damage.name}, {kernel}, sm_{capability}: {total - missed} of {total}")
-    assert total > 0
+    assert missed < total
     assert missed <= damage.needless
 
 

@@ -83,9 +83,12 @@ def test_braces_have_registers_and_labels_of_their_own():
     np.testing.assert_array_equal(target, np.where(LANE == 0, 0, 2))
 
 
-def test_a_register_that_nothing_wrote_is_a_fault():
-    with pytest.raises(Fault, match="register that nothing wrote"):
-        run("add.u32 %r1, %r2, 1;")
+def test_registers_that_nothing_wrote():
+    target = np.zeros(32, np.uint32)
+    run("mov.b32 %r1, %r2; st.global.b32 [%d0], %r1;", [target])
+    assert (target == 0xFFFFFFFF).all()  # poison: NaN as a float
+    with pytest.raises(Fault, match="predicate that nothing wrote"):
+        run("@%p1 mov.u32 %r1, 1;")
 
 
 EXCHANGE = """mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 2; st.shared.b32 [%r2], %r1;

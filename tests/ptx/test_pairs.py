@@ -1,4 +1,4 @@
-"""What sm_100 adds for float32: pairs in a register, a bfloat16 term, extremes of three."""
+"""The additions of sm_100 for float32: pairs, a bfloat16 term, extremes of three."""
 
 from __future__ import annotations
 

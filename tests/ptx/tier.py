@@ -1,4 +1,4 @@
-"""What the tests of compiled kernels share: the cases that `make test` has, and the modes."""
+"""The tests of compiled kernels share this: the modes, and the cases that `make test` has."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -42,6 +43,7 @@ PATIENCE = 1.0
 
 _log = logging.getLogger("repmtl_kernels")
 made_ready: set[tuple] = set()
+_one_thread = threading.Lock()
 
 
 def prepare(saliencies: Sequence[Tensor], mask: Tensor | None, expected: Expected) -> None:
@@ -51,14 +53,22 @@ def prepare(saliencies: Sequence[Tensor], mask: Tensor | None, expected: Expecte
         first.shape[1:], first.stride()[1:], first.dtype, first.device,
         len(saliencies), mask is None, expected, fp32_precision(),
     )  # fmt: skip
-    if INTERPRET or key in made_ready:
+    if INTERPRET or key in made_ready or _captures(first.device):
         return
-    if first.is_cuda and torch.cuda.is_current_stream_capturing():
-        return  # what is captured would have these launches' operations too
-    made_ready.add(key)
     samples = [s[:1] for s in saliencies]
     mask = None if mask is None else mask[:1]
-    compile_together(lambda: launch_all(samples, mask, expected, all_batches=True))
+    with _one_thread:
+        if key not in made_ready:
+            compile_together(lambda: launch_all(samples, mask, expected, all_batches=True))
+            made_ready.add(key)
+
+
+def _captures(device: torch.device) -> bool:
+    """Return whether a CUDA graph is being captured, which would take in these operations too."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def compile_together(launches: Callable[[], object]) -> None:
@@ -105,12 +115,13 @@ def launch_all(
     if means.channels is None or means.scale is None:
         return
     unit = anchors(means.channels, eps=0.0, with_grad=with_grad)
-    for kept in {with_grad and not expected.recompute, with_grad}:
+    for kept in sorted({with_grad and not expected.recompute, with_grad}):  # the last is used
         made = gram(saliencies, means.scale, unit.unit, eps=0.0, with_grad=kept, mask=mask)
     for some in batches_of_all_tiles(tasks) if all_batches else [batch]:
         others = empty(tasks, some, channels)
         of_some = Anchors(others, others[0, :, 0].contiguous(), others if with_grad else None)
-        contrast(of_some, temperature=1.0, with_grad=with_grad)
+        for grad in sorted({False, with_grad}):  # too many anchors keep no products either
+            contrast(of_some, temperature=1.0, with_grad=grad)
     present = empty(tasks, batch).bool() if expected.present else None
     tsr = None if expected.entropy is None else one.grad
     lambdas = (1.0, 1.0) if expected.total else None

@@ -18,7 +18,7 @@ from repmtl_kernels.backends.triton.tiles import Tile
 FINISH_BLOCK = 256
 # On the C side, each tile of a long sum is cut into parts of at least so many terms, up to so many
 # programs: two for each multiprocessor of a large GPU. A sum is long from so many terms for each
-# row on: parts of the Gram matrix are then at most a sixteenth of the bytes of X.
+# row on: each part of the Gram matrix is then at most a sixteenth of the bytes of X.
 PROGRAMS = 264
 LEAST_TERMS = 1024
 LONG, LONG_FOR_ROW = 4096, 32
@@ -123,7 +123,7 @@ def gram(
             COLUMNS=columns,
             PRECISION=operand.precision,
             BLOCK=tile.rows,
-            AT_ONCE=min(JOIN_PARTS, JOIN_ELEMENTS // tile.rows**2),
+            AT_ONCE=max(1, min(JOIN_PARTS, JOIN_ELEMENTS // tile.rows**2)),
             num_warps=8,
             maxnreg=255,
         )

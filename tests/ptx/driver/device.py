@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 @dataclass
 class Launches:
-    """What ran on a stand-in so far."""
+    """A record of all that ran on a stand-in so far."""
 
     capability: int
     all: list[Launch] = field(default_factory=list)

@@ -22,7 +22,7 @@ NAME = "libcuda.so.1"
 
 
 class Device(NamedTuple):
-    """What kernels and their launcher may know of a GPU."""
+    """Facts of a GPU that kernels and their launcher may ask for."""
 
     major: int
     minor: int

@@ -1,4 +1,4 @@
-"""What each instruction does, a module for each family.
+"""The instructions, a module for each family.
 
 A family decodes an instruction once, into a function of the machine and the active lanes. Lanes
 outside of them keep their registers.
@@ -35,6 +35,8 @@ FAMILIES = (
     "wmma",
 )
 _DECODERS: dict[str, Decoder] = {}
+# What these change is known to no family.
+REFUSED = frozenset(("cc", "xorsign", "relu", "satfinite", "L2::cache_hint"))
 
 
 def decodes(*ops: str) -> Callable[[Decoder], Decoder]:
@@ -56,6 +58,8 @@ def decode(instruction: Instruction) -> Step:
     decoder = next((_DECODERS[name] for name in names if name in _DECODERS), None)
     if decoder is None:
         return _failing(f"unknown instruction: {instruction.op}")
+    if REFUSED.intersection(instruction.modifiers):
+        return _failing(str(unknown(instruction)))
     try:
         return decoder(instruction)
     except Fault as fault:
@@ -76,8 +80,8 @@ def _failing(message: str) -> Step:
 
 @decodes("bra", "ret", "exit", "bar", "barrier")
 def _control(instruction: Instruction) -> Step:
-    """The machine itself does these; but barriers of a warp are the family ``warp``'s."""
-    return _failing("control flow is the machine's")
+    """Know nothing of control flow, which the machine itself does, but ``bar.warp``."""
+    raise unknown(instruction)
 
 
 for _family in FAMILIES:

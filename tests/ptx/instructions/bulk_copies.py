@@ -8,6 +8,7 @@ three axes, strides in bytes of the second and third axis, sizes of the box.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -59,8 +60,19 @@ class BulkCopies:
         self._barriers: dict[tuple[int, int], _Barrier] = {}
         self._spins = 0
 
-    def init(self, cta: int, place: int, count: int) -> None:
+    def init(self, cta: int, place: int, count: int, lane: int) -> None:
+        self._touch(self._machine.shared.races.write, place, np.array([lane]))
         self._barriers[cta, place] = _Barrier(count, count)
+
+    def _touch(self, record: Callable, place: int, lanes: np.ndarray) -> None:
+        """Note that lanes use the 8 bytes of an mbarrier."""
+        shared = self._machine.shared
+        shared.check(np.array([place]), 8)
+        record(shared.first[lanes] + place, 8, lanes)
+
+    def used(self, place: int, lanes: np.ndarray) -> None:
+        """Raise Fault unless the mbarrier's initialisation is ordered before."""
+        self._touch(self._machine.shared.races.read, place, lanes)
 
     def invalidate(self, cta: int, place: int) -> None:
         if self.barrier(cta, place).copies:
@@ -111,7 +123,8 @@ class BulkCopies:
 
     def begin(self, copy: _Copy, cta: int, place: int, lane: int) -> None:
         shared = self._machine.shared
-        shared.races.written_by_tma(copy.places, lane)
+        self.used(place, np.array([lane]))
+        shared.races.written_by_tma(copy.places, lane, place)
         words = shared.bytes.view(UNSIGNED[copy.size])
         words[copy.places // copy.size] = np.iinfo(words.dtype).max
         self.barrier(cta, place).copies.append(copy)
@@ -141,7 +154,7 @@ def _mbarrier(instruction: Instruction) -> Step:
         for lane in _lanes(machine, active):
             cta = int(machine.cta[lane])
             if action == "init":
-                machine.bulk_copies.init(cta, int(where[lane]), int(counts[lane]))
+                machine.bulk_copies.init(cta, int(where[lane]), int(counts[lane]), lane)
             else:
                 machine.bulk_copies.invalidate(cta, int(where[lane]))
 
@@ -156,6 +169,7 @@ def _arrive(instruction: Instruction) -> Step:
     def step(machine: Machine, active: Active) -> None:
         where, tx = place(machine), machine.spread(expected(machine))
         for lane in _lanes(machine, active):
+            machine.bulk_copies.used(int(where[lane]), np.array([lane]))
             machine.bulk_copies.arrive(int(machine.cta[lane]), int(where[lane]), int(tx[lane]))
 
     return step
@@ -174,7 +188,8 @@ def _wait(instruction: Instruction) -> Step:
             if key not in known:
                 known[key] = machine.bulk_copies.waited(*key)
             answers[lane] = known[key]
-        machine.shared.races.acquired(np.flatnonzero(answers))
+        lanes = np.flatnonzero(answers)
+        machine.shared.races.acquired(lanes, where[lanes])
         write(machine, answers, active)
 
     return step

@@ -1,6 +1,6 @@
 """cp.async: copies from global to shared memory, 4 to 16 bytes a lane (section 9.7.9.25.3).
 
-What a copy brings is there when its group is waited for; until then its place holds poison.
+A copy arrives when its group is waited for; until then its place holds poison.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx.faults import Fault
 from ptx.instructions import Step, decodes, unknown
 from ptx.instructions.memory import observe
 from ptx.instructions.operands import address, number_of, source
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Copy:
-    """What one instruction copies: for each of ``lanes`` a row of bytes, in its group."""
+    """The copies of one instruction: a row of bytes for each of ``lanes``, in its group."""
 
     lanes: np.ndarray
     places: np.ndarray
@@ -65,6 +66,11 @@ class Copies:
             if not arrived.all():
                 remaining.append(copy.part(~arrived))
         self._under_way = remaining
+
+    def end(self) -> None:
+        """Raise Fault if the launch ends before its copies."""
+        if self._under_way:
+            raise Fault("ends with an asynchronous copy under way")
 
     def _deliver(self, copy: _Copy) -> None:
         size = copy.rows.shape[1]

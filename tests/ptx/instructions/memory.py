@@ -221,6 +221,7 @@ def observe(
 def _fence(instruction: Instruction) -> Step:
     """Fences of the asynchronous proxy count; all memory is in order in this machine."""
     is_proxy = instruction.op == "fence" and instruction.modifiers[:2] == ("proxy", "async")
+    is_proxy = is_proxy and "global" not in instruction.modifiers
 
     def step(machine: Machine, active: Active) -> None:
         if is_proxy:

@@ -1,4 +1,4 @@
-"""What the lanes of a warp do together (PTX ISA, sections 9.7.9.6 and 9.7.13)."""
+"""Instructions that the lanes of a warp do together (PTX ISA, sections 9.7.9.6 and 9.7.13)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def _warp_barrier(instruction: Instruction) -> Step:
     def step(machine: Machine, active: Active) -> None:
         lanes = by_warp(machine, active)
         _check_members(members(machine), lanes, machine)
-        machine.shared.races.warp_barrier(lanes.ravel())
+        whole = lanes.all(1)  # a part of a warp orders only its own lanes: not in the record
+        machine.shared.races.warp_barrier(np.repeat(whole, 32))
 
     return step
 
@@ -151,6 +152,7 @@ def _elect(instruction: Instruction) -> Step:
     write_lane, write = target(to.first), target(to.second)
 
     def step(machine: Machine, active: Active) -> None:
+        machine.whole_warps(active, "elect")
         lanes = by_warp(machine, active)
         first = np.where(lanes.any(1), lanes.argmax(1), -1)
         write_lane(machine, np.repeat(first.astype(np.uint32), 32), active)

@@ -137,13 +137,18 @@ class Products:
         self._machine = machine
         self._under_way: list[_Product] = []
         self._committed = np.zeros(-(-machine.lanes // GROUP), np.int64)
-        self._fenced = 0
+        self._fenced = np.zeros(len(self._committed), np.int64)
         # For each register that accumulates: its values, and the groups whose product is under way.
         self._values: dict[int, np.ndarray] = {}
         self._held: dict[int, np.ndarray] = {}
 
-    def fence(self) -> None:
-        self._fenced = self._machine.clock
+    def fence(self, groups: np.ndarray) -> None:
+        self._fenced[groups] = self._machine.clock
+
+    def end(self) -> None:
+        """Raise Fault if the launch ends before its products."""
+        if self._under_way:
+            raise Fault("ends with a product under way")
 
     def begin(
         self,
@@ -159,9 +164,10 @@ class Products:
         order = self._committed[groups] + 1
         self._under_way.append(_Product(accumulators, groups, order, scaled, left, right))
 
-    def check_fence(self, registers: list[int]) -> None:
+    def check_fence(self, registers: list[int], groups: np.ndarray) -> None:
         """Raise Fault if a register was written after the last ``wgmma.fence``."""
-        if any(self._machine.written[register] > self._fenced for register in registers):
+        fenced = self._fenced[groups].min()
+        if any(self._machine.written[register] > fenced for register in registers):
             raise Fault("a register of a product was written after the last wgmma.fence")
 
     def _hold(self, register: int, groups: np.ndarray) -> None:
@@ -172,7 +178,7 @@ class Products:
         fresh = groups[~self._held[register][groups]]
         if not fresh.size:
             return
-        self.check_fence([register])
+        self.check_fence([register], fresh)
         current = machine.registers[register]
         bits = np.array(machine.spread(_POISON if current is None else current))
         by_group = bits.reshape(-1, GROUP)
@@ -244,7 +250,7 @@ def _groups(machine: Machine, active: Active) -> np.ndarray:
 def _wgmma(instruction: Instruction) -> Step:
     action = instruction.modifiers[0]
     if action == "fence":
-        return lambda machine, active: machine.products.fence()
+        return lambda machine, active: machine.products.fence(_groups(machine, active))
     if action == "commit_group":
         return lambda machine, active: machine.products.commit(_groups(machine, active))
     if action == "wait_group":
@@ -281,7 +287,7 @@ def _mma_async(instruction: Instruction) -> Step:
         right = _memory(machine, groups, read_b, (n, k), transposed_b, kind)
         left: _Operand
         if in_registers:
-            machine.products.check_fence(registers_of_a)
+            machine.products.check_fence(registers_of_a, groups)
             left = _InRegisters(machine, groups, read_a, kind, k)
         else:
             left = _memory(machine, groups, read_a[0], (64, k), transposed_a, kind)
