@@ -80,7 +80,7 @@ def test_a_launch_does_not_end_with_a_copy_under_way():
 
 
 TMA = """mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; mov.u32 %r2, 1024;
-@%p1 mbarrier.init.shared::cta.b64 [%r2], 1; bar.sync 0;
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1; {barrier}
 mov.b64 %d1, blob; cvta.param.u64 %d1, %d1;
 @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r2], {expected};
 @%p1 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes
@@ -101,13 +101,20 @@ class TensorMap(ctypes.Structure):
 
 
 def bulk_copied(
-    x: int = 0, y: int = 0, *, swizzle: int = 0, expected: int = 256, wait: str = LOOP
+    x: int = 0,
+    y: int = 0,
+    *,
+    swizzle: int = 0,
+    expected: int = 256,
+    wait: str = LOOP,
+    before: str = "",
+    barrier: str = "bar.sync 0;",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Copy 4 rows of 32 elements of a 6 x 40 tensor."""
     tensor = np.arange(6 * 40, dtype=np.uint16).reshape(6, 40)
     target = np.zeros((32, 4), np.uint16)
     tensor_map = TensorMap(tensor.ctypes.data, 2, 2, swizzle, (40, 6), (80,), (32, 4))
-    text = TMA.format(expected=expected, x=x, y=y, wait=wait)
+    text = before + TMA.format(expected=expected, x=x, y=y, wait=wait, barrier=barrier)
     run(text, [target], shared=1032, blob=bytes(tensor_map), memory=[tensor])
     return tensor, target.reshape(4, 32)
 
@@ -142,8 +149,30 @@ def test_tma_delivers_what_its_mbarrier_waits_for():
         bulk_copied(expected=258)
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", ""),
+        ("st.shared.b32 [%r7], %r1; fence.proxy.async.shared::cta; bar.sync 0;", ""),
+        ("st.shared.b32 [%r7], %r1; bar.sync 0;", "before no fence.proxy.async"),
+    ],
+)
+def test_tma_writes_over_what_was_written(written, message):
+    begin = f"mov.u32 %r1, %tid.x; shl.b32 %r7, %r1, 2; {written}"
+    if message:
+        with pytest.raises(Fault, match=message):
+            bulk_copied(before=begin)
+    else:
+        bulk_copied(before=begin)
+
+
+def test_an_mbarrier_is_used_after_a_barrier():
+    with pytest.raises(Fault, match="race"):
+        bulk_copied(barrier="")
+
+
 def test_an_mbarrier_is_initialised_once_there_is_one():
-    with pytest.raises(Fault, match="not initialised"):
+    with pytest.raises(Fault, match="that nobody wrote"):
         run("mbarrier.try_wait.parity.shared.b64 %p1, [0], 0;", shared=16)
     begin = (
         "mov.u32 %r1, %tid.x; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [0], 1;"

@@ -17,6 +17,7 @@ from ptx.faults import Fault
 from ptx.kernel import Instruction
 from ptx.observer import Observer
 from ptx.tier import MARKS, MODES, compiled
+from repmtl_kernels.backends.triton.tiles import Tile, trying
 
 pytestmark = MARKS
 
@@ -37,10 +38,12 @@ class Damage(NamedTuple):
     mode: str = "bfloat16"
     # Instructions with this group in common change together, else each by itself.
     together: int | None = None
+    tile: Tile | None = None  # of both product kernels, in place of the rules
     # At most so many places of a kernel are needless, as a barrier between two others is.
     needless: int = 0
 
 
+BY_TMA = Tile(64, 64, 32, 4, 2, tma=True)
 ODD = Case(2, 2, 133, (7, 11))
 DAMAGES = (
     Damage("no barrier", r"bar\.sync\s+0", NOTHING, (*PRODUCTS, "_statistics_kernel"), needless=3),
@@ -90,6 +93,31 @@ DAMAGES = (
         together=2,
         needless=8,
     ),
+    Damage(
+        "wait for another phase",
+        r"(try_wait\.parity\S*\s+complete, \[%r\d+\]), %r\d+",
+        r"\g<1>, 1",
+        PRODUCTS,
+        (90,),
+        tile=BY_TMA,
+    ),
+    Damage(
+        "wait for more bytes",
+        r"(expect_tx\S*\s+_, \[%r\d+\]), (\d+)",
+        lambda match: f"{match[1]}, {int(match[2]) + 16}",
+        PRODUCTS,
+        (90,),
+        tile=BY_TMA,
+    ),
+    Damage(
+        "no barrier around TMA",
+        r"bar\.sync\s+0",
+        NOTHING,
+        PRODUCTS,
+        (90,),
+        tile=BY_TMA,
+        needless=12,
+    ),
     Damage("another row", r"(mad\.wide\.[su]32\s+%rd\d+, %r\d+), 2\b", r"\g<1>, 4"),
     Damage(
         "sum of other lanes",
@@ -115,6 +143,13 @@ class Reached(Observer):
         self.places[self._kernel].add(instruction.index)
 
 
+def run(damage: Damage, capability: int, **options) -> None:
+    """Judge the case; ``options`` are those of the stand-in driver."""
+    tiles = {} if damage.tile is None else {"gram": damage.tile, "gradient": damage.tile}
+    with compiled(capability, damage.mode, **options), trying(tiles):
+        judge(CSA, damage.case, MODES[damage.mode].dtype, "triton")
+
+
 def damaged_texts(damage: Damage, kernel: str, capability: int) -> Iterator[tuple[str, str]]:
     """Yield the PTX of a kernel and the same with damage, for each place that the case reaches."""
     texts: list[str] = []
@@ -125,8 +160,7 @@ def damaged_texts(damage: Damage, kernel: str, capability: int) -> Iterator[tupl
         return text
 
     reached = Reached()
-    with compiled(capability, damage.mode, edit=keep, observer=reached):
-        judge(CSA, damage.case, MODES[damage.mode].dtype, "triton")
+    run(damage, capability, edit=keep, observer=reached)
     for text in texts:
         plain = re.sub(r"//[^\n]*", "", text)
         known = re.compile(damage.pattern)
@@ -159,8 +193,7 @@ def noticed(damage: Damage, capability: int, text: str, changed: str) -> bool:
         return changed if given == text else given
 
     try:
-        with compiled(capability, damage.mode, edit=replace):
-            judge(CSA, damage.case, MODES[damage.mode].dtype, "triton")
+        run(damage, capability, edit=replace)
     except (Fault, AssertionError):
         return True
     return False

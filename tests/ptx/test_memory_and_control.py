@@ -149,6 +149,21 @@ def test_lanes_that_store_together_hold_one_value():
         )
 
 
+def test_lanes_may_differ_by_rounding():
+    text = """mov.u32 %r1, %tid.x; and.b32 %r1, %r1, 1; mul.lo.u32 %r1, %r1, {step};
+    add.u32 %r1, %r1, {first}; st.shared.b32 [0], %r1;"""
+    one = 0x3F800000
+    run(text.format(step=16, first=one), shared=16)
+    for step, first in ((17, one), (1, 3), (1, 0x7F800000)):  # too far; a small integer; infinity
+        with pytest.raises(Fault, match="different values in one place"):
+            run(text.format(step=step, first=first), shared=16)
+
+
+def test_shared_memory_that_nobody_wrote():
+    with pytest.raises(Fault, match="that nobody wrote"):
+        run("ld.shared.b32 %r1, [0];", shared=16)
+
+
 def test_shared_memory_has_an_end():
     text = "mov.u32 %r1, {}; st.shared.b32 [%r1], %r1;"
     run(text.format(12), shared=16)

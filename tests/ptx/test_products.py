@@ -91,8 +91,9 @@ def test_matrices_of_16_bits(count, transposed):
         ldmatrix.sync.aligned.m8n8.x{count}{turn}.shared.b16 {registers}, [%r2]; {write}
         bar.warp.sync -1;
         stmatrix.sync.aligned.m8n8.x{count}{turn}.shared.b16 [%r2+512], {registers};
-        bar.warp.sync -1; ld.shared.v4.b32 {{%r3, %r4, %r5, %r6}}, [%r2+512];
-        st.global.v4.b32 [%d2], {{%r3, %r4, %r5, %r6}};""",
+        bar.warp.sync -1; setp.lt.u32 %p1, %r1, {8 * count};
+        @%p1 ld.shared.v4.b32 {{%r3, %r4, %r5, %r6}}, [%r2+512];
+        @%p1 st.global.v4.b32 [%d2], {{%r3, %r4, %r5, %r6}};""",
         [rows, loaded, stored],
         shared=1024,
     )
@@ -217,6 +218,12 @@ def test_accumulators_are_poison_until_they_are_waited_for():
         ("barrier", "", "race: a product reads what other threads wrote"),
         ("between", "mov.b32 %r20, 0;", "accumulator was written while its product"),
         ("between", "st.shared.b32 [0], 1;", "that a product under way reads"),
+        # A read of its own does not hide the product's.
+        (
+            "between",
+            "ld.shared.b32 %r30, [0]; bar.sync 0; st.shared.b32 [0], 1;",
+            "that a product under way reads",
+        ),
         ("wait", "", "ends with a product under way"),
     ],
 )

@@ -182,6 +182,9 @@ def _wait(instruction: Instruction) -> Step:
     def step(machine: Machine, active: Active) -> None:
         where, parities = place(machine), machine.spread(parity(machine))
         answers = np.zeros(machine.lanes, bool)
+        waiting = np.array(_lanes(machine, active))
+        for one in np.unique(where[waiting]):
+            machine.bulk_copies.used(int(one), waiting[where[waiting] == one])
         known: dict[tuple[int, int, int], bool] = {}
         for lane in _lanes(machine, active):
             key = int(machine.cta[lane]), int(where[lane]), int(parities[lane])
