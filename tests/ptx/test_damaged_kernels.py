@@ -46,7 +46,9 @@ class Damage(NamedTuple):
 BY_TMA = Tile(64, 64, 32, 4, 2, tma=True)
 ODD = Case(2, 2, 133, (7, 11))
 DAMAGES = (
-    Damage("no barrier", r"bar\.sync\s+0", NOTHING, (*PRODUCTS, "_statistics_kernel"), needless=3),
+    Damage("no barrier", r"bar\.sync\s+0", NOTHING, ("_gram_kernel",), needless=3),
+    Damage("no barrier", r"bar\.sync\s+0", NOTHING, ("_gradient_kernel",), needless=1),
+    Damage("no barrier", r"bar\.sync\s+0", NOTHING, ("_statistics_kernel",)),
     Damage(
         "a group of copies too few",
         r"cp\.async\.wait_group\s+(\d)",
@@ -109,14 +111,24 @@ DAMAGES = (
         (90,),
         tile=BY_TMA,
     ),
+    # Triton has a barrier before each step of setting up a copy: the last of them would do.
     Damage(
         "no barrier around TMA",
         r"bar\.sync\s+0",
         NOTHING,
-        PRODUCTS,
+        ("_gram_kernel",),
         (90,),
         tile=BY_TMA,
-        needless=12,
+        needless=16,
+    ),
+    Damage(
+        "no barrier around TMA",
+        r"bar\.sync\s+0",
+        NOTHING,
+        ("_gradient_kernel",),
+        (90,),
+        tile=BY_TMA,
+        needless=7,
     ),
     Damage("another row", r"(mad\.wide\.[su]32\s+%rd\d+, %r\d+), 2\b", r"\g<1>, 4"),
     Damage(
