@@ -123,7 +123,7 @@ def test_committed_studies_are_sound():
 @pytest.mark.slow
 def test_the_command_from_study_to_tables_and_pictures(study_file, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda device: {"commit": ""})
+    monkeypatch.setattr("benchmarks.quality.__main__.describe", lambda *_: {"commit": ""})
     out, work = tmp_path / "out", tmp_path / "work"
     given = [str(study_file), "--out", str(out), "--work", str(work), "--jobs", "1"]
     main(given)

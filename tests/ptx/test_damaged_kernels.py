@@ -5,6 +5,7 @@ Noticed means a fault of the machine, or a result that the reference does not ac
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -211,17 +212,19 @@ def noticed(damage: Damage, capability: int, text: str, changed: str) -> bool:
     return False
 
 
+# By number: parameters go to another process, and functions don't.
 CASES = [
-    pytest.param(damage, kernel, capability, id=f"{damage.name}-{kernel}-{capability}")
-    for damage in DAMAGES
+    pytest.param(number, kernel, capability, id=f"{damage.name}-{kernel}-{capability}")
+    for number, damage in enumerate(DAMAGES)
     for kernel in damage.kernels
     for capability in damage.capabilities
 ]
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize(("damage", "kernel", "capability"), CASES)
-def test_every_place(damage: Damage, kernel: str, capability: int):
+@pytest.mark.parametrize(("number", "kernel", "capability"), CASES)
+def test_every_place(number: int, kernel: str, capability: int):
+    damage = DAMAGES[number]
     missed = total = 0
     for text, changed in damaged_texts(damage, kernel, capability):
         total += 1
@@ -231,6 +234,8 @@ def test_every_place(damage: Damage, kernel: str, capability: int):
     assert missed <= damage.needless
 
 
-@pytest.mark.parametrize(("damage", "kernel", "capability"), CASES[:: len(CASES) // 8])
-def test_one_place(damage: Damage, kernel: str, capability: int):
-    assert noticed(damage, capability, *next(damaged_texts(damage, kernel, capability)))
+@pytest.mark.parametrize(("number", "kernel", "capability"), CASES[:: len(CASES) // 8])
+def test_one_place(number: int, kernel: str, capability: int):
+    damage = DAMAGES[number]
+    places = itertools.islice(damaged_texts(damage, kernel, capability), damage.needless + 1)
+    assert any(noticed(damage, capability, *place) for place in places)
