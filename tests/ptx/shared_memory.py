@@ -112,8 +112,8 @@ class NoRaces:
     def deliver(self, places, size, lanes) -> None: ...
     def read_by_products(self, places, size, group) -> None: ...
     def products_done(self, read) -> None: ...
-    def written_by_tma(self, places, lane, mbarrier) -> None: ...
-    def tma_delivers(self, places) -> None: ...
+    def written_by_tma(self, places, size, lane, mbarrier) -> None: ...
+    def tma_delivers(self, places, size) -> None: ...
     def barrier(self, lanes) -> None: ...
     def warp_barrier(self, lanes) -> None: ...
     def proxy_fence(self, lanes) -> None: ...
@@ -249,9 +249,9 @@ class Races:
         self._read[read] = self._machine.clock
         self._reader[read] = self._reading_warp[read] = SEVERAL
 
-    def written_by_tma(self, places: np.ndarray, lane: int, mbarrier: int) -> None:
+    def written_by_tma(self, places: np.ndarray, size: int, lane: int, mbarrier: int) -> None:
         """A copy that a lane asked for begins to write; the mbarrier is at this place."""
-        grains = np.unique(places // self._grain)
+        grains, _ = self._grains(places, size, places)
         writer, written = self._writer[grains], self._written[grains]
         lanes = np.full(len(grains), lane)
         if (written == UNDER_WAY).any():
@@ -266,8 +266,8 @@ class Races:
         self._written[grains] = UNDER_WAY
         self._delivered_by[grains] = mbarrier
 
-    def tma_delivers(self, places: np.ndarray) -> None:
-        self._written[places // self._grain] = self._machine.clock
+    def tma_delivers(self, places: np.ndarray, size: int) -> None:
+        self._written[self._grains(places, size, places)[0]] = self._machine.clock
 
     def barrier(self, lanes: np.ndarray) -> None:
         self._last_barrier[lanes] = self._last_warp_barrier[lanes] = self._machine.clock

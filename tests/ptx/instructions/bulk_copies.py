@@ -119,12 +119,12 @@ class BulkCopies:
         values = np.zeros(len(copy.places), words.dtype)
         values[copy.inside] = self._machine.memory.read(copy.origin, copy.size)
         words[copy.places // copy.size] = values
-        self._machine.shared.races.tma_delivers(copy.places)
+        self._machine.shared.races.tma_delivers(copy.places, copy.size)
 
     def begin(self, copy: _Copy, cta: int, place: int, lane: int) -> None:
         shared = self._machine.shared
         self.used(place, np.array([lane]))
-        shared.races.written_by_tma(copy.places, lane, place)
+        shared.races.written_by_tma(copy.places, copy.size, lane, place)
         words = shared.bytes.view(UNSIGNED[copy.size])
         words[copy.places // copy.size] = np.iinfo(words.dtype).max
         self.barrier(cta, place).copies.append(copy)
