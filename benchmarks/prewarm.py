@@ -33,7 +33,7 @@ VALUES = tuple(
         ("contrast", ()),
     )
 )
-# What the three losses ask for, with a gradient and without.
+# The three losses ask for these, with a gradient and without.
 EXPECTED = tuple(
     Expected(entropy, csa, with_grad, recompute=False, present=False, total=csa and bool(entropy))
     for entropy, csa in ((("tasks", "abs"), False), (None, True), (("tasks", "abs"), True))

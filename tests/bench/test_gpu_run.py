@@ -46,7 +46,7 @@ def test_a_step_that_fails_or_is_cut_stops_no_other(tmp_path, monkeypatch):
     steps = (
         Step("good", 20, (python("print('first'); print('= last =')"), python("")), ()),
         Step("bad", 20, (python("import sys; sys.exit('why')"),)),
-        # What good and bad left is used here; nothing is left for the one after.
+        # This step uses what good and bad left; nothing is left for the one after.
         Step("slow", -34, (python("import time; print('begun', flush=True); time.sleep(60)"),)),
         Step("late", 0, (python(""),)),
         Step("writes", 20, (str(writer),), (("FILE", "{work}/part.json"),)),

@@ -32,7 +32,14 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _WORDS = {size: np.asarray(_AllMemory(dtype)) for size, dtype in UNSIGNED.items()}
 
 
-def same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
+def put(words: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
+    """Store what lanes store at once; those with one place have to hold one value."""
+    words[places] = values
+    if not _same_but_for_rounding(words[places], values):
+        raise Fault("race: lanes store different values in one place at once")
+
+
+def _same_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
     """Return whether what lanes store together may be copies of one number.
 
     Triton has all lanes that hold a sum store it. Where one of its products is fused with a sum,
@@ -96,9 +103,7 @@ class GlobalMemory:
         for i, value in enumerate(values):
             spread = self._machine.spread(value)
             wanted = spread if where is None else spread[where]
-            _WORDS[size][first + i] = wanted
-            if not same_but_for_rounding(_WORDS[size][first + i], wanted):
-                raise Fault("race: lanes store different values in one place at once")
+            put(_WORDS[size], first + i, wanted)
 
     @staticmethod
     def read(address: np.ndarray, size: int) -> np.ndarray:

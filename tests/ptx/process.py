@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# What the suite's own fixtures take from the environment too.
+# The suite's own fixtures take these from the environment too.
 VARIABLES = ("TRITON_INTERPRET", "REPMTL_BACKEND", "REPMTL_FP32_PRECISION", "REPMTL_TILES")
 
 

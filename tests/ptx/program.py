@@ -48,7 +48,7 @@ def parse(text: str) -> dict[str, Kernel]:
         begin = text.index("{", end_of_params)
         position = _closing(text, begin)
         params = _params(text[entry.end() : end_of_params])
-        block = re.search(r"\.reqntid\s+(\d+)(?:\s*,\s*(\d+))?", text[end_of_params:begin])
+        block = re.search(r"\.reqntid\s+(\d+)", text[end_of_params:begin])
         kernel = Kernel(entry[1], params, int(block[1]) if block else None)
         kernel.variables += outer
         _Body(kernel).read(text[begin + 1 : position])

@@ -24,7 +24,7 @@ _HEADER = """.version 8.7
 ret;
 }}
 """
-# Where a thread's element of each array is, in %d0, %d1, ... of the arrays' numbers.
+# It puts the address of a thread's element of array 0, 1, ... into %d0, %d1, ...
 _PLACE = """ld.param.b64 %d{i}, [a{i}];
 mov.u32 %r399, %tid.x;
 mad.wide.u32 %d{i}, %r399, {size}, %d{i};

@@ -28,7 +28,7 @@ def kernels_of_the_package() -> list[str]:
 
 
 class Place(NamedTuple):
-    """Where a kernel ran: the key of a row."""
+    """The key of a row: a kernel ran there."""
 
     kernel: str
     capability: int

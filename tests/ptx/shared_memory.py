@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ptx.faults import Fault
-from ptx.global_memory import UNSIGNED, same_but_for_rounding
+from ptx.global_memory import UNSIGNED, put
 from ptx.kernel import BYTES, Kernel
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ class SharedMemory:
         for i, value in enumerate(values):
             spread = self._machine.spread(value)
             wanted = spread if where is None else spread[where]
-            words[places // size + i] = wanted
-            if not same_but_for_rounding(words[places // size + i], wanted):
-                raise Fault("race: lanes store different values in one place at once")
+            put(words, places // size + i, wanted)
 
     def _lanes(self, where: Active) -> np.ndarray:
         return np.arange(self._machine.lanes) if where is None else np.flatnonzero(where)
@@ -198,6 +196,15 @@ class Races:
         by_warp = same_warp & (written <= self._last_warp_barrier[lanes])
         return (written <= self._last_barrier[lanes]) | by_warp | self._seen(grains, lanes)
 
+    def _fenced(self, grains: np.ndarray, lanes: np.ndarray) -> bool:
+        """Return whether a proxy fence lies between the last writes and what these lanes do now.
+
+        It is the writer's before a barrier, or that of all these lanes after one.
+        """
+        writer, written = self._writer[grains], self._written[grains]
+        by_writer = (writer < 0) | (written <= self._fence_at_barrier[writer])
+        return bool((by_writer | (written <= self._barrier_at_fence[lanes].min())).all())
+
     def _seen(self, grains: np.ndarray, lanes: np.ndarray) -> np.ndarray:
         """Return where TMA wrote last, and the lanes saw its mbarrier's phase complete."""
         seen = np.zeros(len(grains), bool)
@@ -226,7 +233,7 @@ class Races:
     def read_by_products(self, places: np.ndarray, size: int, group: np.ndarray) -> np.ndarray:
         """A warpgroup's product begins to read; ``group``: its lanes. Returns what it reads."""
         grains, _ = self._grains(places, size, places)
-        writer, written = self._writer[grains], self._written[grains]
+        written = self._written[grains]
         if (written == UNDER_WAY).any():
             raise Fault("a product reads what an asynchronous copy has not delivered")
         ordered = written <= self._last_barrier[group].min()
@@ -234,9 +241,7 @@ class Races:
             ordered |= self._seen(grains, np.full(len(grains), warp))
         if not ordered.all():
             raise Fault("race: a product reads what other threads wrote, without a barrier")
-        fenced = (writer < 0) | (written <= self._fence_at_barrier[writer])
-        fenced |= written <= self._barrier_at_fence[group].min()
-        if not fenced.all():
+        if not self._fenced(grains, group):
             raise Fault("a product reads what was written before no fence.proxy.async")
         if (written == NEVER).any():
             raise Fault("a product reads shared memory that nobody wrote")
@@ -259,8 +264,7 @@ class Races:
         if not (self._ordered(grains, lanes) | (writer == lane)).all():
             raise Fault("race: TMA writes over what a thread wrote, without a barrier")
         self._check_after_reads(grains, lanes)
-        fenced = (writer < 0) | (written <= self._fence_at_barrier[writer])
-        if not (fenced | (written <= self._barrier_at_fence[lane])).all():
+        if not self._fenced(grains, lanes[:1]):
             raise Fault("TMA writes over what was written before no fence.proxy.async")
         self._writer[grains] = TMA
         self._written[grains] = UNDER_WAY

@@ -25,7 +25,7 @@ COUNT_BLOCK = tl.constexpr(1024)
 # Tasks of one launch: bounds how many variants of a kernel are compiled.
 MAX_TASKS = 8
 
-# Whether launches are only compiled (first_use.py).
+# It is true while launches are only compiled (first_use.py).
 compiling: ContextVar[bool] = ContextVar("compiling", default=False)
 
 FP32_PRECISIONS = ("ieee", "tf32x3", "tf32")

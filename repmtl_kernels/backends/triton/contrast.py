@@ -21,7 +21,7 @@ TILES = 264
 SIDES = (64, 32, 16)
 # Anchors of one step of the gradient kernel (more if one sample has more), and their elements.
 GRADIENT_SIDE, GRADIENT_ELEMENTS = 32, 2048
-# Its registers by precision: for more occupancy on sm_90, the compiler would spill two in tf32x3.
+# The gradient kernel's registers: in tf32x3 the compiler would spill two for occupancy on sm_90.
 GRADIENT_REGISTERS = {"tf32x3": 112}
 # Similarities of one step of a log-sum-exp, whatever the batch: four for each thread.
 LOGSUMEXP_WIDE = 512

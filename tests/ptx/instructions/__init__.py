@@ -35,7 +35,7 @@ FAMILIES = (
     "wmma",
 )
 _DECODERS: dict[str, Decoder] = {}
-# What these change is known to no family.
+# No family knows the forms that have one of these.
 REFUSED = frozenset(("cc", "xorsign", "relu", "satfinite", "L2::cache_hint"))
 
 

@@ -70,7 +70,7 @@ def _load(instruction: Instruction) -> Step:
         line, place = _line(machine)
         where = first + line * stride + place * BYTES[instruction.type]
         values = load(machine, instruction, space, where, 4, 4, active)
-        # Of f16, as in the first matrix units, two lanes have each element: eight registers.
+        # Two lanes have each element of f16, as in the first matrix units: eight registers.
         for register, write in enumerate(writes):
             write(machine, values[register % 4], active)
 
