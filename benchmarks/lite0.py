@@ -97,8 +97,8 @@ def lite0(
     the seven are kept. Five reach stride 16 without dilation, in half the time.
 
     Raises:
-        ValueError: other inputs than 3 channels, or a stride that is not 8, 16 or 32, or groups that are
-            not 1 to 7.
+        ValueError: other inputs than 3 channels, a stride that is not 8, 16 or 32, or groups that
+            are not 1 to 7.
         ModuleNotFoundError: ``pretrained``, and the package of the weights is not installed.
     """
     if inputs != 3:

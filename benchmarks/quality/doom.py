@@ -6,6 +6,7 @@ image, segmentation, depth and surface normals. A map belongs to one split.
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,8 +104,15 @@ def render() -> dict[str, np.ndarray]:
 
 def views_of(place: Map, count: int) -> Iterator[View]:
     """Yield up to this many views of a map, from random places between its walls."""
-    random = np.random.default_rng(place.number)
-    game = _game(place)
+    with tempfile.TemporaryDirectory(prefix="doom-") as scratch:
+        game = _game(place, Path(scratch))
+        try:
+            yield from _views(game, np.random.default_rng(place.number), count)
+        finally:
+            game.close()
+
+
+def _views(game: DoomGame, random: np.random.Generator, count: int) -> Iterator[View]:
     sectors = _start(game).sectors
     lines = [(line.x1, line.y1, line.x2, line.y2) for s in sectors for line in s.lines]
     lines = np.array(lines, float)
@@ -128,16 +136,19 @@ def views_of(place: Map, count: int) -> Iterator[View]:
             yield _view(state, walls)
             found += 1
             if found == count:
-                break
-    game.close()
+                return
 
 
-def _game(place: Map) -> DoomGame:
-    """Return a game without enemies' moves, whose only action is a turn."""
+def _game(place: Map, scratch: Path) -> DoomGame:
+    """Return a game without enemies' moves, whose only action is a turn.
+
+    scratch: a folder for the engine's own settings, which it leaves in the current one otherwise.
+    """
     import vizdoom
 
     game = vizdoom.DoomGame()
     game.set_doom_game_path(str(Path(vizdoom.__file__).parent / place.wad))
+    game.set_doom_config_path(str(scratch / "vizdoom.ini"))
     game.set_doom_map(place.name)
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
