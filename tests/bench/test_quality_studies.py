@@ -108,16 +108,22 @@ def test_an_empty_value_of_a_grid_has_a_name(study_file):
 
 def test_committed_studies_are_sound():
     pytest.importorskip("torchjd")
-    paths = sorted((Path(config.__file__).parent / "configs").glob("*.toml"))
-    assert {"table", "tools", "potholes", "office_surf"} <= {p.stem for p in paths}
+    configs = Path(config.__file__).parent / "configs"
+    paths = sorted(configs.glob("*.toml"))
+    assert {"table", "bench", "doom"} <= {p.stem for p in paths}
+    assert {"doom", "tools", "potholes"} <= {p.stem for p in configs.glob("data/*.toml")}
     for path in paths:
-        if "datasets" in config.read(path):
-            study = config.study(path)
-            for settings in study.datasets.values():
-                assert settings["data"]["name"] in loaders.LOADERS
-            for method in study.methods:
-                if method["method"] != "single":
-                    training.methods.make(method["method"], method["options"], 2, 100)
+        study = config.study(path)
+        for settings in study.datasets.values():
+            assert settings["data"]["name"] in loaders.LOADERS
+        for method in study.methods:
+            if method["method"] != "single":
+                training.methods.make(method["method"], method["options"], 2, 100)
+
+
+def test_a_study_and_a_data_set_may_have_one_name():
+    assert list(config.study(config.find("doom")).datasets) == ["doom"]
+    assert "datasets" not in config.read(config.find("doom", "data"))
 
 
 @pytest.mark.slow

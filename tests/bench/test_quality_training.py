@@ -54,6 +54,50 @@ def test_equal_weighting_is_rep_mtl_without_its_losses(tmp_path, data):
     assert_equal(weights(runs[1], tmp_path), weights(runs[0], tmp_path))
 
 
+@pytest.mark.parametrize("method", ["equal", "rep_mtl"])
+def test_a_neck_belongs_to_the_network(tmp_path, method):
+    """The cut decides what the representation is, not what the network computes."""
+    options = {"lambda_tsr": 0.0, "lambda_csa": 0.0} if method == "rep_mtl" else {}
+    whole, cut = make_run(), make_run(method=method, options=options, network={"cut": 3})
+    parts = weights(cut, tmp_path)
+    assert any(name.startswith("neck.") for name in parts)
+    joined = {name.replace("neck.", "encoder."): w for name, w in parts.items()}
+    torch.testing.assert_close(joined, dict(weights(whole, tmp_path)))
+    found, expected = execute(cut, tmp_path)["test"], execute(whole, tmp_path)["test"]
+    assert found["depth"] == pytest.approx(expected["depth"])
+
+
+@pytest.mark.parametrize("levels", [False, True])
+def test_the_representation_before_a_neck(tmp_path, levels):
+    run = make_run(method="rep_mtl", options=REP_MTL, network={"cut": 3, "levels": levels})
+    trainer = training.Trainer(run, training.prepare(run, None), None)
+    (z,) = trainer.forward(trainer.dataset.batch(0, 4, 0)).representations
+    shapes = [tuple(level.shape[:2]) for level in (z if levels else [z])]
+    assert shapes == [(4, 4), (4, 6)][: 1 + levels]
+    assert execute(run, tmp_path)["history"][-1]["ratio"] > 0
+
+
+def test_necks_that_cannot_be():
+    pytest.importorskip("torchjd")
+    for network, message in (
+        ({"cut": 4}, r"network\.cut: expected 1 to 3; got 4"),
+        ({"levels": True}, r"network\.levels: expected false without network\.cut"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(dense(), 0, **NETWORK, **network)
+    run = make_run(method="fairgrad", network={"cut": 3})
+    with pytest.raises(ValueError, match=r"network\.cut: expected none with fairgrad"):
+        training.Trainer(run, dense(), None)
+
+
+def test_a_pretrained_encoder_gets_images_on_its_own_scale(monkeypatch):
+    monkeypatch.setitem(training.SCALES, "residual", (127.0, 128.0))
+    run = make_run(network={"encoder": "residual"}, training={"label_fraction": 0.5}, task="depth")
+    images = torch.tensor([[[[0, 127, 255]]]], dtype=torch.uint8)
+    found = training.prepare(run, None).prepared(images)
+    torch.testing.assert_close(found, (images.float() - 127) / 128)
+
+
 def test_a_step_is_the_plain_loop(tmp_path):
     """One step of Adam on the sum of both losses, written out."""
     run = make_run(training={"steps": 1, "batch": 8})
