@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, l1_loss
 
+from benchmarks.lite0 import SCALE as LITE0_SCALE
+from benchmarks.lite0 import lite0
+
 
 class Block(nn.Module):
     """A residual block: convolutions and batch norms, ReLU between them and after the sum."""
@@ -130,7 +133,9 @@ def mlp_encoder(
     return nn.Sequential(*layers)
 
 
-ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder}
+ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder, "lite0": lite0}
+# Mean and standard deviation of 8-bit images that an encoder expects; others take the data set's.
+SCALES = {"lite0": LITE0_SCALE}
 
 
 class ASPP(nn.Module):
@@ -165,16 +170,28 @@ def classifier(inputs: int, outputs: int, *, width: int, spatial: bool) -> nn.Se
 
 
 class Model(nn.Module):
-    """A shared encoder, and a head for each task by its name."""
+    """A shared encoder, and a head for each task by its name.
 
-    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+    neck: layers between the encoder's output, the representation, and what all heads get; None is
+        none. levels: both are levels of the representation.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        heads: Mapping[str, nn.Module],
+        neck: nn.Module | None = None,
+        levels: bool = False,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.neck = nn.Identity() if neck is None else neck
         self.heads = nn.ModuleDict(heads)
+        self.levels = levels
 
-    def head(self, task: str, z: Tensor, size: Sequence[int]) -> Tensor:
-        """Return the task's output, at this size where it is dense."""
-        y = self.heads[task](z)
+    def head(self, task: str, features: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the task's output, at this size where it is dense; features: of the neck."""
+        y = self.heads[task](features)
         if y.ndim == 2 or y.shape[2:] == tuple(size):
             return y
         return interpolate(y, tuple(size), mode="bilinear", align_corners=False)

@@ -98,9 +98,9 @@ def digest(what: object) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def find(name: str) -> Path:
-    """Return a file by its path, or one of ``configs/`` by its name without ending."""
-    return Path(name) if name.endswith(".toml") else CONFIGS / f"{name}.toml"
+def find(name: str, folder: str = "") -> Path:
+    """Return a file by its path, or one of ``configs/folder`` by its name without ending."""
+    return Path(name) if name.endswith(".toml") else CONFIGS / folder / f"{name}.toml"
 
 
 def read(path: Path) -> dict:
@@ -113,7 +113,7 @@ def study(path: Path, seeds: list[int] | None = None) -> Study:
     overrides = content.get("override", {})
     datasets = {}
     for name in content["datasets"]:
-        file = find(name)
+        file = find(name, "data")
         settings = merged(DEFAULTS, read(file))
         for section in ("all", file.stem):
             settings = merged(settings, overrides.get(section, {}))

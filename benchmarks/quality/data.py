@@ -43,6 +43,8 @@ class Dataset:
 
     tasks: tuple[Task, ...]
     splits: dict[str, Split]
+    # Mean and standard deviation of 8-bit images, in place of those of the training images.
+    fixed_scale: tuple[float, float] | None = None
     multi_input: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,10 +56,12 @@ class Dataset:
 
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation of each channel of the 8-bit training images."""
+        """Mean and standard deviation of 8-bit images over 255, of each channel or of all."""
         images = self.splits["train"].inputs
         if self.multi_input or images.dtype != torch.uint8:
             return None
+        if self.fixed_scale is not None:
+            return tuple(torch.tensor(x / 255) for x in self.fixed_scale)
         values = images.transpose(0, 1).flatten(1).float() / 255
         return values.mean(1).view(1, -1, 1, 1), values.std(1).view(1, -1, 1, 1)
 
@@ -73,7 +77,7 @@ class Dataset:
             name: Split(split.of(task), {task: split.targets[task]})
             for name, split in self.splits.items()
         }
-        return Dataset(tuple(t for t in self.tasks if t.name == task), splits)
+        return replace(self, tasks=tuple(t for t in self.tasks if t.name == task), splits=splits)
 
     def with_fraction(self, fraction: float, seed: int) -> Dataset:
         """Return it with this share of the training samples, drawn by the seed."""

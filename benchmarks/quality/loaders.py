@@ -15,6 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate, normalize
 from benchmarks.multimnist import TASKS as DIGITS
 from benchmarks.multimnist import load_mnist
 from benchmarks.multimnist import multimnist as pairs_of_digits
+from benchmarks.quality import doom as views
 from benchmarks.quality.data import Dataset, Split
 from benchmarks.quality.tasks import Task
 
@@ -56,19 +57,16 @@ def multimnist(
 def tools(folder: Path | None, *, size: tuple[int, int] = (72, 96)) -> Dataset:
     """Load RGB-D pictures of hand tools: segmentation, depth in metres, normals."""
     npz = _npz(folder, "tools_rgbd_144x192.npz", "tools", "an archive of RGB-D pictures of tools")
-    frames = {"train": npz["split"] == 0, "test": npz["split"] == 2}
-    depth = npz["depth"].astype(np.float32) / 1e4
-    normal = npz["normal"].astype(np.float32)
-    splits = {}
-    for split, chosen in frames.items():
-        targets = {
-            "segmentation": _classes(npz["seg"][chosen], size),
-            "depth": _values(torch.from_numpy(depth[chosen]).unsqueeze(1), size),
-            "normals": normalize(_values(_channels_first(normal[chosen]), size), dim=1),
-        }
-        splits[split] = Split(_images(npz["image"][chosen], size), targets)
-    classes = len(npz["class_names"])
-    return Dataset(tuple(Task.of(t, t, classes) for t in RGBD_TASKS), splits)
+    return _rgbd(npz, 1e4, size)
+
+
+@lru_cache(maxsize=1)
+def doom(folder: Path | None, *, size: tuple[int, int] = (112, 160)) -> Dataset:
+    """Load views of a game's maps: segmentation, depth in units of 256 map units (8 m), normals.
+
+    The first use renders them, see :mod:`benchmarks.quality.doom`; ``folder`` is not used.
+    """
+    return _rgbd(views.load(), 32, size)
 
 
 @lru_cache(maxsize=1)
@@ -113,6 +111,7 @@ def office_caltech(folder: Path | None) -> Dataset:
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "multimnist": multimnist,
     "tools": tools,
+    "doom": doom,
     "potholes": potholes,
     "office_caltech": office_caltech,
 }
@@ -127,6 +126,23 @@ def _npz(folder: Path | None, file: str, name: str, source: str) -> dict[str, np
         )
     with np.load(path) as archive:
         return dict(archive)
+
+
+def _rgbd(npz: dict[str, np.ndarray], unit: float, size: tuple[int, int]) -> Dataset:
+    """Return segmentation, depth and normals; ``unit``: stored depth that is 1."""
+    splits = {}
+    for code, split in enumerate(("train", "validation", "test")):
+        chosen = npz["split"] == code
+        depth = torch.from_numpy(npz["depth"][chosen].astype(np.float32) / unit)
+        normal = _channels_first(npz["normal"][chosen].astype(np.float32))
+        targets = {
+            "segmentation": _classes(npz["seg"][chosen], size),
+            "depth": _values(depth.unsqueeze(1), size),
+            "normals": normalize(_values(normal, size), dim=1),
+        }
+        splits[split] = Split(_images(npz["image"][chosen], size), targets)
+    classes = len(npz["class_names"])
+    return Dataset(tuple(Task.of(t, t, classes) for t in RGBD_TASKS), splits)
 
 
 def _channels_first(values: np.ndarray) -> Tensor:

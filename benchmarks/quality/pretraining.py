@@ -21,16 +21,26 @@ def build(
     encoder: str = "residual",
     head_width: int = 32,
     head_dilations: Sequence[int] = (1, 2, 3),
+    cut: int | None = None,
+    levels: bool = False,
     **options,
 ) -> Model:
-    """Return the network; its first weights depend on the seed alone, task by task."""
+    """Return the network; its first weights depend on the seed alone, task by task.
+
+    cut: the representation is the output of so many of the encoder's layers, and the other layers
+        are the neck; None: of all. levels: the neck's output is a level of the representation too.
+    """
     example = dataset.prepared(dataset.splits["train"].of(dataset.names[0])[:2])
     torch.manual_seed(stream(seed, "encoder"))
     shared = ENCODERS[encoder](example.shape[1], **options)
+    if cut is not None and not 0 < cut < len(shared):
+        raise ValueError(f"network.cut: expected 1 to {len(shared) - 1}; got {cut}")
+    if levels and cut is None:
+        raise ValueError("network.levels: expected false without network.cut; got true")
     with torch.no_grad():
         z = shared.eval()(example)
     shared.train()
-    heads = {}
+    heads, neck = {}, None
     for task in dataset.tasks:
         torch.manual_seed(stream(seed, "head", task.name))
         if task.kind.dense:
@@ -41,7 +51,9 @@ def build(
             heads[task.name] = classifier(
                 z.shape[1], task.kind.channels, width=head_width, spatial=z.ndim == 4
             )
-    return Model(shared, heads)
+    if cut is not None:
+        shared, neck = shared[:cut], shared[cut:]
+    return Model(shared, heads, neck, levels)
 
 
 def pretrained(

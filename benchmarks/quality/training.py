@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import Model
+from benchmarks.networks import SCALES, Model
 from benchmarks.peers import Forward
 from benchmarks.quality import loaders, methods
 from benchmarks.quality.config import Run
 from benchmarks.quality.data import Dataset, Split, stream
+from benchmarks.quality.files import write
 from benchmarks.quality.pretraining import build, pretrained
+from repmtl_kernels import Levels
 
 EVALUATION_BATCH = 64
 
 
-def prepare(run: Run, folder: Path | None) -> Dataset:
+def loaded(run: Run, folder: Path | None) -> Dataset:
+    """Return the run's data set, with the scale of images that its encoder expects."""
     data = loaders.load(folder=folder, seed=run.seed, **run.settings["data"])
+    return replace(data, fixed_scale=SCALES.get(run.settings["network"].get("encoder")))
+
+
+def prepare(run: Run, folder: Path | None) -> Dataset:
+    data = loaded(run, folder)
     if (split := run.settings["evaluation"]["split"]) not in data.splits:
         raise ValueError(
             f"evaluation.split: expected one of {', '.join(data.splits)}; got {split!r}"
@@ -48,6 +55,8 @@ class Trainer:
         self.method = methods.make(
             run.method, run.options, len(dataset.tasks), self.settings["steps"]
         )
+        if isinstance(self.method, methods.GradientWeighting) and "cut" in run.settings["network"]:
+            raise ValueError(f"network.cut: expected none with {run.method}, got one")
         self.optimizer = torch.optim.Adam(
             self.network.parameters(),
             lr=self.settings["lr"],
@@ -79,11 +88,14 @@ class Trainer:
         z = [network.encoder(data.prepared(x.to(self.device))) for x in inputs]
         losses = []
         with self.method.heads_context():
-            of_tasks = z if data.multi_input else z * len(data.tasks)
+            features = [network.neck(each) for each in z]
+            of_tasks = features if data.multi_input else features * len(data.tasks)
             for task, mine in zip(data.tasks, of_tasks, strict=True):
                 target = batch.targets[task.name].to(self.device)
                 output = network.head(task.name, mine, target.shape[-2:])
                 losses.append(task.kind.loss(output, target))
+        if network.levels:
+            z = [Levels(*both) for both in zip(z, features, strict=True)]
         return Forward(network.encoder, [network.heads[t] for t in data.names], losses, z)
 
     @torch.no_grad()
@@ -96,7 +108,7 @@ class Trainer:
             both = split.of(task.name), split.targets[task.name]
             for inputs, target in zip(*(x.split(EVALUATION_BATCH) for x in both), strict=True):
                 z = self.network.encoder(self.dataset.prepared(inputs.to(self.device)))
-                output = self.network.head(task.name, z, target.shape[-2:])
+                output = self.network.head(task.name, self.network.neck(z), target.shape[-2:])
                 pairs.append((output, target.to(self.device)))
             metrics[task.name] = task.kind.evaluate(pairs)
         return metrics
@@ -158,23 +170,15 @@ def start_of(
         return None
     path = work / f"{run.pretraining_key}.encoder.pt"
     if not path.exists():
-        data = loaders.load(folder=folder, seed=run.seed, **run.settings["data"])
+        data = loaded(run, folder)
         weights = pretrained(data, run.settings, run.seed, device)
         write(path, lambda path: torch.save(weights, path))
     return torch.load(path, weights_only=True, map_location="cpu")
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write all or nothing: a file that is there is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    save(partial)
-    partial.replace(path)
-
-
 def exponents(network: Model) -> dict[str, float | None]:
     """Return the mean power-law exponent of the encoder's layers and of each head's."""
-    parts = {"encoder": network.encoder, **network.heads}
+    parts = {"encoder": nn.Sequential(network.encoder, network.neck), **network.heads}
     return {name: exponent(module) for name, module in parts.items()}
 
 
