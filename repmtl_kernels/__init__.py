@@ -11,6 +11,7 @@ from repmtl_kernels._training.levels import Levels
 from repmtl_kernels.backends import available_backends, backend_report
 from repmtl_kernels.criterion import RepMTL, task_saliencies
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
+from repmtl_kernels.log_losses import LogLosses
 from repmtl_kernels.modules import CSALoss, RepMTLLoss, TSRLoss
 
 try:
@@ -21,6 +22,7 @@ except PackageNotFoundError:  # a source tree that is on the path but not instal
 __all__ = [
     "CSALoss",
     "Levels",
+    "LogLosses",
     "RepMTL",
     "RepMTLLoss",
     "RepMTLLosses",

@@ -20,6 +20,7 @@ from repmtl_kernels._training.arguments import (
     Weights,
     checked_weights,
 )
+from repmtl_kernels._training.logarithm import check_logarithms
 from repmtl_kernels._training.options import CriterionOptions
 from repmtl_kernels._training.progress import Progress
 from repmtl_kernels._training.regularizer import Regularizer
@@ -30,6 +31,8 @@ from repmtl_kernels.modules import LossModule
 
 # For a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence).
 DEFAULT_STRENGTH = 0.03
+# For a strength without `every`. With lambdas alone it is 1, and the total equation 10.
+DEFAULT_EVERY = 1
 # For a lambda that is left out beside the other.
 DEFAULT_LAMBDA = 0.01
 
@@ -123,11 +126,13 @@ class RepMTL(LossModule):
             have the same weight, from the mean over their measurements.
         memory: option of :func:`csa_loss`: ``"auto"``, ``"save"`` or ``"recompute"``.
         eps, channel_dim, backend: options of both losses.
-        log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies. A loss of
-            exactly 0 then gives infinite or NaN totals and gradients, and a negative loss gives
-            NaN. Keep the losses above 0, or set ``log_offset``.
-        log_offset: at least 0; ``log_losses`` takes ``log(L_t + log_offset)``, e.g. with 0.01. It
-            bounds the weight ``1 / (L_t + log_offset)`` of a task that is nearly learned.
+        log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies
+            (:class:`LogLosses` is this without the regulariser). It is for losses above 0; a loss
+            that is 0 or negative is refused. On CUDA it is found in a later call, so that no call
+            waits for the device; until then the total is infinite or NaN.
+        log_offset: at least 0; ``log_losses`` takes ``log(L_t + log_offset)``, e.g. with 0.01, for
+            losses that can be 0. It bounds the weight ``1 / (L_t + log_offset)`` of a task that is
+            nearly learned.
         clip: a number above 0, or None. ``|dR/dS| |S|`` is the size of the regulariser's gradient
             at the saliencies of all tasks, free of scale. If it is more than ``clip`` times its
             running mean (decay 0.98, over the unclipped sizes before this one), the gradient is
@@ -204,7 +209,7 @@ class RepMTL(LossModule):
         clip: float | None = None,
         task_weights: Weights | None = None,
         scaler: torch.amp.GradScaler | None = None,
-        every: int = 1,
+        every: int | None = None,
         channel_dim: int = 1,
         group: Group | None = None,
         memory: str = "auto",
@@ -212,6 +217,8 @@ class RepMTL(LossModule):
     ) -> None:
         if lambda_tsr is None and lambda_csa is None and strength is None:
             strength = DEFAULT_STRENGTH
+        if every is None:
+            every = 1 if strength is None else DEFAULT_EVERY
         options = CriterionOptions(
             lambda_tsr=DEFAULT_LAMBDA if lambda_tsr is None else lambda_tsr,
             lambda_csa=DEFAULT_LAMBDA if lambda_csa is None else lambda_csa,
@@ -283,8 +290,9 @@ class RepMTL(LossModule):
                 call is a step.
 
         Raises:
-            ValueError, TypeError: an argument is not as described; or in training mode
-                :func:`task_saliencies` raises, e.g. under ``torch.no_grad()``.
+            ValueError, TypeError: an argument is not as described; a loss has no logarithm, with
+                ``log_losses``; or in training mode :func:`task_saliencies` raises, e.g. under
+                ``torch.no_grad()``.
             SecondDerivativeError: an operation between a loss and the representation has no second
                 derivative; see :meth:`check`. The first call in training mode looks for them.
 
@@ -328,6 +336,8 @@ class RepMTL(LossModule):
             total = tasks.weighted_sum()
             record = RepMTLStep(losses=tasks.detached_losses(), total=total)
             real = has_values(total)
+            if options.log_losses and real:
+                check_logarithms(tasks, options.log_offset, progress.without_log)
             scale = options.scale(total.device) if applied and real else None
             if on:
                 tasks.place(representation)

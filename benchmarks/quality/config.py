@@ -29,9 +29,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "pretraining": {
         "kind": "", "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5,
     },
+    # Settings are chosen on "validation", and confirmed on "test".
+    "evaluation": {"split": "test"},
 }  # fmt: skip
 # Sections whose keys are those of the defaults; those of the others depend on a name in them.
-FIXED = ("training", "pretraining")
+FIXED = ("training", "pretraining", "evaluation")
 STUDY_KEYS = {"datasets", "seeds", "methods", "grid", "override", "spectra"}
 METHOD_KEYS = {"name", "method", "options", "grid", "against"}
 SINGLE, EQUAL = "single", "equal"

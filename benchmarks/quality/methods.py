@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
+from torch.autograd import grad
 
 from benchmarks.peers import Forward, SinglePass, fairgrad, nash_mtl
 from benchmarks.phases import Unmarked
 from repmtl_kernels import RepMTL
 
 # Options of RepMTL that may be shares of all steps instead.
-SHARES = {"start_share": "start", "ramp_share": "ramp"}
+SHARES = {"start_share": "start", "ramp_share": "ramp", "decay_share": "decay"}
 
 
 class EqualWeighting:
@@ -27,18 +28,65 @@ class EqualWeighting:
 
 
 class RepMTLMethod(EqualWeighting):
-    """Rep-MTL; the options are those of :class:`repmtl_kernels.RepMTL`."""
+    """Rep-MTL; the options are those of :class:`repmtl_kernels.RepMTL`, and three more.
 
-    def __init__(self, **options) -> None:
+    decay: steps until `strength` has fallen to 0, linearly.
+    balanced: the saliencies that TSR and CSA see are divided by their task's mean absolute value,
+        so that a task with large gradients does not rule TSR.
+    encoder_only: the regulariser trains the encoder, and the heads their losses alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        decay: int = 0,
+        balanced: bool = False,
+        encoder_only: bool = False,
+        **options,
+    ) -> None:
+        self.decay, self.balanced, self.encoder_only = decay, balanced, encoder_only
+        self.log = options.get("log_losses", False)
+        self.log_offset = options.get("log_offset", 0.0)
+        if balanced:  # the scale comes after the logarithm
+            options = {k: v for k, v in options.items() if not k.startswith("log_")}
         self.criterion = RepMTL(**options)
+        self.calls, self.full_strength = 0, self.criterion.strength
 
     def heads_context(self) -> AbstractContextManager:
+        if self.decay:
+            rest = max(0.0, 1 - self.calls / self.decay)
+            self.criterion.strength = self.full_strength * rest
         return self.criterion.second_order()
 
     def backward(self, forward: Forward) -> None:
-        z = forward.representations
-        self.criterion(forward.losses, z[0] if len(z) == 1 else z).backward()
+        self.calls += 1
+        z, losses = forward.representations, forward.losses
+        if self.balanced:
+            losses = self._balanced(self._objectives(losses), forward.of_tasks())
+        total = self.criterion(losses, z[0] if len(z) == 1 else z)
+        if self.encoder_only:
+            encoder = [p for p in forward.encoder.parameters() if p.requires_grad]
+            total.backward(inputs=encoder, retain_graph=True)
+            heads = [p for head in forward.heads for p in head.parameters()]
+            sum(self._objectives(forward.losses)).backward(inputs=heads)
+        else:
+            total.backward()
         self.ratio = self.criterion.last.ratio
+
+    def _objectives(self, losses: list[Tensor]) -> list[Tensor]:
+        return [(loss + self.log_offset).log() for loss in losses] if self.log else losses
+
+    def _balanced(self, losses: list[Tensor], of_tasks: list[Tensor]) -> list[Tensor]:
+        """Return losses whose saliencies have a mean absolute value of 1, weighted with the rest.
+
+        Their weighted sum is that of the losses.
+        """
+        saliencies = [
+            grad(loss, z, retain_graph=True)[0] for loss, z in zip(losses, of_tasks, strict=True)
+        ]
+        sizes = [float(saliency.abs().mean()) for saliency in saliencies]
+        self.criterion.task_weights = sizes
+        return [loss / size for loss, size in zip(losses, sizes, strict=True)]
 
 
 class GradientWeighting(EqualWeighting):

@@ -66,7 +66,7 @@ def rows(study: Study, runs: list[Run], records: dict[str, dict]) -> list[dict]:
     for run in runs:
         record = records[run.key]
         row = by_run.setdefault((run.dataset, run.label, run.seed), _row(run))
-        row["metrics"] |= record["test"]
+        row["metrics"] |= record["metrics"]
         # Another study may have asked for those of the same run.
         if study.spectra and "spectra" in record:
             row.setdefault("spectra", {})[run.task or "all"] = record["spectra"]

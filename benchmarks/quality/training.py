@@ -32,6 +32,10 @@ def loaded(run: Run, folder: Path | None) -> Dataset:
 
 def prepare(run: Run, folder: Path | None) -> Dataset:
     data = loaded(run, folder)
+    if (split := run.settings["evaluation"]["split"]) not in data.splits:
+        raise ValueError(
+            f"evaluation.split: expected one of {', '.join(data.splits)}; got {split!r}"
+        )
     data = data.with_fraction(run.settings["training"]["label_fraction"], run.seed)
     return data if run.task is None else data.only(run.task)
 
@@ -96,12 +100,12 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Return the test metrics of each task."""
+        """Return the metrics of each task on the split that the study names."""
         self.network.eval()
-        test, metrics = self.dataset.splits["test"], {}
+        split, metrics = self.dataset.splits[self.run.settings["evaluation"]["split"]], {}
         for task in self.dataset.tasks:
             pairs = []
-            both = test.of(task.name), test.targets[task.name]
+            both = split.of(task.name), split.targets[task.name]
             for inputs, target in zip(*(x.split(EVALUATION_BATCH) for x in both), strict=True):
                 z = self.network.encoder(self.dataset.prepared(inputs.to(self.device)))
                 output = self.network.head(task.name, self.network.neck(z), target.shape[-2:])
@@ -149,7 +153,7 @@ def execute(
     record = {
         "run": str(run),
         "history": trainer.history,
-        "test": trainer.evaluate(),
+        "metrics": trainer.evaluate(),
         "cpu_seconds": round(time.process_time() - began, 2),
     }
     if spectra:

@@ -33,7 +33,7 @@ class Copies(dict):
 
 
 def named_losses(
-    losses: TaskLosses, representation: Representation, *, absent: bool = False
+    losses: TaskLosses, representation: Representation | None, *, absent: bool = False
 ) -> dict[Hashable, Tensor | None]:
     """Return the losses by key, or by index for a list. With ``absent`` some may be None."""
     if isinstance(losses, Tensor):

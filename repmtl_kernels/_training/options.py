@@ -33,6 +33,17 @@ class Turn(NamedTuple):
         return self.weight * tsr, self.weight * csa
 
 
+def in_sums(loss: Tensor) -> Tensor:
+    """Return the loss in the precision of sums: in 16 bits a sum or a logarithm would lose much."""
+    return loss.to(accumulation_dtype(loss.dtype)) if loss.is_floating_point() else loss
+
+
+def logarithm(loss: Tensor, offset: float) -> Tensor:
+    """Return ``log(loss + offset)`` in the precision of sums."""
+    loss = in_sums(loss)
+    return (loss + offset if offset else loss).log()
+
+
 @dataclass(frozen=True)
 class CriterionOptions:
     """The options of ``RepMTL``, which documents them, as one call finds them."""
@@ -115,12 +126,8 @@ class CriterionOptions:
         return Turn(number, lambdas, weight, since // self.every)
 
     def objective(self, loss: Tensor) -> Tensor:
-        """Return the loss, or its logarithm, in the precision of sums."""
-        if loss.is_floating_point():  # a sum or a logarithm in 16 bits would lose what there is
-            loss = loss.to(accumulation_dtype(loss.dtype))
-        if not self.log_losses:
-            return loss
-        return (loss + float(self.log_offset) if self.log_offset else loss).log()
+        """Return what is differentiated: the loss, or its logarithm."""
+        return logarithm(loss, float(self.log_offset)) if self.log_losses else in_sums(loss)
 
     def scale(self, device: torch.device) -> Tensor | None:
         """Return what the scaler multiplies the saliencies with, a scalar; None: nothing."""

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from repmtl_kernels._training.running_mean import DeferredFlag, RunningMean
+from repmtl_kernels._training.running_mean import DeferredValue, RunningMean
 from repmtl_kernels._training.step import RepMTLStep
 
 # The share of a running mean that an observation leaves as it was. The mean of the ratio follows
@@ -31,7 +31,8 @@ class Progress:
         self.checked_derivatives: set[Hashable] = set()  # tasks that have second derivatives
         self.checked_means: set[Hashable] = set()  # tasks whose saliencies were checked for means
         self.agreed = False  # whether the ranks have compared their options
-        self.weak = DeferredFlag()  # whether the lambdas have fallen too far
+        self.weak = DeferredValue()  # whether the lambdas have fallen too far
+        self.without_log = DeferredValue()  # which losses have no logarithm
         self.warned_of_weak = False
         self.last: RepMTLStep | None = None
         self._carrier: tuple[int, weakref.ref] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,36 +76,41 @@ class RunningMean:
         return self._state
 
 
-class DeferredFlag:
-    """Reads whether a number on a device is true, without waiting for the device.
+class DeferredValue:
+    """Reads a small tensor of a device without waiting for the device.
 
-    On the CPU the answer is about this number. On CUDA it is about an earlier one, whose copy has
-    arrived by now. On other devices the answer is always False.
+    On the CPU the answer is this tensor. On CUDA it is an earlier one, whose copy has arrived by
+    now. On other devices, and before the first copy, there is no answer.
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Tensor, torch.cuda.Event] | None = None
+        self._sent: tuple[Tensor, torch.cuda.Event, Any] | None = None
 
-    def __deepcopy__(self, memo: dict) -> DeferredFlag:
-        return DeferredFlag()  # an event has no copy
+    def __deepcopy__(self, memo: dict) -> DeferredValue:
+        return DeferredValue()  # an event has no copy
 
     def __getstate__(self) -> dict:
         return {"_sent": None}
 
-    def is_true(self, flag: Tensor) -> bool:
-        """Return the answer, and send for the value of ``flag``."""
-        if flag.is_cpu:
-            return bool(flag)
-        if not flag.is_cuda or torch.cuda.is_current_stream_capturing():
-            return False
-        answer = False
+    def read(self, value: Tensor, label: Any = None) -> tuple[Tensor, Any] | None:
+        """Return the answer with its label, and send for ``value``."""
+        if value.is_cpu:
+            return value, label
+        if not value.is_cuda or torch.cuda.is_current_stream_capturing():
+            return None
+        answer = None
         if self._sent is not None:
-            copy, arrived = self._sent
+            copy, arrived, sent_label = self._sent
             if not arrived.query():
-                return False
-            answer = bool(copy)
-        with torch.cuda.device(flag.device):
+                return None
+            answer = copy, sent_label
+        with torch.cuda.device(value.device):
             arrived = torch.cuda.Event()
-            self._sent = flag.to("cpu", non_blocking=True), arrived
+            self._sent = value.to("cpu", non_blocking=True), arrived, label
             arrived.record()
         return answer
+
+    def is_true(self, flag: Tensor) -> bool:
+        """Return whether the number that was read is true; False without an answer."""
+        answer = self.read(flag)
+        return answer is not None and bool(answer[0])

@@ -78,7 +78,7 @@ class Tasks(list[Task]):
 
     Args:
         losses: as the user gave them.
-        representation: as the user gave it; :meth:`place` checks it, this does not.
+        representation: as the user gave it, or None; :meth:`place` checks it, this does not.
         objective: returns what is differentiated, the loss or its logarithm.
         weights: ``w_t``; None: all 1.
         absent: whether a loss may be None.
@@ -94,7 +94,7 @@ class Tasks(list[Task]):
     def __init__(
         self,
         losses: TaskLosses,
-        representation: Representation,
+        representation: Representation | None,
         *,
         objective: Callable[[Tensor], Tensor] = lambda loss: loss,
         weights: Weights | None = None,

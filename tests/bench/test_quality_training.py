@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from quality_data import NETWORK, REP_MTL, dense, domains, make_run
+from torch import nn
 
-from benchmarks.quality import loaders, pretraining, studies, training
-from benchmarks.quality.data import Split
+from benchmarks.peers import Forward
+from benchmarks.quality import loaders, methods, pretraining, studies, training
+from benchmarks.quality.data import Dataset, Split
 from benchmarks.quality.pretraining import build
+from repmtl_kernels import task_saliencies
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +128,65 @@ def test_weighting_methods_differ_from_equal_weighting(tmp_path):
         run = make_run("domains", method)
         equal = weights(make_run("domains"), tmp_path)
         assert any(not torch.equal(w, equal[k]) for k, w in weights(run, tmp_path).items())
+
+
+def test_a_study_on_validation_data_does_not_see_the_test_data(tmp_path, monkeypatch):
+    run, on_test = make_run(evaluation={"split": "validation"}), make_run()
+    expected = execute(run, tmp_path)["metrics"]
+    assert expected != execute(on_test, tmp_path)["metrics"]
+
+    def without_test(folder=None, *, seed=0):
+        data = dense(folder, seed=seed)
+        return Dataset(data.tasks, {k: v for k, v in data.splits.items() if k != "test"})
+
+    monkeypatch.setitem(loaders.LOADERS, "dense", without_test)
+    assert execute(run, tmp_path / "without")["metrics"] == expected
+    with pytest.raises(ValueError, match=r"evaluation.split: .* train, validation; got 'test'"):
+        execute(on_test, tmp_path / "without")
+
+
+@pytest.mark.parametrize("log", [{}, {"log_losses": True, "log_offset": 0.01}], ids=["", "log"])
+def test_encoder_only_leaves_the_heads_the_gradient_of_their_losses(tmp_path, log):
+    options = {"strength": 0.5, **log}
+    one_step = {"training": {"steps": 1}}
+    plain = weights(make_run("dense", "rep_mtl", {**log, "strength": 0.0}, **one_step), tmp_path)
+    whole = weights(make_run("dense", "rep_mtl", options, **one_step), tmp_path)
+    options["encoder_only"] = True
+    only = weights(make_run("dense", "rep_mtl", options, **one_step), tmp_path)
+    for name, weight in only.items():
+        if "running" in name or "num_batches" in name:
+            continue
+        torch.testing.assert_close(weight, (plain if name.startswith("heads") else whole)[name])
+
+
+@pytest.mark.parametrize("log", [{}, {"log_losses": True, "log_offset": 0.01}], ids=["", "log"])
+def test_balanced_tasks_have_saliencies_of_one_size(log):
+    torch.manual_seed(0)
+    encoder, heads = nn.Linear(3, 4), [nn.Linear(4, 2), nn.Linear(4, 2)]
+    z = encoder(torch.randn(5, 3))
+    losses = [1e3 * heads[0](z).tanh().square().mean(), heads[1](z).square().mean()]
+    method = methods.make("rep_mtl", {"strength": 0.1, "balanced": True, **log}, 2, 10)
+    seen = []
+    method.criterion.register_forward_hook(
+        lambda module, arguments, total: seen.append((task_saliencies(*arguments), total))
+    )
+    method.backward(Forward(encoder, heads, losses, [z]))
+    ((saliencies, total),) = seen
+    for saliency in saliencies:
+        torch.testing.assert_close(saliency.abs().mean(), torch.tensor(1.0))
+    objectives = [(loss + 0.01).log() if log else loss for loss in losses]
+    plain = total - method.criterion.last.regularizer
+    torch.testing.assert_close(plain.detach(), sum(objectives).detach())
+
+
+def test_decay_ends_at_zero():
+    method = methods.make("rep_mtl", {"strength": 0.1, "decay_share": 0.5}, 2, 8)
+    strengths = []
+    for step in range(6):
+        method.calls = step
+        method.heads_context()
+        strengths.append(method.criterion.strength)
+    assert strengths == pytest.approx([0.1, 0.075, 0.05, 0.025, 0, 0])
 
 
 def test_batches_cover_an_epoch_and_differ_by_task_and_seed():

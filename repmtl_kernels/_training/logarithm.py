@@ -1,0 +1,43 @@
+"""Losses in the logarithm: it is defined above 0 alone."""
+
+from __future__ import annotations
+
+import torch
+
+from repmtl_kernels._ground.saliency import is_transformed
+from repmtl_kernels._training.running_mean import DeferredValue
+from repmtl_kernels._training.tasks import Tasks
+
+
+@torch.no_grad()
+def check_logarithms(tasks: Tasks, offset: float, seen: DeferredValue) -> None:
+    """Raise if a loss has no logarithm. NaN passes: it shows in the total.
+
+    Args:
+        tasks: with their losses.
+        offset: what is added to the losses. It is for losses that may be 0, and allows no negative
+            ones.
+        seen: the criterion's reader. On CUDA it answers about an earlier call, since this one would
+            have to wait for the device.
+
+    Raises:
+        ValueError: a loss is negative, or it is 0 and the offset is too.
+    """
+    if any(is_transformed(task.loss) for task in tasks):
+        return
+    bad = torch.stack([task.loss < 0 if offset else task.loss <= 0 for task in tasks])
+    answer = seen.read(bad, [task.key for task in tasks])
+    if answer is None or not answer[0].any():
+        return
+    flags, keys = answer
+    key = next(k for k, flag in zip(keys, flags.tolist(), strict=True) if flag)
+    if flags is bad:
+        got = f"got {next(float(task.loss) for task in tasks if task.key == key):g}"
+    else:
+        got = "got one that is not, in an earlier call"
+    least = "of at least 0" if offset else "above 0"
+    raise ValueError(
+        f"losses[{key!r}]: expected a loss {least}, which has a logarithm; {got}. Pass None for a "
+        "task without labels in this batch. A loss that can be 0 needs log_offset, and a loss that "
+        "can be negative can't be in the logarithm"
+    )
