@@ -206,7 +206,7 @@ def test_runs_in_processes_of_their_own_give_the_same(tmp_path):
     alone = studies.run_all(runs, 1, folder=tmp_path, work=tmp_path / "one")
     together = studies.run_all(runs, 2, folder=tmp_path, work=tmp_path / "two")
     for run in runs:
-        assert together[run.key]["test"] == alone[run.key]["test"]
+        assert together[run.key]["metrics"] == alone[run.key]["metrics"]
 
 
 def test_exponents_of_a_known_spectrum():

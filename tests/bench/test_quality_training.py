@@ -66,7 +66,7 @@ def test_a_neck_belongs_to_the_network(tmp_path, method):
     assert any(name.startswith("neck.") for name in parts)
     joined = {name.replace("neck.", "encoder."): w for name, w in parts.items()}
     torch.testing.assert_close(joined, dict(weights(whole, tmp_path)))
-    found, expected = execute(cut, tmp_path)["test"], execute(whole, tmp_path)["test"]
+    found, expected = execute(cut, tmp_path)["metrics"], execute(whole, tmp_path)["metrics"]
     assert found["depth"] == pytest.approx(expected["depth"])
 
 
