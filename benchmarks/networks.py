@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, l1_loss
 
+from benchmarks.minilm import minilm
+
 
 class Block(nn.Module):
     """A residual block: convolutions and batch norms, ReLU between them and after the sum."""
@@ -130,7 +132,7 @@ def mlp_encoder(
     return nn.Sequential(*layers)
 
 
-ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder}
+ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder, "minilm": minilm}
 
 
 class ASPP(nn.Module):
@@ -164,6 +166,14 @@ def classifier(inputs: int, outputs: int, *, width: int, spatial: bool) -> nn.Se
     return nn.Sequential(*activated(inputs, width), Flat(), nn.Linear(width, outputs))
 
 
+def token_classifier(inputs: int, outputs: int, *, width: int) -> nn.Sequential:
+    """Return a classifier of tokens ``(B, L, C)``.
+
+    It does not begin with a LayerNorm, after which a saliency's mean over the channels is zero.
+    """
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs))
+
+
 class Model(nn.Module):
     """A shared encoder, and a head for each task by its name."""
 
@@ -175,7 +185,7 @@ class Model(nn.Module):
     def head(self, task: str, z: Tensor, size: Sequence[int]) -> Tensor:
         """Return the task's output, at this size where it is dense."""
         y = self.heads[task](z)
-        if y.ndim == 2 or y.shape[2:] == tuple(size):
+        if y.ndim < 4 or y.shape[2:] == tuple(size):
             return y
         return interpolate(y, tuple(size), mode="bilinear", align_corners=False)
 

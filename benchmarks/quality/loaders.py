@@ -17,6 +17,7 @@ from benchmarks.multimnist import load_mnist
 from benchmarks.multimnist import multimnist as pairs_of_digits
 from benchmarks.quality.data import Dataset, Split
 from benchmarks.quality.tasks import Task
+from benchmarks.quality.treebank import ud_ewt
 
 FOLDER_VARIABLE = "REPMTL_DATA"
 
@@ -115,6 +116,7 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "tools": tools,
     "potholes": potholes,
     "office_caltech": office_caltech,
+    "ud_ewt": ud_ewt,
 }
 
 

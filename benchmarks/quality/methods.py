@@ -37,7 +37,8 @@ class RepMTLMethod(EqualWeighting):
 
     def backward(self, forward: Forward) -> None:
         z = forward.representations
-        self.criterion(forward.losses, z[0] if len(z) == 1 else z).backward()
+        shared = z[0] if len(z) == 1 else z
+        self.criterion(forward.losses, shared, positions=forward.positions).backward()
         self.ratio = self.criterion.last.ratio
 
 
@@ -60,10 +61,14 @@ METHODS = {
 }
 
 
-def make(method: str, options: dict, tasks: int, steps: int) -> EqualWeighting:
+def make(
+    method: str, options: dict, tasks: int, steps: int, channel_dim: int = 1
+) -> EqualWeighting:
     """Return the method for one run of so many steps."""
     kept = {k: v for k, v in options.items() if k not in SHARES}
     for share, option in SHARES.items():
         if share in options:
             kept[option] = round(options[share] * steps)
+    if method == "rep_mtl":
+        kept["channel_dim"] = channel_dim
     return METHODS[method](tasks, **kept)

@@ -42,10 +42,14 @@ class Trainer:
             self.network.encoder.load_state_dict(encoder)
         self.network.to(device)
         self.method = methods.make(
-            run.method, run.options, len(dataset.tasks), self.settings["steps"]
+            run.method,
+            run.options,
+            len(dataset.tasks),
+            self.settings["steps"],
+            dataset.channel_dim,
         )
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
+            [p for p in self.network.parameters() if p.requires_grad],
             lr=self.settings["lr"],
             weight_decay=self.settings["weight_decay"],
         )
@@ -80,22 +84,25 @@ class Trainer:
                 target = batch.targets[task.name].to(self.device)
                 output = network.head(task.name, mine, target.shape[-2:])
                 losses.append(task.kind.loss(output, target))
-        return Forward(network.encoder, [network.heads[t] for t in data.names], losses, z)
+        heads = [network.heads[t] for t in data.names]
+        return Forward(network.encoder, heads, losses, z, data.positions(inputs[0]))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Return the test metrics of each task."""
         self.network.eval()
-        test, metrics = self.dataset.splits["test"], {}
-        for task in self.dataset.tasks:
-            pairs = []
-            both = test.of(task.name), test.targets[task.name]
-            for inputs, target in zip(*(x.split(EVALUATION_BATCH) for x in both), strict=True):
-                z = self.network.encoder(self.dataset.prepared(inputs.to(self.device)))
-                output = self.network.head(task.name, z, target.shape[-2:])
-                pairs.append((output, target.to(self.device)))
-            metrics[task.name] = task.kind.evaluate(pairs)
-        return metrics
+        data, test = self.dataset, self.dataset.splits["test"]
+        pairs: dict[str, list] = {name: [] for name in data.names}
+        # Tasks with one input in common also share its representation.
+        for names in [[name] for name in data.names] if data.multi_input else [data.names]:
+            parts = [test.of(names[0]), *(test.targets[name] for name in names)]
+            batches = zip(*(x.split(EVALUATION_BATCH) for x in parts), strict=True)
+            for inputs, *targets in batches:
+                z = self.network.encoder(data.prepared(inputs.to(self.device)))
+                for name, target in zip(names, targets, strict=True):
+                    output = self.network.head(name, z, target.shape[-2:])
+                    pairs[name].append((output, target.to(self.device)))
+        return {task.name: task.kind.evaluate(pairs[task.name]) for task in data.tasks}
 
 
 def learning_rate(settings: dict, step: int) -> float:
