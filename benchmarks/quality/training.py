@@ -49,7 +49,7 @@ class Trainer:
             dataset.channel_dim,
         )
         self.optimizer = torch.optim.Adam(
-            [p for p in self.network.parameters() if p.requires_grad],
+            self.groups(),
             lr=self.settings["lr"],
             weight_decay=self.settings["weight_decay"],
         )
@@ -58,9 +58,20 @@ class Trainer:
         # Dropout's, the only random numbers that a step draws from the global generator.
         torch.manual_seed(stream(run.seed, "training"))
 
+    def groups(self) -> list[dict]:
+        """Return what is trained; new heads may need a higher rate than a pretrained encoder."""
+        factors = (
+            (self.network.encoder, 1.0),
+            (self.network.heads, self.settings["head_lr_factor"]),
+        )
+        return [
+            {"params": [p for p in part.parameters() if p.requires_grad], "factor": factor}
+            for part, factor in factors
+        ]
+
     def train_step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step)
+            group["lr"] = group["factor"] * learning_rate(self.settings, step)
         batch = self.dataset.batch(step, self.size, self.run.seed)
         if self.settings["flip"]:
             batch = flipped(batch, stream(self.run.seed, "flip", step))

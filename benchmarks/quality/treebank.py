@@ -76,12 +76,12 @@ def sentences(text: str) -> Iterator[Sentence]:
     for block in text.split("\n\n"):
         rows = [line.split("\t") for line in block.splitlines() if line and line[0] != "#"]
         # "1-2" is a token of two words, "1.1" a word that was left out.
-        words = [word(row) for row in rows if row[0].isdigit()]
+        words = [word_of(row) for row in rows if row[0].isdigit()]
         if words:
             yield words
 
 
-def word(row: list[str]) -> Word:
+def word_of(row: list[str]) -> Word:
     number, form, _, upos, _, feats, head, deprel = row[:8]
     away = max(-FARTHEST, min(FARTHEST, int(head) - int(number)))
     where = "root" if head == "0" else f"{away:+d}"
@@ -117,21 +117,34 @@ def split(
 
     A label that no training word has gets a class beyond those of the output: it is never right.
     """
-    inputs = torch.full((len(chosen), length), minilm.PADDING)
-    targets = {task: torch.full((len(chosen), length), UNLABELLED) for task in TASKS}
-    for n, sentence in enumerate(chosen):
-        ids = pieces("[CLS]")
-        for form, labels in sentence:
-            if len(ids) > length - 2:
-                break
-            for task in TASKS:
-                mine = classes[task]
-                targets[task][n, len(ids)] = mine.get(labels[task], count(mine))
-            # A word of control characters only has no piece of its own.
-            ids = ids + (pieces(form) or pieces("[UNK]"))
-        ids = ids[: length - 1] + pieces("[SEP]")
-        inputs[n, : len(ids)] = torch.tensor(ids)
-    return by_length(Split(inputs, targets))
+    inputs: list[list[int]] = []
+    targets: dict[str, list[list[int]]] = {task: [] for task in TASKS}
+    unseen = {task: count(classes[task]) for task in TASKS}
+    for sentence in chosen:
+        ids, places = cut(sentence, pieces, length)
+        inputs.append(ids)
+        for task in TASKS:
+            row = [UNLABELLED] * length
+            for place, word in zip(places, sentence, strict=False):  # words at the end are cut
+                row[place] = classes[task].get(word.labels[task], unseen[task])
+            targets[task].append(row)
+    tensors = {task: torch.tensor(rows) for task, rows in targets.items()}
+    return by_length(Split(torch.tensor(inputs), tensors))
+
+
+def cut(
+    sentence: Sentence, pieces: Callable[[str], list[int]], length: int
+) -> tuple[list[int], list[int]]:
+    """Return a sentence's pieces with padding, and the place of each word's first piece."""
+    ids, places = pieces("[CLS]"), []
+    for word in sentence:
+        if len(ids) > length - 2:
+            break
+        places.append(len(ids))
+        # A word of control characters only has no piece of its own.
+        ids = ids + (pieces(word.form) or pieces("[UNK]"))
+    ids = ids[: length - 1] + pieces("[SEP]")
+    return ids + [minilm.PADDING] * (length - len(ids)), places
 
 
 def by_length(split: Split) -> Split:
