@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, interpolate, l1_loss
 
 from benchmarks.lite0 import SCALE as LITE0_SCALE
 from benchmarks.lite0 import lite0
+from benchmarks.minilm import minilm
 
 
 class Block(nn.Module):
@@ -133,7 +134,7 @@ def mlp_encoder(
     return nn.Sequential(*layers)
 
 
-ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder, "lite0": lite0}
+ENCODERS = {"residual": residual_encoder, "mlp": mlp_encoder, "lite0": lite0, "minilm": minilm}
 # Mean and standard deviation of 8-bit images that an encoder expects; others take the data set's.
 SCALES = {"lite0": LITE0_SCALE}
 
@@ -169,6 +170,14 @@ def classifier(inputs: int, outputs: int, *, width: int, spatial: bool) -> nn.Se
     return nn.Sequential(*activated(inputs, width), Flat(), nn.Linear(width, outputs))
 
 
+def token_classifier(inputs: int, outputs: int, *, width: int) -> nn.Sequential:
+    """Return a classifier of tokens ``(B, L, C)``.
+
+    It does not begin with a LayerNorm, after which a saliency's mean over the channels is zero.
+    """
+    return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs))
+
+
 class Model(nn.Module):
     """A shared encoder, and a head for each task by its name.
 
@@ -192,7 +201,7 @@ class Model(nn.Module):
     def head(self, task: str, features: Tensor, size: Sequence[int]) -> Tensor:
         """Return the task's output, at this size where it is dense; features: of the neck."""
         y = self.heads[task](features)
-        if y.ndim == 2 or y.shape[2:] == tuple(size):
+        if y.ndim < 4 or y.shape[2:] == tuple(size):
             return y
         return interpolate(y, tuple(size), mode="bilinear", align_corners=False)
 

@@ -32,6 +32,7 @@ class Forward(NamedTuple):
     heads: list[nn.Module]  # of the tasks, in order
     losses: list[Tensor]
     representations: list[Tensor]  # one that all tasks share; multi-input: one per task
+    positions: Tensor | None = None  # of texts: where there is no padding
 
     def of_tasks(self) -> list[Tensor]:
         shared = len(self.representations) == 1
@@ -97,7 +98,8 @@ class SinglePass(OwnPasses):
     def backward(self, forward: Forward, marks: Unmarked) -> None:
         saliencies = heads_backward(forward)
         marks.mark("heads_backward")
-        parameters = list(forward.encoder.parameters())
+        # With LoRA only the adapters are trained.
+        parameters = [p for p in forward.encoder.parameters() if p.requires_grad]
         sizes = [p.numel() for p in parameters]
         jacobian = parameters[0].new_empty(len(saliencies), sum(sizes))
         users = len(saliencies) // len(forward.representations)

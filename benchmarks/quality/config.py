@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "network": {},
     "training": {
         "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5, "halve_at": [0.5],
-        "flip": False, "label_fraction": 1.0, "log_every": 10,
+        "flip": False, "label_fraction": 1.0, "log_every": 10, "head_lr_factor": 1.0,
     },
     "pretraining": {
         "kind": "", "steps": 300, "batch": 16, "lr": 1e-3, "weight_decay": 1e-5,

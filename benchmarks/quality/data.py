@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from benchmarks.quality.tasks import Task
+from benchmarks.minilm import PADDING
+from benchmarks.quality.tasks import Task, Tokens
 
 Inputs = Tensor | dict[str, Tensor]
 
@@ -19,7 +20,7 @@ class Split:
     """Samples of one split.
 
     inputs: ``(n, ...)``; in multi-input learning one such tensor per task. uint8 is normalised on
-        its way to the network.
+        its way to the network. Of texts these are the numbers of word pieces, ``(n, L)``.
     targets: per task, ``(n, ...)``; a pixel without a label has its kind's value for that.
     """
 
@@ -54,6 +55,20 @@ class Dataset:
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether inputs are texts, and representations ``(B, L, C)``."""
+        return isinstance(self.tasks[0].kind, Tokens)
+
+    @property
+    def channel_dim(self) -> int:
+        """Where a representation has its channels."""
+        return -1 if self.of_tokens else 1
+
+    def positions(self, inputs: Tensor) -> Tensor | None:
+        """Return where a batch of texts is not padding; None: the inputs are no texts."""
+        return inputs != PADDING if self.of_tokens else None
+
     @cached_property
     def scale(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation of 8-bit images over 255, of each channel or of all."""
@@ -67,6 +82,8 @@ class Dataset:
 
     def prepared(self, inputs: Tensor) -> Tensor:
         """Return a batch as the network takes it."""
+        if self.of_tokens:
+            return inputs
         if self.scale is None:
             return inputs.float()
         mean, std = (x.to(inputs.device) for x in self.scale)

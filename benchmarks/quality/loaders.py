@@ -18,6 +18,7 @@ from benchmarks.multimnist import multimnist as pairs_of_digits
 from benchmarks.quality import doom as views
 from benchmarks.quality.data import Dataset, Split
 from benchmarks.quality.tasks import Task
+from benchmarks.quality.treebank import ud_ewt
 
 FOLDER_VARIABLE = "REPMTL_DATA"
 
@@ -114,6 +115,7 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
     "doom": doom,
     "potholes": potholes,
     "office_caltech": office_caltech,
+    "ud_ewt": ud_ewt,
 }
 
 

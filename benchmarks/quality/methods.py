@@ -63,7 +63,8 @@ class RepMTLMethod(EqualWeighting):
         z, losses = forward.representations, forward.losses
         if self.balanced:
             losses = self._balanced(self._objectives(losses), forward.of_tasks())
-        total = self.criterion(losses, z[0] if len(z) == 1 else z)
+        shared = z[0] if len(z) == 1 else z
+        total = self.criterion(losses, shared, positions=forward.positions)
         if self.encoder_only:
             encoder = [p for p in forward.encoder.parameters() if p.requires_grad]
             total.backward(inputs=encoder, retain_graph=True)
@@ -108,10 +109,14 @@ METHODS = {
 }
 
 
-def make(method: str, options: dict, tasks: int, steps: int) -> EqualWeighting:
+def make(
+    method: str, options: dict, tasks: int, steps: int, channel_dim: int = 1
+) -> EqualWeighting:
     """Return the method for one run of so many steps."""
     kept = {k: v for k, v in options.items() if k not in SHARES}
     for share, option in SHARES.items():
         if share in options:
             kept[option] = round(options[share] * steps)
+    if method == "rep_mtl":
+        kept["channel_dim"] = channel_dim
     return METHODS[method](tasks, **kept)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.networks import ASPP, ENCODERS, Flat, Model, classifier
+from benchmarks.networks import ASPP, ENCODERS, Flat, Model, classifier, token_classifier
 from benchmarks.quality.data import Dataset, stream
 
 TURNS = 4
@@ -47,6 +47,8 @@ def build(
             head = ASPP(z.shape[1], task.kind.channels, head_width, head_dilations, small=True)
             task.kind.centre(head.project[-1].bias, dataset.splits["train"].targets[task.name])
             heads[task.name] = head
+        elif dataset.of_tokens:
+            heads[task.name] = token_classifier(z.shape[-1], task.kind.channels, width=head_width)
         else:
             heads[task.name] = classifier(
                 z.shape[1], task.kind.channels, width=head_width, spatial=z.ndim == 4

@@ -46,8 +46,15 @@ class Classification(Kind):
         return cross_entropy(output, targets.long(), ignore_index=UNLABELLED)
 
     def evaluate(self, pairs):
-        hits = torch.cat([(y.argmax(1) == t)[self.valid(t)] for y, t in pairs])
+        hits = torch.cat([(y.argmax(-1) == t)[self.valid(t)] for y, t in pairs])
         return {"accuracy": 100 * hits.double().mean().item()}
+
+
+class Tokens(Classification):
+    """Targets ``(n, L)`` int for outputs ``(n, L, classes)``: accuracy in per cent."""
+
+    def loss(self, output, targets):
+        return super().loss(output.transpose(1, 2), targets)
 
 
 class Segmentation(Classification):
@@ -154,6 +161,7 @@ class Normals(Kind):
 
 KINDS = {
     "classification": Classification,
+    "tokens": Tokens,
     "segmentation": Segmentation,
     "depth": Depth,
     "disparity": Disparity,

@@ -53,12 +53,16 @@ class Trainer:
             self.network.encoder.load_state_dict(encoder)
         self.network.to(device)
         self.method = methods.make(
-            run.method, run.options, len(dataset.tasks), self.settings["steps"]
+            run.method,
+            run.options,
+            len(dataset.tasks),
+            self.settings["steps"],
+            dataset.channel_dim,
         )
         if isinstance(self.method, methods.GradientWeighting) and "cut" in run.settings["network"]:
             raise ValueError(f"network.cut: expected none with {run.method}, got one")
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(),
+            self.groups(),
             lr=self.settings["lr"],
             weight_decay=self.settings["weight_decay"],
         )
@@ -67,9 +71,20 @@ class Trainer:
         # Dropout's, the only random numbers that a step draws from the global generator.
         torch.manual_seed(stream(run.seed, "training"))
 
+    def groups(self) -> list[dict]:
+        """Return what is trained; new heads may need a higher rate than a pretrained encoder."""
+        factors = (
+            (self.network.encoder, 1.0),
+            (self.network.heads, self.settings["head_lr_factor"]),
+        )
+        return [
+            {"params": [p for p in part.parameters() if p.requires_grad], "factor": factor}
+            for part, factor in factors
+        ]
+
     def train_step(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step)
+            group["lr"] = group["factor"] * learning_rate(self.settings, step)
         batch = self.dataset.batch(step, self.size, self.run.seed)
         if self.settings["flip"]:
             batch = flipped(batch, stream(self.run.seed, "flip", step))
@@ -96,22 +111,26 @@ class Trainer:
                 losses.append(task.kind.loss(output, target))
         if network.levels:
             z = [Levels(*both) for both in zip(z, features, strict=True)]
-        return Forward(network.encoder, [network.heads[t] for t in data.names], losses, z)
+        heads = [network.heads[t] for t in data.names]
+        return Forward(network.encoder, heads, losses, z, data.positions(inputs[0]))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Return the metrics of each task on the split that the study names."""
         self.network.eval()
-        split, metrics = self.dataset.splits[self.run.settings["evaluation"]["split"]], {}
-        for task in self.dataset.tasks:
-            pairs = []
-            both = split.of(task.name), split.targets[task.name]
-            for inputs, target in zip(*(x.split(EVALUATION_BATCH) for x in both), strict=True):
-                z = self.network.encoder(self.dataset.prepared(inputs.to(self.device)))
-                output = self.network.head(task.name, self.network.neck(z), target.shape[-2:])
-                pairs.append((output, target.to(self.device)))
-            metrics[task.name] = task.kind.evaluate(pairs)
-        return metrics
+        data, split = self.dataset, self.dataset.splits[self.run.settings["evaluation"]["split"]]
+        pairs: dict[str, list] = {name: [] for name in data.names}
+        # Tasks with one input in common also share its representation.
+        for names in [[name] for name in data.names] if data.multi_input else [data.names]:
+            parts = [split.of(names[0]), *(split.targets[name] for name in names)]
+            batches = zip(*(x.split(EVALUATION_BATCH) for x in parts), strict=True)
+            for inputs, *targets in batches:
+                z = self.network.encoder(data.prepared(inputs.to(self.device)))
+                features = self.network.neck(z)
+                for name, target in zip(names, targets, strict=True):
+                    output = self.network.head(name, features, target.shape[-2:])
+                    pairs[name].append((output, target.to(self.device)))
+        return {task.name: task.kind.evaluate(pairs[task.name]) for task in data.tasks}
 
 
 def learning_rate(settings: dict, step: int) -> float:
