@@ -73,13 +73,11 @@ class Trainer:
 
     def groups(self) -> list[dict]:
         """Return what is trained; new heads may need a higher rate than a pretrained encoder."""
-        factors = (
-            (self.network.encoder, 1.0),
-            (self.network.heads, self.settings["head_lr_factor"]),
-        )
+        network, factor = self.network, self.settings["head_lr_factor"]
+        before = [*network.encoder.parameters(), *network.neck.parameters()]
         return [
-            {"params": [p for p in part.parameters() if p.requires_grad], "factor": factor}
-            for part, factor in factors
+            {"params": [p for p in parameters if p.requires_grad], "factor": factor}
+            for parameters, factor in ((before, 1.0), (network.heads.parameters(), factor))
         ]
 
     def train_step(self, step: int) -> None:
