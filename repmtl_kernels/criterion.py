@@ -31,8 +31,9 @@ from repmtl_kernels.modules import LossModule
 
 # For a criterion that is given neither lambdas nor a strength (docs/tuning.md has the evidence).
 DEFAULT_STRENGTH = 0.03
-# For a strength without `every`. With lambdas alone it is 1, and the total equation 10.
-DEFAULT_EVERY = 1
+# For a criterion that is given neither lambdas nor `every`. With lambdas it is 1, and the total
+# equation 10.
+DEFAULT_EVERY = 4
 # For a lambda that is left out beside the other.
 DEFAULT_LAMBDA = 0.01
 
@@ -215,10 +216,11 @@ class RepMTL(LossModule):
         memory: str = "auto",
         backend: str = "auto",
     ) -> None:
-        if lambda_tsr is None and lambda_csa is None and strength is None:
+        without_lambdas = lambda_tsr is None and lambda_csa is None
+        if without_lambdas and strength is None:
             strength = DEFAULT_STRENGTH
         if every is None:
-            every = 1 if strength is None else DEFAULT_EVERY
+            every = DEFAULT_EVERY if without_lambdas else 1
         options = CriterionOptions(
             lambda_tsr=DEFAULT_LAMBDA if lambda_tsr is None else lambda_tsr,
             lambda_csa=DEFAULT_LAMBDA if lambda_csa is None else lambda_csa,

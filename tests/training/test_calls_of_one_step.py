@@ -49,7 +49,7 @@ def test_ramp_goes_by_steps() -> None:
 
 
 def test_one_weight_and_one_measurement_a_step() -> None:
-    criterion, weights = RepMTL(strength=0.3), []
+    criterion, weights = RepMTL(strength=0.3, every=1), []
     for step in range(3):
         for half in range(4):
             step_on_noise(criterion, seed=10 * step + half, step=step)
@@ -57,7 +57,7 @@ def test_one_weight_and_one_measurement_a_step() -> None:
     for step in range(3):
         assert weights[4 * step : 4 * step + 4] == pytest.approx([weights[4 * step]] * 4, rel=1e-6)
     assert max(weights[::4]) > 1.01 * min(weights[::4])
-    alone = RepMTL(strength=0.3)
+    alone = RepMTL(strength=0.3, every=1)
     for step in range(3):
         step_on_noise(alone, seed=10 * step)
         assert regularizer_weight(alone) == pytest.approx(weights[4 * step], rel=1e-6)

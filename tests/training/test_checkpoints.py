@@ -14,9 +14,9 @@ from repmtl_kernels import RepMTL
 
 
 def test_start_is_counted_in_the_checkpoint(network: Network) -> None:
-    criterion = RepMTL(start=3)
+    criterion = RepMTL(start=3, every=1)
     assert applied(criterion, network, 2) == [False, False]
-    resumed = RepMTL(start=3)
+    resumed = RepMTL(start=3, every=1)
     resumed.load_state_dict(criterion.state_dict())
     assert applied(resumed, network, 3) == [False, True, True]
 

@@ -26,7 +26,7 @@ def test_heads_without_a_second_derivative_are_explained_once(
         "check_losses",
         lambda new, *rest: walks.append([t.key for t in new]) or check_losses(new, *rest),
     )
-    criterion = RepMTL(start=1)
+    criterion = RepMTL(start=1, every=1)
     assert applied(criterion, network, 3) == [False, True, True]
     assert walks == [[0, 1, 2]]
     z = network.encoder(network.images())

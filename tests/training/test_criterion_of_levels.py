@@ -206,7 +206,7 @@ def test_positions_of_each_level(pyramid: Pyramid) -> None:
 
 def test_strength_and_ratio_are_over_all_levels(pyramid: Pyramid) -> None:
     z, losses = batch(pyramid)
-    criterion = RepMTL(strength=0.2)
+    criterion = RepMTL(strength=0.2, every=1)
     total = criterion(losses, Levels(z))
     tasks = sum(losses.values())
     sizes = []

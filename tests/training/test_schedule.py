@@ -108,7 +108,7 @@ def test_second_order_where_the_next_call_applies(
             uses.append(bool(entered))
         return uses
 
-    assert uses_second_order(RepMTL(), 2) == [True, True]
+    assert uses_second_order(RepMTL(every=1), 2) == [True, True]
     assert uses_second_order(RepMTL(start=1, every=2), 4) == [False, True, False, True]
     assert uses_second_order(RepMTL(strength=0.1), 1) == [True]
     for off in (RepMTL(0, 0), RepMTL().eval(), RepMTL(strength=0.0)):

@@ -85,22 +85,26 @@ def test_strength_takes_only_the_mix_from_the_lambdas(network: Network) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "strength", "lambdas"),
+    ("options", "strength", "lambdas", "every"),
     [
-        ({}, 0.03, (0.01, 0.01)),
-        ({"lambda_tsr": 0.9}, None, (0.9, 0.01)),
-        ({"lambda_csa": 0.0}, None, (0.01, 0.0)),
-        ({"strength": 0.3}, 0.3, (0.01, 0.01)),
-        ({"strength": 0.0}, 0.0, (0.01, 0.01)),
-        ({"lambda_tsr": 0.9, "strength": 0.3}, 0.3, (0.9, 0.01)),
+        ({}, 0.03, (0.01, 0.01), 4),
+        ({"lambda_tsr": 0.9}, None, (0.9, 0.01), 1),
+        ({"lambda_csa": 0.0}, None, (0.01, 0.0), 1),
+        ({"strength": 0.3}, 0.3, (0.01, 0.01), 4),
+        ({"strength": 0.0}, 0.0, (0.01, 0.01), 4),
+        ({"strength": 0.3, "every": 2}, 0.3, (0.01, 0.01), 2),
+        ({"every": 1}, 0.03, (0.01, 0.01), 1),
+        ({"log_losses": True}, 0.03, (0.01, 0.01), 4),
+        ({"lambda_tsr": 0.9, "strength": 0.3}, 0.3, (0.9, 0.01), 1),
     ],
 )
-def test_defaults_of_options_left_out(network: Network, options, strength, lambdas) -> None:
+def test_defaults_of_options_left_out(network: Network, options, strength, lambdas, every) -> None:
     left_out = RepMTL(**options)
-    assert left_out.strength == strength
+    assert (left_out.strength, left_out.every) == (strength, every)
     assert (left_out.lambda_tsr, left_out.lambda_csa) == lambdas
-    written_out = RepMTL(*lambdas, strength=strength)
-    for _ in range(3):
+    log_losses = left_out.log_losses
+    written_out = RepMTL(*lambdas, strength=strength, every=every, log_losses=log_losses)
+    for _ in range(5):
         z, losses = batch(network)
         totals = [criterion(losses, z) for criterion in (left_out, written_out)]
         assert torch.equal(*totals)
@@ -136,7 +140,7 @@ def test_bad_observations_leave_the_estimate(network: Network, poison: float) ->
 
 def test_a_weight_that_falls_is_reported_once(network: Network) -> None:
     """The gradient of tasks vanishes as they are learned, and the regulariser's does not."""
-    criterion = RepMTL(strength=0.1)
+    criterion = RepMTL(strength=0.1, every=1)
     reports = []
     for size in (1.0, 1e-5, 1e-5):
         for _ in range(2):
