@@ -20,6 +20,7 @@ ROWS = {
     **OF_LIBMTL,
     **OF_TORCHJD,
 }
+COMPARED = ("libmtl_Nash_MTL", "libmtl_FairGrad", *OF_TORCHJD)
 # By how many per cent Rep-MTL's step is shorter in the paper, on NYUv2.
 PAPER = {"libmtl_Nash_MTL": 26, "libmtl_FairGrad": 12}
 
@@ -50,7 +51,7 @@ def _cell(row: dict | None, default: dict | None) -> str:
     if row["error"]:
         return failure(row)
     ratio = row["ratio_to_ew"]
-    if row["method"] in (EQUAL_WEIGHTING, DEFAULT) or not default or default["error"]:
+    if row["method"] not in COMPARED or not default or default["error"]:
         return f"{ratio:.2f}x"
     return f"{ratio:.2f}x, {100 * (1 - default['ratio_to_ew'] / ratio):.0f} %"
 
