@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -14,9 +14,10 @@ from benchmarks.peers import AtRepresentation, ByTorchjd, Forward, SinglePass, f
 from benchmarks.phases import PHASES, Phases, Unmarked
 from repmtl_kernels import RepMTL, rep_mtl_loss, task_saliencies
 from repmtl_kernels._heads.second_order import second_order
-from repmtl_kernels._training.strength import FIRST
+from repmtl_kernels._training.strength import BETWEEN, FIRST
 
 EQUAL_WEIGHTING = "equal_weighting"
+DEFAULT = "rep_mtl_default"
 LAMBDA = 0.01
 LEARNING_RATE = 1e-4
 EVERY = 4
@@ -35,26 +36,28 @@ class Work:
         low = dtype != torch.float32
         self.autocast = partial(torch.autocast, device.type, dtype, enabled=low)
 
-    def step(self, method: EqualWeighting, marks: Unmarked | None = None) -> None:
+    def step(self, method: EqualWeighting, number: int, marks: Unmarked | None = None) -> None:
+        """Take the step of this number, one of ``method.calls``."""
         marks = marks or Unmarked()
+        method.begin(number)
         method.gradients(self, marks)
         self.optimizer.step()
         self.optimizer.zero_grad()
         marks.mark("optimizer")
 
     def cycle(self, method: EqualWeighting) -> None:
-        """Take as many steps as it takes until they repeat."""
-        for _ in range(method.every):
-            self.step(method)
+        """Take one step of each kind."""
+        for number in method.calls:
+            self.step(method, number)
 
     def phases(self, method: EqualWeighting) -> dict[str, float]:
-        """Return the milliseconds of each phase in one step, the mean of a cycle."""
+        """Return the milliseconds of each phase, the mean over all steps; without marks nothing."""
         total = dict.fromkeys(PHASES, 0.0)
-        for _ in range(method.every):
+        for number, share in method.calls.items() if method.marked else ():
             marks = Phases(self.device)
-            self.step(method, marks)
+            self.step(method, number, marks)
             for name, ms in marks.ms().items():
-                total[name] += ms / method.every
+                total[name] += share * ms
         return {name: ms for name, ms in total.items() if ms > 0}
 
     def clear(self) -> None:
@@ -70,7 +73,12 @@ class Work:
 class EqualWeighting:
     """The sum of the task losses."""
 
-    every = 1  # steps until they repeat
+    # The numbers of steps that stand for all others, and the share of each in them.
+    calls: Mapping[int, float] = {0: 1.0}
+    marked = True  # whether it marks its phases
+
+    def begin(self, number: int) -> None:
+        """Make the next step the one of this number."""
 
     def gradients(self, work: Work, marks: Unmarked) -> None:
         """Run forward and backward and mark the phases."""
@@ -116,11 +124,16 @@ class RepMTLMethod(EqualWeighting):
     ) -> None:
         self.criterion = RepMTL(LAMBDA, LAMBDA, backend=backend, every=every)
         self.fast = fast
-        self.state = torch.zeros_like(self.criterion.get_extra_state())
-        if not measured:
-            self.state[0] = every * (FIRST + 1)  # the number of calls
         self.every = every
-        self.dissected = 0
+        applied = 0 if measured else every * (FIRST + 1)
+        self.calls = {applied: 1 / every}
+        if every > 1:
+            self.calls[applied + 1] = 1 - 1 / every
+        self.state = torch.zeros_like(self.criterion.get_extra_state())
+
+    def begin(self, number: int) -> None:
+        self.state[0] = number
+        self.criterion.set_extra_state(self.state)
 
     def heads(self, marks: Unmarked) -> AbstractContextManager:
         if not self.fast:
@@ -134,20 +147,16 @@ class RepMTLMethod(EqualWeighting):
         if isinstance(marks, Phases):
             self._dissect(forward, marks)
         else:
-            if self.criterion.get_extra_state()[0] % self.every == 0:  # a cycle begins
-                self.criterion.set_extra_state(self.state)
             self.criterion(forward.losses, z[0] if len(z) == 1 else z).backward()
 
     def _applies(self) -> bool:
-        return self.dissected % self.every == 0
+        return int(self.state[0]) % self.every == 0
 
     def _dissect(self, forward: Forward, marks: Phases) -> None:
         """Do what the criterion does, by its parts: the criterion itself has no marks."""
         c, z = self.criterion, forward.representations
         total = sum(forward.losses)
-        applies = self._applies()
-        self.dissected += 1
-        if applies:
+        if self._applies():
             saliencies = task_saliencies(forward.losses, z[0] if len(z) == 1 else z)
             marks.mark("saliencies")
             lambdas = {"lambda_tsr": c.lambda_tsr, "lambda_csa": c.lambda_csa}
@@ -162,9 +171,31 @@ class RepMTLMethod(EqualWeighting):
         marks.mark("encoder_backward")
 
 
+class Default(RepMTLMethod):
+    """``RepMTL()`` as it comes, under ``second_order()``, when its first calls are over.
+
+    One kind of its calls measures the ratio of the gradients, besides those that apply the
+    regulariser without that and those between.
+    """
+
+    marked = False  # a dissected step has fixed lambdas and measures nothing
+
+    def __init__(self) -> None:
+        self.criterion = RepMTL()
+        self.fast = True
+        self.every = self.criterion.every
+        measured, applied = BETWEEN * self.every, (BETWEEN + 1) * self.every
+        self.calls = {measured: 1 / measured, applied: 1 / self.every - 1 / measured}
+        if self.every > 1:
+            self.calls[applied + 1] = 1 - 1 / self.every
+        self.state = torch.zeros_like(self.criterion.get_extra_state())
+        self.state[1:3] = 1.0  # a mean of the ratio, as its first calls leave one
+
+
 # The decisive methods first: when time runs out, the last ones are left out.
 METHODS: dict[str, Callable[[int], EqualWeighting]] = {
     EQUAL_WEIGHTING: lambda tasks: EqualWeighting(),
+    DEFAULT: lambda tasks: Default(),
     "rep_mtl_second_order": lambda tasks: RepMTLMethod(fast=True),
     "rep_mtl": lambda tasks: RepMTLMethod(),
     "rep_mtl_reference": lambda tasks: RepMTLMethod("reference"),
@@ -178,7 +209,8 @@ METHODS: dict[str, Callable[[int], EqualWeighting]] = {
 }
 NEED_TORCHJD = tuple(name for name in METHODS if name.startswith(("nash_mtl", "fairgrad")))
 TITLES = {
-    "equal_weighting": "equal weighting",
+    EQUAL_WEIGHTING: "equal weighting",
+    DEFAULT: "Rep-MTL as it comes: `RepMTL()`, `second_order()`",
     "rep_mtl_reference": "Rep-MTL, reference losses",
     "rep_mtl": "Rep-MTL, fused losses",
     "rep_mtl_second_order": "Rep-MTL, fused, `second_order()`",

@@ -4,6 +4,7 @@ from benchmarks.parts import (
     compatibility,
     kept,
     kernels,
+    libmtl,
     predicted,
     quality,
     scaling,
@@ -17,6 +18,7 @@ from benchmarks.parts import (
 PARTS = (
     kernels.PART,
     steps.PART,
+    libmtl.PART,
     quality.PART,
     stages.PART,
     second_order.PART,

@@ -81,11 +81,11 @@ def measure_case(run: Run, seconds: float, case: Case) -> list[dict]:
         work = Work(case.network, case.precision.dtype, run.device)
         for name, make in METHODS.items():
             method, began = make(), time.monotonic()
-            work.step(method)  # the first looks for operations without a second derivative
+            work.cycle(method)  # the first looks for operations without a second derivative
             with Convolutions() as counter:
-                work.step(method)
+                work.cycle(method)
             counts[name] = per_head_convolution(counter.counts, work)
-            peak_mb = peak_extra_bytes(partial(work.step, method), run.device) / 1e6
+            peak_mb = peak_extra_bytes(partial(work.cycle, method), run.device) / 1e6
             ready[name] = method, peak_mb, (time.monotonic() - began) / 3
         timings, phases = timed(ready, work, deadline)
     base, plain = timings[EQUAL_WEIGHTING], timings[PLAIN]
@@ -105,7 +105,7 @@ def measure_case(run: Run, seconds: float, case: Case) -> list[dict]:
             "measurement": share,
             "measurement_on_average": share / BETWEEN if own else None,
         }
-        row = figures(1, timings[name], base, ready[name][1]) | rounded(more)
+        row = figures(timings[name], base, ready[name][1]) | rounded(more)
         rows.append(case.labels(name) | row | {"phases": rounded(phases[name])})
         say(f"  {name}: {row}")
     return rows

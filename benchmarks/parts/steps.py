@@ -15,6 +15,7 @@ import torch
 from benchmarks.cases import FLOAT32, TF32, Effort, Precision, products_in
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.methods import (
+    DEFAULT,
     EQUAL_WEIGHTING,
     METHODS,
     NEED_TORCHJD,
@@ -30,6 +31,7 @@ from benchmarks.peers import ByTorchjd
 from benchmarks.phases import PHASES
 from benchmarks.results import rounded
 from benchmarks.timing import Timing, side_by_side
+from repmtl_kernels._training.strength import BETWEEN
 
 BFLOAT16 = Precision(torch.bfloat16, "high", "bfloat16")
 PRECISIONS = {"cpu": (FLOAT32,), "cuda": (TF32, BFLOAT16)}
@@ -37,6 +39,10 @@ QUICK_NETWORKS = ("nyuv2",)
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 # The cost of a method in all, in cycles, with as few rounds as there may be.
 SET_UP_CYCLES = 12
+OF_DEFAULT = (
+    "`RepMTL()` has the mean over its calls: those that apply the regulariser, one in "
+    f"{BETWEEN} of which also measures the ratio, and those between."
+)
 # Instrumented cycles of each method; the median counts.
 PHASE_CYCLES = 3
 
@@ -103,10 +109,10 @@ def measure_case(run: Run, deadline: float, case: Case) -> list[dict]:
         timings, phases = timed(ready, work, deadline)
     rows = []
     base = timings.get(EQUAL_WEIGHTING)
-    for name, (method, peak_mb, _) in ready.items():
+    for name, (_, peak_mb, _) in ready.items():
         rows.append(
             case.labels(name)
-            | figures(method.every, timings[name], base, peak_mb)
+            | figures(timings[name], base, peak_mb)
             | {"phases": rounded(phases[name]), "error": None}
         )
     nothing = dict.fromkeys(("steps_per_s", "spread", "ratio_to_ew", "peak_mb", "phases"))
@@ -150,7 +156,7 @@ def prepared(run: Run, case: Case, work: Work, deadline: float) -> tuple[Ready, 
         try:
             work.cycle(method)
             if isinstance(method, Peer) and isinstance(method.form, ByTorchjd):
-                method.form.tune(partial(work.step, method), partial(wait, work.device))
+                method.form.tune(partial(work.cycle, method), partial(wait, work.device))
             wait(work.device)
             began = time.monotonic()
             peak_mb = peak_extra_bytes(partial(work.cycle, method), work.device) / 1e6
@@ -168,13 +174,21 @@ def prepared(run: Run, case: Case, work: Work, deadline: float) -> tuple[Ready, 
 def timed(
     ready: Ready, work: Work, deadline: float
 ) -> tuple[dict[str, Timing], dict[str, dict[str, float]]]:
-    """Return the times of cycles in turns, and the phases of a step, apart from these."""
+    """Return the times of steps in turns, and the phases of a step, apart from these."""
     one_round = sum(seconds for *_, seconds in ready.values())
     # Left for the rounds: without the one that times a cycle, and the instrumented ones.
     seconds = deadline - time.monotonic() - (1 + PHASE_CYCLES) * one_round
     methods = {name: method for name, (method, *_) in ready.items()}
-    calls = {name: partial(work.cycle, method) for name, method in methods.items()}
-    timings = side_by_side(calls, work.device, Effort(seconds, MIN_ROUNDS, MAX_ROUNDS))
+    calls = {
+        (name, number): partial(work.step, method, number)
+        for name, method in methods.items()
+        for number in method.calls
+    }
+    of_calls = side_by_side(calls, work.device, Effort(seconds, MIN_ROUNDS, MAX_ROUNDS))
+    timings = {
+        name: mean([(of_calls[name, number], share) for number, share in method.calls.items()])
+        for name, method in methods.items()
+    }
     cycles = [
         {name: work.phases(method) for name, method in methods.items()} for _ in range(PHASE_CYCLES)
     ]
@@ -190,13 +204,19 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def figures(every: int, timing: Timing, base: Timing | None, peak_mb: float) -> dict:
-    """Return the figures of a step, from a cycle of ``every`` steps; ``base``: equal weighting."""
+def mean(kinds: list[tuple[Timing, float]]) -> Timing:
+    """Return the time of a step, from that of each kind and its share in all steps."""
+    ms, spread = (sum(share * timing[k] for timing, share in kinds) for k in (0, 1))
+    return Timing(ms, spread, kinds[0][0].rounds)
+
+
+def figures(timing: Timing, base: Timing | None, peak_mb: float) -> dict:
+    """Return the figures of a step; ``base``: equal weighting."""
     return rounded(
         {
-            "steps_per_s": 1e3 * every / timing.ms,
+            "steps_per_s": 1e3 / timing.ms,
             "spread": timing.spread / timing.ms,
-            "ratio_to_ew": timing.ms / every / base.ms if base else None,
+            "ratio_to_ew": timing.ms / base.ms if base else None,
             "peak_mb": peak_mb,
             "rounds": timing.rounds,
         }
@@ -227,6 +247,8 @@ def table(result: dict) -> str:
         f"{'steps per second; ' if gpu else ''}time and memory as multiples of equal weighting's, "
         "all methods in turns in one run."
     )
+    if any(row["method"] == DEFAULT for row in result["rows"]):
+        text += f" {OF_DEFAULT}"
     return captioned(markdown(header, lines), result, text)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import output
 from benchmarks.output import groups
-from benchmarks.quality.tables import Interval, interval, over_seeds
+from benchmarks.quality.tables import Interval, exponents_of_parts, interval, over_seeds
 from benchmarks.results import load
 
 if TYPE_CHECKING:
@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKERS = "osD^vP*X"
+# Between these power-law exponents a layer counts as well trained (Martin and Mahoney, 2021).
+WELL_TRAINED = (2.0, 4.0)
 
 
 def draw(folder: Path, what: str, *, again: bool = False) -> list[Path]:
     """Draw the pictures that a study's rows allow; ``again``: those that the folder has."""
     rows = load(folder, what)["rows"]
-    figures = {"delta_p": delta_figure, "strength": strength_figure, "ratio": ratio_figure}
+    figures = {
+        "delta_p": delta_figure, "strength": strength_figure, "ratio": ratio_figure,
+        "exponents": exponents_figure,
+    }  # fmt: skip
     makers = {f"{what}_{name}": partial(make, rows) for name, make in figures.items()}
     if again:
         makers = {n: make for n, make in makers.items() if (folder / f"{n}.svg").exists()}
@@ -104,6 +109,32 @@ def ratio_figure(rows: list[dict]) -> Figure | None:
         axes.set_xlabel("step")
     panels[0].set_ylabel("gradient ratio (median of seeds)")
     panels[0].legend(fontsize=7)
+    return figure
+
+
+def exponents_figure(rows: list[dict]) -> Figure | None:
+    """Return the power-law exponents of encoder and heads by method, with the well-trained band."""
+    parts = exponents_of_parts(rows)
+    if not parts:
+        return None
+    datasets, methods = (list(dict.fromkeys(key[k] for key in parts)) for k in (0, 1))
+    figure, panels = _panels(datasets, height=1.5 + 0.55 * len(methods))
+    for axes, dataset in zip(panels, datasets, strict=True):
+        here = {method: values for (d, method), values in parts.items() if d == dataset}
+        names = list(dict.fromkeys(n for of in here.values() for n, values in of.items() if values))
+        axes.axvspan(*WELL_TRAINED, color="#3a9d6e", alpha=0.12, linewidth=0, label="well trained")
+        for k, (marker, name) in enumerate(zip(MARKERS, names, strict=False)):
+            found = [(m, interval(values[name])) for m, values in here.items() if values.get(name)]
+            # The parts of a method below each other, around its line.
+            places = [methods.index(m) + 0.6 * ((k + 0.5) / len(names) - 0.5) for m, _ in found]
+            axes.errorbar(
+                [i.mean for _, i in found], places, xerr=_halves(i for _, i in found), fmt=marker,
+                capsize=3, markersize=5, label=name,
+            )  # fmt: skip
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.set_xlabel("power-law exponent")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.55 / len(methods)))
     return figure
 
 

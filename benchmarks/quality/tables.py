@@ -142,14 +142,23 @@ def by_base(rows: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def exponents(rows: list[dict]) -> str:
-    """Return a table of the power-law exponents, mean over seeds, of networks with all tasks."""
+def exponents_of_parts(rows: list[dict]) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """Return the power-law exponents of encoder and heads over the seeds, by data set and method.
+
+    They are of networks with all tasks. A part without a fitted exponent has an empty list.
+    """
     parts: dict[tuple, dict[str, list[float]]] = {}
     for where, group in groups([r for r in rows if "spectra" in r], "dataset", "method").items():
         for row in group:
             for part, value in row["spectra"].get("all", {}).items():
                 values = parts.setdefault(where, {}).setdefault(part, [])
                 values += [] if value is None else [value]
+    return parts
+
+
+def exponents(rows: list[dict]) -> str:
+    """Return a table of the power-law exponents, mean over seeds."""
+    parts = exponents_of_parts(rows)
     names = list(dict.fromkeys(part for of_method in parts.values() for part in of_method))
     table = [
         [*where, *(f"{fmean(values[n]):.2f}" if values.get(n) else "" for n in names)]

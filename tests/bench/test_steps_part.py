@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from benchmarks import methods, networks, phases
 from benchmarks.cases import FLOAT32
 from benchmarks.parts import steps
 from benchmarks.timing import Timing
+from repmtl_kernels import RepMTL
+from repmtl_kernels._training.strength import is_measured
 
 SMALL_NETWORK = networks.Network(
     "nyuv2", {"segmentation": 3, "depth": 1, "normals": 3}, 2, 64, 64,
@@ -112,6 +116,9 @@ def test_phases_of_a_step(step_rows):
         own = {"saliencies", "regularizer"} if row["method"].startswith("rep_mtl") else set()
         if row["method"] in methods.NEED_TORCHJD:
             own = {"weighting"}
+        if row["method"] == methods.DEFAULT:
+            assert row["phases"] == {}
+            continue
         assert set(row["phases"]) == around | own, row["method"]
         assert list(row["phases"]) == [p for p in phases.PHASES if p in row["phases"]]
 
@@ -130,9 +137,9 @@ def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
     for marked in (False, True):
         method = methods.RepMTLMethod(every=2)
         method.criterion.lambda_csa = 1.0
-        for _ in range(4):
+        for number in 2 * list(method.calls):
             torch.manual_seed(1)  # dropout
-            work.step(method, phases.Phases(CPU) if marked else None)
+            work.step(method, number, phases.Phases(CPU) if marked else None)
     timed, dissected = seen[:4], seen[4:]
     for a, b in zip(timed, dissected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
@@ -140,9 +147,31 @@ def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
     assert torch.allclose(timed[0], timed[2], rtol=1e-3, atol=1e-5)
 
 
-def test_a_cycle_is_counted_in_steps():
-    row = steps.figures(4, Timing(80.0, 8.0, 3), Timing(10.0, 0.0, 3), 1.0)
-    assert (row["steps_per_s"], row["ratio_to_ew"], row["spread"]) == (50.0, 2.0, 0.1)
+def test_a_step_is_the_mean_of_its_kinds():
+    step = steps.mean([(Timing(80.0, 8.0, 3), 0.25), (Timing(20.0, 0.0, 3), 0.75)])
+    assert step == Timing(35.0, 2.0, 3)
+    row = steps.figures(step, Timing(10.0, 0.0, 3), 1.0)
+    assert (row["steps_per_s"], row["ratio_to_ew"]) == (pytest.approx(28.571), 3.5)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_calls_of_the_default_stand_for_a_period(every, monkeypatch):
+    """Each share is that of the criterion's own calls, which apply, measure or do neither."""
+    monkeypatch.setattr(methods, "RepMTL", partial(RepMTL, every=every))
+    method, turns = methods.Default(), Counter()
+    options = method.criterion._checked_options()
+    for number in range(24 * every, 48 * every):
+        turns[kind(options, number)] += 1
+    shares = {kind(options, number): share for number, share in method.calls.items()}
+    assert shares == {k: pytest.approx(count / (24 * every)) for k, count in turns.items()}
+    method.begin(24 * every)
+    assert method.criterion._progress.calls == 24 * every
+    assert not method.criterion._progress.ratio.is_empty
+
+
+def kind(options, number: int) -> tuple[bool, bool]:
+    turn = options.turn(number)
+    return turn.weight > 0, turn.weight > 0 and is_measured(turn.applications)
 
 
 def test_a_step_that_runs_out_of_memory_is_a_row():
