@@ -91,11 +91,12 @@ def steps_written_out(model, batches, *, accumulate=1, autocast=False):
         mask |= present[0] if present else {}
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             z = model.encoder(x)
-            errors = {
-                t: (model.heads[t](z).type_as(x) - targets[t])[mask[t]]
-                for t in TASKS
-                if targets.get(t) is not None and mask[t].any()
-            }
+            with model.criterion.second_order():  # in 16 bits it rounds elsewhere than PyTorch
+                errors = {
+                    t: (model.heads[t](z).type_as(x) - targets[t])[mask[t]]
+                    for t in TASKS
+                    if targets.get(t) is not None and mask[t].any()
+                }
             losses = {
                 t: e.square().mean() if t == "a" else e.abs().mean() for t, e in errors.items()
             }

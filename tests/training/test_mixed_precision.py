@@ -136,19 +136,27 @@ def test_losses_are_those_of_the_saliencies_in_float64(network, batch, backend, 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_heads(network: Network, batch, backend: str):
     exact, _ = train(network, batch, RepMTL(0.5, 0.5, backend="eager"))
-    criterion = RepMTL(0.5, 0.5, backend=backend)
-    x, targets = batch
+    exact = [g.double() for g in exact]
     network = network.bfloat16()
+    # Some CPUs also sum in bfloat16, and the heads alone are then further off.
+    literal = train_bfloat16(copy.deepcopy(network), batch, RepMTL(0.5, 0.5, backend="reference"))
+    limit = max(TOLERANCE[torch.bfloat16], 1.1 * relative_error(literal, exact))
+    grads = train_bfloat16(network, batch, RepMTL(0.5, 0.5, backend=backend))
+    assert all(g.dtype == torch.bfloat16 for g in grads)
+    assert relative_error(grads, exact) < limit < 0.2
+
+
+def train_bfloat16(network: Network, batch, criterion: RepMTL) -> list[Tensor]:
+    """Return the gradients of one step in which all but the criterion is in bfloat16."""
+    x, targets = batch
     z = network.encoder(x.bfloat16())
     losses = [loss.bfloat16() for loss in network.losses(z, targets.bfloat16())]
     total = criterion(losses, z)
     total.backward()
     check_scalars(criterion)
-    assert total.dtype == torch.float32
+    assert z.dtype == torch.bfloat16 and total.dtype == torch.float32
     assert all(loss.dtype == torch.bfloat16 for loss in criterion.last.losses.values())
-    grads = [p.grad for p in network.parameters()]
-    assert z.dtype == torch.bfloat16 and all(g.dtype == torch.bfloat16 for g in grads)
-    assert relative_error(grads, [g.double() for g in exact]) < TOLERANCE[torch.bfloat16]
+    return [p.grad for p in network.parameters()]
 
 
 @pytest.mark.parametrize("log_losses", [False, True])
