@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from repmtl_kernels._ground import torch_private
+from repmtl_kernels._heads.second_order import choice
 from repmtl_kernels._heads.second_order.batch_norm import batch_norm, relu
 from repmtl_kernels._heads.second_order.contract import MaybeTensor
 from repmtl_kernels._heads.second_order.convolution import Geometry, convolution
@@ -96,6 +97,11 @@ def second_order() -> SecondOrder:
     saliencies then cost one convolution for each of the forward, and the weight's gradient through
     them is the library's own weight gradient. Everything else of the model stays as it is: outputs,
     parameters, ``state_dict``, running statistics.
+
+    On a CPU a layer has it only where it gains by it. A batch norm needs 131072 elements, and a
+    convolution 2048 positions in the whole batch, or 8192 if it is transposed, or has a kernel
+    larger than 1 x 1 without dilation or stride. Grouped convolutions always have it. Smaller
+    layers are PyTorch's own. On other devices all sizes have it: no limit was measured there.
 
     Other functions are PyTorch's own. So are these functions for arguments that need no gradient,
     aren't real floating point, or are of a subclass of Tensor, and under ``torch.compile``,
@@ -203,7 +209,9 @@ def _each(dims: int, value: Sizes) -> tuple[int, ...]:
 
 def _batched(
     dims: int, geometry: Geometry, input: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+) -> Tensor | None:
+    if not choice.convolution_gains(dims, geometry, input, weight):
+        return None
     device = input.device.type
     input, weight, bias = (
         _autocast(input, device),
@@ -245,7 +253,7 @@ def _batch_norm(
         refused = input.numel() == input.shape[1]
     else:
         refused = running_mean is None or running_var is None
-    if refused or eps <= 0:
+    if refused or eps <= 0 or not choice.batch_norm_gains(input):
         return None
     return batch_norm(input, running_mean, running_var, weight, bias, bool(training), momentum, eps)
 
