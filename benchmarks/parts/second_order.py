@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import peak_extra_bytes
 from benchmarks.methods import EQUAL_WEIGHTING, EqualWeighting, RepMTLMethod, Work
-from benchmarks.networks import NETWORKS, Network
+from benchmarks.networks import Network
 from benchmarks.output import captioned, of_rows, on_gpu, say
 from benchmarks.part import Part, Run
 from benchmarks.parts.steps import PRECISIONS, Case, architectures, figures, settings, timed
@@ -66,14 +66,12 @@ class Convolutions(TorchDispatchMode):
 
 
 def measure(run: Run) -> None:
-    networks = [NETWORK.scaled(run.device.type)]
+    network = NETWORK.scaled(run.device.type)
     precisions = PRECISIONS[run.device.type]
     if run.quick:
-        networks, precisions = [replace(networks[0], **QUICK)], precisions[:1]
-    elif run.device.type == "cpu":  # where small maps are left to PyTorch
-        networks += [network.scaled("cpu") for network in NETWORKS]
-    cases = [Case(n, p) for n in networks for p in precisions]
-    run.each(cases, partial(measure_case, run, run.left / len(cases)))
+        network, precisions = replace(network, **QUICK), precisions[:1]
+    share = run.left / len(precisions)
+    run.each([Case(network, p) for p in precisions], partial(measure_case, run, share))
 
 
 def measure_case(run: Run, seconds: float, case: Case) -> list[dict]:
@@ -113,15 +111,13 @@ def measure_case(run: Run, seconds: float, case: Case) -> list[dict]:
     return rows
 
 
-def per_head_convolution(counts: Counter, work: Work) -> float | None:
-    """Return the convolutions of the step for each one of the heads' forward; None without any."""
+def per_head_convolution(counts: Counter, work: Work) -> float:
+    """Return the convolutions of the step for each one of the heads' forward."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     encoder, heads = (
         sum(isinstance(layer, kinds) for layer in module.modules())
         for module in (work.model.encoder, work.model.heads)
     )
-    if not heads:
-        return None
     # Nothing needs the gradient at the images.
     return (sum(counts.values()) - (3 * encoder - 1)) / heads
 
@@ -134,11 +130,9 @@ def table(result: dict) -> str:
     """Return a step with and without ``second_order()``, against what its convolutions allow."""
     rows = []
     for row in result["rows"]:
-        count = row["convolutions_per_head_layer"]
         cells = {
-            "network": row["network"],
             "method": TITLES[row["method"]],
-            "convolutions per convolution of a head": "" if count is None else f"{count:.3g}",
+            "convolutions per convolution of a head": f"{row['convolutions_per_head_layer']:.3g}",
             "time of a step": f"{row['ratio_to_ew']:.2f}x",
             "against plain PyTorch": f"{1 / row['ratio_to_plain']:.2f}x faster",
             "in the heads alone": f"{1 / row['heads_ratio_to_plain']:.2f}x faster",
@@ -147,12 +141,11 @@ def table(result: dict) -> str:
             f"{row['measurement_on_average'] or 0:.1%} on average",
         }
         if row["ratio_to_floor"] is None:  # equal weighting
-            cells |= dict.fromkeys(list(cells)[4:], "")
+            cells |= dict.fromkeys(list(cells)[3:], "")
         dtype = {"dtype": row["dtype"]} if on_gpu(result) else {}
         rows.append(dtype | cells | {"peak memory": f"{row['peak_mb']:.4g} MB"})
     text = (
-        f"{architectures(result)}. An ASPP head has 3 x 3 convolutions of three dilations, with "
-        "batch norm. "
+        f"{architectures(result)}, 3 x 3 convolutions of dilation 6, 12 and 18 with batch norm. "
         "Time of a step relative to equal weighting, in turns in one run. The floor is the count "
         "of convolutions at equal weighting's speed, its step and once more its heads, without the "
         "regulariser's own time. A measurement of `last.ratio` comes on top of every 24th step."
