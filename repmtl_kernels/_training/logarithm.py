@@ -31,8 +31,9 @@ def check_logarithms(tasks: Tasks, offset: float, seen: DeferredValue) -> None:
         if not flags.any():
             continue
         row = flags.tolist().index(True)
-        now = flags is bad
-        got = f"got {float(tasks[row].loss):g}" if now else "got one that is not, in an earlier call"
+        got = "got one that is not, in an earlier call"
+        if flags is bad:
+            got = f"got {float(tasks[row].loss):g}"
         least = "of at least 0" if offset else "above 0"
         raise ValueError(
             f"losses[{keys[row]!r}]: expected a loss {least}, which has a logarithm; {got}. Pass "
