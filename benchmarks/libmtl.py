@@ -33,7 +33,7 @@ from benchmarks.parts import libmtl as part
 from benchmarks.parts import steps
 from benchmarks.phases import Unmarked
 
-# Of LibMTL's weightings, and of torchjd, which is measured beside it.
+# LibMTL's weightings and torchjd, which is measured beside them, need these.
 PACKAGES = ("cvxpy", "ecos", "qpsolvers", "scipy", "torchjd")
 ECOS_FAILED = "Nash_MTL: its solver ECOS found no weights, and LibMTL hides why"
 

@@ -38,7 +38,7 @@ def pieces() -> Callable[[str], list[int]]:
 
 
 class Tokens(nn.Module):
-    """A BERT as an encoder of pieces ``(B, L)``: ``(B, L, C)``, zero where a sentence ended."""
+    """A BERT as an encoder of pieces ``(B, L)``: ``(B, L, C)``, zero after the longest sentence."""
 
     def __init__(self, bert: nn.Module) -> None:
         super().__init__()

@@ -14,7 +14,8 @@ EPOCHS = 4
 
 torch.manual_seed(0)
 trunk, branches, loss_of = encoder(), nn.ModuleDict(heads()), loss_functions()
-criterion = RepMTL(strength=0.03, tsr_floor=0.1, log_losses=True, log_offset=0.01)  # docs/tuning.md
+# docs/tuning.md says why. Every third call: the fourth batches are of one kind.
+criterion = RepMTL(strength=0.03, every=3, tsr_floor=0.1, log_losses=True, log_offset=0.01)
 parameters = [*trunk.parameters(), *branches.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=5e-3)
 # CSA contrasts the samples of a batch, so the last batch must not have a single one.
@@ -36,14 +37,13 @@ for epoch in range(EPOCHS):
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-    last = criterion.last
-    print(f"epoch {epoch}", end=": ")
-    if last.applied:  # False on some calls, with `every` or `start`
-        print(
-            f"TSR {last.tsr:.3f}, CSA {last.csa:.3f}, regulariser's gradient {last.ratio:.3f} of "
-            "the tasks'",
-            end="; ",
-        )
+        if criterion.last.applied:
+            applied = criterion.last
+    print(
+        f"epoch {epoch}: TSR {applied.tsr:.3f}, CSA {applied.csa:.3f}, regulariser's gradient "
+        f"{applied.ratio:.3f} of the tasks'",
+        end="; ",
+    )
     trunk.eval(), branches.eval(), criterion.eval()
     with torch.no_grad():
         z = trunk(held_out.images)

@@ -97,10 +97,12 @@ class RepMTL(LossModule):
     In ``eval()`` mode the result is ``sum_t w_t L_t`` alone (with ``log_losses`` the sum of the
     logarithms). It needs no graph and works under ``torch.no_grad()``.
 
-    If you set the lambdas, the total is equation 10 exactly. If you set neither the lambdas nor
-    ``strength``, the regulariser's gradient is held at 3 % of the tasks' (``strength=0.03``). All
-    options are attributes, and a schedule may set them. The number of training calls and the
-    running means are part of ``state_dict()``; a checkpoint without them leaves them as they are.
+    If you set the lambdas, the total is equation 10 exactly. ``RepMTL()`` instead applies the
+    regulariser on the first of four calls (``every=4``), and holds its gradient at 3 % of the
+    tasks' on average over all calls (``strength=0.03``). On the other three calls the total is
+    ``sum_t w_t L_t``. All options are attributes, and a schedule may set them. The number of
+    training calls and the running means are part of ``state_dict()``; a checkpoint without them
+    leaves them as they are.
 
     Args:
         lambda_tsr: weight of :func:`tsr_loss`, at least 0 (the paper: 0.7 to 1.5). At exactly 0 TSR
@@ -111,12 +113,12 @@ class RepMTL(LossModule):
             held at ``rho`` times the norm of the gradient of ``sum_t w_t L_t`` there, and the
             lambdas only give the mix of TSR and CSA. TSR and CSA are invariant to the scale of the
             losses, so with fixed lambdas that ratio grows while the tasks are learned. The ratio is
-            measured on the first 16 calls that apply the regulariser and on every 24th after them.
-            A measurement takes the regulariser's gradient by itself, so nothing else that reaches
-            the representation counts. The mean is over about the last three of them (exponential,
-            decay 0.6). ``rho`` is held on average; single steps vary. The lambdas never sum to more
-            than ``100 rho``. If they come to less than ``rho / 100``, a warning says so once (on
-            the CPU and on CUDA). See ``last.ratio``.
+            measured on the first 16 calls that apply the regulariser and on every 24th after them
+            (with ``every=4`` on every 96th call). A measurement takes the regulariser's gradient by
+            itself, so nothing else that reaches the representation counts. The mean is over about
+            the last three of them (exponential, decay 0.6). ``rho`` is held on average; single
+            steps vary. The lambdas never sum to more than ``100 rho``. If they come to less than
+            ``rho / 100``, a warning says so once (on the CPU and on CUDA). See ``last.ratio``.
         start: the first ``start`` calls in training mode have no regulariser, and cost no more than
             the losses. Calls with the same ``step`` count as one.
         ramp: after the first ``start`` calls the weight of the regulariser grows linearly, and is
@@ -130,7 +132,8 @@ class RepMTL(LossModule):
         log_losses: put ``log L_t`` in place of ``L_t``, in the sum and in the saliencies
             (:class:`LogLosses` is this without the regulariser). It is for losses above 0; a loss
             that is 0 or negative is refused. On CUDA it is found in a later call, so that no call
-            waits for the device; until then the total is infinite or NaN.
+            waits for the device; until then the total is infinite or NaN. It stays so on other
+            devices, and inside ``torch.func`` and compiled regions.
         log_offset: at least 0; ``log_losses`` takes ``log(L_t + log_offset)``, e.g. with 0.01, for
             losses that can be 0. It bounds the weight ``1 / (L_t + log_offset)`` of a task that is
             nearly learned.
@@ -154,14 +157,17 @@ class RepMTL(LossModule):
             you update.
         every: apply the regulariser on every ``every``-th call in training mode, the first
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
-            R1). With ``strength`` the mean over all calls is ``rho``.
+            R1). With ``strength`` the mean over all calls is ``rho``. None: 4, or 1 if a lambda is
+            set.
 
-    A measurement of the ratio is one more backward pass through the heads. With wide ASPP heads it
-    costs 1.3 % of a step on average, and 2.3 % without ``second_order()``. Each process has its own
-    ``clip``, and without ``group`` its own ``strength``. Both keep running means, which
-    ``torch.func`` and compiled regions around the criterion don't allow. A CUDA graph has no
-    measurements in it: run 16 calls before the capture, and one without the graph now and then if
-    the weight is to follow the training. Replicas that ``nn.DataParallel`` makes count as one call;
+    A measurement of the ratio is one more backward pass through the heads. With wide ASPP heads and
+    ``every=1`` it costs 1.3 % of a step on average, and 2.3 % without ``second_order()``. Each
+    process has its own ``clip``, and without ``group`` its own ``strength``. Both keep running
+    means, which ``torch.func`` and compiled regions around the criterion don't allow. A CUDA graph
+    repeats the call that it captured, with or without the regulariser: set ``every=1``, or capture
+    one graph of each kind. It has no measurements in it: run 16 calls with the regulariser before
+    the capture, and one without the graph now and then if the weight is to follow the training.
+    Replicas that ``nn.DataParallel`` makes count as one call;
     the first of them carries on the criterion's state and ``last``. Calls on meta or fake tensors
     (dry runs) leave the state as it was.
 

@@ -51,7 +51,8 @@ class LogLosses(nn.Module):
         Raises:
             ValueError, TypeError: an argument is not as described, or a loss has no logarithm: it
                 is negative, or 0 with ``log_offset=0``. On CUDA that is found in a later call, so
-                that no call waits for the device; until then the total is NaN or infinite.
+                that no call waits for the device; until then the total is NaN or infinite. It stays
+                so on other devices, and inside ``torch.func`` and compiled regions.
         """
         tasks = Tasks(
             losses,

@@ -20,7 +20,7 @@ class Split:
     """Samples of one split.
 
     inputs: ``(n, ...)``; in multi-input learning one such tensor per task. uint8 is normalised on
-        its way to the network. A text is the numbers of its word pieces, ``(n, L)``.
+        its way to the network. Texts are numbers of word pieces, ``(n, L)``.
     targets: per task, ``(n, ...)``; a pixel without a label has its kind's value for that.
     """
 

@@ -32,7 +32,7 @@ class Map(NamedTuple):
 
 
 class View(NamedTuple):
-    """The arrays of one view, 112 x 160."""
+    """An image and its dense labels, 112 x 160."""
 
     image: np.ndarray  # (H, W, 3) uint8
     seg: np.ndarray  # (H, W) uint8, geometry.CLASSES

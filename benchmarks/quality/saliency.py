@@ -82,15 +82,15 @@ def labelled(trainer: Trainer, count: int) -> Tensor:
     """Return the rows of test images with a label in every task, evenly over the split.
 
     Raises:
-        ValueError: the tasks don't share their images, or these have fewer than ``count`` rows.
+        ValueError: the tasks don't share their images, e.g. since inputs are texts, or these have
+            fewer than ``count`` rows.
     """
     data = trainer.dataset
-    if data.multi_input:
+    if data.multi_input or data.of_tokens:
         raise ValueError("dataset: expected one whose tasks share their images")
     test = data.splits["test"]
-    there = torch.stack(
-        [task.kind.valid(test.targets[task.name]).flatten(1).any(1) for task in data.tasks]
-    )
+    valid = [task.kind.valid(test.targets[task.name]) for task in data.tasks]
+    there = torch.stack([of_task.reshape(len(of_task), -1).any(1) for of_task in valid])
     rows = there.all(0).nonzero().flatten()
     if len(rows) < count:
         raise ValueError(f"images: expected at most {len(rows)}, got {count}")

@@ -17,8 +17,9 @@ def check_logarithms(tasks: Tasks, offset: float, seen: DeferredValue) -> None:
         tasks: with their losses.
         offset: what is added to the losses. It is for losses that may be 0, and allows no negative
             ones.
-        seen: the criterion's reader. On CUDA it answers about an earlier call, since this one would
-            have to wait for the device.
+        seen: the criterion's reader. On CUDA it answers about earlier calls, since this one would
+            have to wait for the device. On other devices than CPU and CUDA nothing is refused, and
+            neither is it inside ``torch.func`` and compiled regions.
 
     Raises:
         ValueError: a loss is negative, or it is 0 and the offset is too.
@@ -26,18 +27,16 @@ def check_logarithms(tasks: Tasks, offset: float, seen: DeferredValue) -> None:
     if any(is_transformed(task.loss) for task in tasks):
         return
     bad = torch.stack([task.loss < 0 if offset else task.loss <= 0 for task in tasks])
-    answer = seen.read(bad, [task.key for task in tasks])
-    if answer is None or not answer[0].any():
-        return
-    flags, keys = answer
-    key = next(k for k, flag in zip(keys, flags.tolist(), strict=True) if flag)
-    if flags is bad:
-        got = f"got {next(float(task.loss) for task in tasks if task.key == key):g}"
-    else:
+    for flags, keys in seen.read(bad, [task.key for task in tasks]):
+        if not flags.any():
+            continue
+        row = flags.tolist().index(True)
         got = "got one that is not, in an earlier call"
-    least = "of at least 0" if offset else "above 0"
-    raise ValueError(
-        f"losses[{key!r}]: expected a loss {least}, which has a logarithm; {got}. Pass None for a "
-        "task without labels in this batch. A loss that can be 0 needs log_offset, and a loss that "
-        "can be negative can't be in the logarithm"
-    )
+        if flags is bad:
+            got = f"got {float(tasks[row].loss):g}"
+        least = "of at least 0" if offset else "above 0"
+        raise ValueError(
+            f"losses[{keys[row]!r}]: expected a loss {least}, which has a logarithm; {got}. Pass "
+            "None for a task without labels in this batch. A loss that can be 0 needs log_offset, "
+            "and a loss that can be negative can't be in the logarithm"
+        )

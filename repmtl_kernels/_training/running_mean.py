@@ -77,40 +77,40 @@ class RunningMean:
 
 
 class DeferredValue:
-    """Reads a small tensor of a device without waiting for the device.
+    """Reads small tensors of a device without waiting for the device.
 
-    On the CPU the answer is this tensor. On CUDA it is an earlier one, whose copy has arrived by
-    now. On other devices, and before the first copy, there is no answer.
+    On the CPU the answer is the tensor itself. On CUDA the answers are all earlier ones whose
+    copies have arrived since the last call. On other devices there is no answer.
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[Tensor, torch.cuda.Event, Any] | None = None
+        self._sent: list[tuple[Tensor, torch.cuda.Event, Any]] = []  # the oldest first
 
     def __deepcopy__(self, memo: dict) -> DeferredValue:
         return DeferredValue()  # an event has no copy
 
     def __getstate__(self) -> dict:
-        return {"_sent": None}
+        return {"_sent": []}
 
-    def read(self, value: Tensor, label: Any = None) -> tuple[Tensor, Any] | None:
-        """Return the answer with its label, and send for ``value``."""
+    def read(self, value: Tensor, label: Any = None) -> list[tuple[Tensor, Any]]:
+        """Return the answers with their labels, and send for ``value``."""
         if value.is_cpu:
-            return value, label
+            return [(value, label)]
         if not value.is_cuda or torch.cuda.is_current_stream_capturing():
-            return None
-        answer = None
-        if self._sent is not None:
-            copy, arrived, sent_label = self._sent
-            if not arrived.query():
-                return None
-            answer = copy, sent_label
+            return []
+        sent, self._sent = self._sent, []  # a replica in another thread extends the new list
+        answers = []
+        for copy, arrived, of_copy in sent:
+            if arrived.query():
+                answers.append((copy, of_copy))
+            else:
+                self._sent.append((copy, arrived, of_copy))
         with torch.cuda.device(value.device):
-            arrived = torch.cuda.Event()
-            self._sent = value.to("cpu", non_blocking=True), arrived, label
+            copy, arrived = value.to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record()
-        return answer
+        self._sent.append((copy, arrived, label))
+        return answers
 
     def is_true(self, flag: Tensor) -> bool:
-        """Return whether the number that was read is true; False without an answer."""
-        answer = self.read(flag)
-        return answer is not None and bool(answer[0])
+        """Return whether a number that was read is true; False without an answer."""
+        return any(bool(value) for value, _ in self.read(flag))

@@ -88,7 +88,7 @@ def test_capture_of_a_training_step(backend: str, dtype: torch.dtype | None):
         parameters = [*encoder.parameters(), *heads.parameters()]
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8) if dtype else None
-        criterion = RepMTL(strength=0.3, clip=2.0, backend=backend, scaler=scaler)
+        criterion = RepMTL(strength=0.3, every=1, clip=2.0, backend=backend, scaler=scaler)
         runs[how] = (
             parameters,
             criterion,

@@ -10,7 +10,7 @@ from benchmarks.quality.tasks import Task
 
 NETWORK = {"widths": [4, 6], "strides": [2, 1], "dilations": [1, 1], "head_width": 4}
 TRAINING = {"steps": 6, "batch": 4, "log_every": 2}
-REP_MTL = {"strength": 0.1, "start": 1, "ramp": 2}
+REP_MTL = {"strength": 0.1, "every": 1, "start": 1, "ramp": 2}
 METHODS = {"equal": {}, "rep_mtl": REP_MTL, "nash_mtl": {}, "fairgrad": {}}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from quality_data import dense, domains, make_run
 from test_quality_studies import study_file  # noqa: F401 -- a fixture
 
 from benchmarks.quality import config, loaders, pictures, saliency
+from benchmarks.quality.tasks import Task
 
 pytest.importorskip("matplotlib")
 
@@ -45,6 +48,19 @@ def test_images_have_a_label_in_every_task(tmp_path):
         saliency.labelled(trainer, 5)
     with pytest.raises(ValueError, match="dataset: expected one whose tasks share their images"):
         saliency.labelled(saliency.Trainer(make_run("domains"), domains(), None), 1)
+
+
+def test_images_that_have_one_class_each():
+    """The tasks are classifications of the whole image, as on MultiMNIST."""
+    data = dense()
+    for split in data.splits.values():
+        rows = torch.arange(len(split.inputs))
+        split.targets.update(a=rows % 2, b=(rows - 1).clamp(max=2))
+    tasks = tuple(Task.of(name, "classification", 3) for name in "ab")
+    trainer = saliency.Trainer(make_run(), replace(data, tasks=tasks), None)
+    rows = saliency.labelled(trainer, 3)
+    assert rows.tolist() == [1, 3, 5], "task b has no label of the first image"
+    assert [m.shape for m in saliency.maps(trainer, rows).maps.values()] == [(3, 8, 8)] * 2
 
 
 def test_what_a_study_does_not_have_is_refused(study_file):  # noqa: F811

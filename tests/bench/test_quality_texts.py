@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from quality_data import METHODS, make_run
+from quality_data import METHODS, REP_MTL, make_run
 from torch import Tensor
 
 from benchmarks import minilm
@@ -17,7 +17,7 @@ from benchmarks.quality.tasks import UNLABELLED, Task
 transformers = pytest.importorskip("transformers")
 
 PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "play", "##ing", "go")
-METHODS = {**METHODS, "log losses": {"strength": 0.1, "start": 1, "ramp": 2, "log_losses": True}}
+METHODS = {**METHODS, "log losses": {**REP_MTL, "log_losses": True}}
 
 
 def texts(folder=None, *, length: int = 8) -> Dataset:

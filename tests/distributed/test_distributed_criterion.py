@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow_cpu, ranks.needs_gloo]
 
 
 def check_one_strength_for_all_ranks(rank: int) -> None:
-    criterion = RepMTL(strength=0.1, group="world")
+    criterion = RepMTL(strength=0.1, every=1, group="world")
     network = Network()
     wrapped = DistributedDataParallel(network)
     actual = []
@@ -112,9 +112,8 @@ def check_options_of_a_criterion_are_the_same(rank: int) -> None:
         with pytest.raises(ValueError, match=message):
             call(RepMTL(group="world", **options), z)
     # One that is changed later, and the options that may differ.
-    criterion = RepMTL(
-        group="world", task_weights=[1, 2 + rank], memory=("save", "recompute")[rank]
-    )
+    own = {"task_weights": [1, 2 + rank], "memory": ("save", "recompute")[rank]}
+    criterion = RepMTL(group="world", every=1, **own)
     call(criterion, z)
     criterion.strength = 0.1 + rank
     with pytest.raises(ValueError, match=r"same strength on every rank; got 0.1, 1.1 by rank"):
@@ -124,7 +123,13 @@ def check_options_of_a_criterion_are_the_same(rank: int) -> None:
 def check_a_checkpoint_on_one_rank(rank: int) -> None:
     """DDP sends parameters and buffers to all ranks, but not what a criterion has counted."""
     z = torch.randn(4, C, requires_grad=True) * 1
-    for options in ({"every": 4}, {"start": 3}, {"ramp": 2000}, {"lambda_csa": 0.0, "every": 2}):
+    options_of_runs = (
+        {"every": 4},
+        {"start": 3},
+        {"ramp": 2000, "every": 1},
+        {"lambda_csa": 0.0, "every": 2},
+    )
+    for options in options_of_runs:
         criterion = RepMTL(group="world", **options)
         call(criterion, z)
         state = RepMTL(**options).state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -99,7 +100,7 @@ def test_a_device_is_not_waited_for(monkeypatch) -> None:
 
     def read(self, value, label=None):
         sent.append((value.clone(), label))
-        return sent[-2] if len(sent) > 1 else None
+        return sent[-2:-1]
 
     monkeypatch.setattr(DeferredValue, "read", read)
     criterion = LogLosses()
@@ -141,6 +142,52 @@ def test_bad_losses() -> None:
         LogLosses()(torch.ones(3))
     with pytest.raises(ValueError, match="losses: expected at least one task"):
         LogLosses()([])
+
+
+class OnCuda:
+    """Stands for a flag on CUDA; its copy arrives when the event of its call is done."""
+
+    is_cpu, is_cuda, device = False, True, torch.device("cpu")
+
+    def __init__(self, flag: bool) -> None:
+        self.flag = flag
+
+    def to(self, device: str, non_blocking: bool) -> torch.Tensor:
+        assert device == "cpu" and non_blocking
+        return torch.tensor(self.flag)
+
+
+def test_no_value_is_lost_while_the_device_is_behind(monkeypatch) -> None:
+    done: list[bool] = []
+
+    class Event:
+        def record(self) -> None:
+            self.number = len(done)
+            done.append(False)
+
+        def query(self) -> bool:
+            return done[self.number]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    reader = DeferredValue()
+    for call, flag in enumerate((False, True, False)):
+        assert reader.read(OnCuda(flag), call) == []
+    done[:] = [True, True, False]
+    assert [(bool(v), call) for v, call in reader.read(OnCuda(False), 3)] == [(False, 0), (True, 1)]
+    done[2:] = [True, True]
+    assert [call for _, call in copy.deepcopy(reader).read(OnCuda(False), 4)] == []
+    assert [call for _, call in reader.read(OnCuda(False), 5)] == [2, 3]
+    assert not reader.is_true(OnCuda(True))
+    done[-1] = True
+    assert reader.is_true(OnCuda(False))
+
+
+def test_compiled_regions_refuse_nothing() -> None:
+    compiled = torch.compile(LogLosses(), backend="eager", fullgraph=True)
+    assert compiled(leaves()).item() == pytest.approx(math.log(3))
+    assert compiled([*leaves((1.0,)), *leaves((0.0,))]).item() == -math.inf
 
 
 @pytest.mark.gpu

@@ -209,7 +209,7 @@ def test_scaler_prevents_underflow(network: Network, batch, backend: str):
 
 OPTIONS = {
     "lambdas": {"lambda_tsr": 0.5, "lambda_csa": 0.5},
-    "strength": {"strength": 0.2, "clip": 1.5},
+    "strength": {"strength": 0.2, "every": 1, "clip": 1.5},
     "weights": {"lambda_tsr": 0.5, "lambda_csa": 0.5, "task_weights": [1, 2, 0.5]},
     "log": {"lambda_tsr": 0.5, "lambda_csa": 0.5, "log_losses": True, "tsr_floor": 0.1},
     "softmax": {
