@@ -19,6 +19,7 @@ class EqualWeighting:
     """The sum of the task losses."""
 
     ratio: Tensor | None = None  # the regulariser's gradient over the tasks' in the last step
+    takes_neck = True  # whether it trains layers between the representation and the heads
 
     def heads_context(self) -> AbstractContextManager:
         return nullcontext()
@@ -51,6 +52,7 @@ class RepMTLMethod(EqualWeighting):
             options = {k: v for k, v in options.items() if not k.startswith("log_")}
         self.criterion = RepMTL(**options)
         self.calls, self.full_strength = 0, self.criterion.strength
+        self.takes_neck = not (balanced or encoder_only)
 
     def heads_context(self) -> AbstractContextManager:
         if self.decay:
@@ -92,6 +94,8 @@ class RepMTLMethod(EqualWeighting):
 
 class GradientWeighting(EqualWeighting):
     """A method of torchjd: the encoder's gradients of all tasks, weighted by an aggregator."""
+
+    takes_neck = False
 
     def __init__(self, aggregator) -> None:
         self.form = SinglePass(aggregator)

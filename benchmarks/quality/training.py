@@ -59,8 +59,8 @@ class Trainer:
             self.settings["steps"],
             dataset.channel_dim,
         )
-        if isinstance(self.method, methods.GradientWeighting) and "cut" in run.settings["network"]:
-            raise ValueError(f"network.cut: expected none with {run.method}, got one")
+        if "cut" in run.settings["network"] and not self.method.takes_neck:
+            raise ValueError(f"network.cut: expected none with {run.label}, got one")
         self.optimizer = torch.optim.Adam(
             self.groups(),
             lr=self.settings["lr"],

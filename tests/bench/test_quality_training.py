@@ -88,9 +88,14 @@ def test_necks_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=message):
             build(dense(), 0, **NETWORK, **network)
-    run = make_run(method="fairgrad", network={"cut": 3})
-    with pytest.raises(ValueError, match=r"network\.cut: expected none with fairgrad"):
-        training.Trainer(run, dense(), None)
+    for method, options in (
+        ("fairgrad", {}), ("rep_mtl", {"encoder_only": True}), ("rep_mtl", {"balanced": True}),
+    ):  # fmt: skip
+        run = make_run(method=method, options=options, network={"cut": 3})
+        with pytest.raises(
+            ValueError, match=rf"network\.cut: expected none with {method}, got one"
+        ):
+            training.Trainer(run, dense(), None)
 
 
 def test_a_pretrained_encoder_gets_images_on_its_own_scale(monkeypatch):
