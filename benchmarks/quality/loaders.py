@@ -101,7 +101,7 @@ def office_caltech(folder: Path | None) -> Dataset:
     targets = torch.from_numpy(label).long()
     names = {d: str(npz["domain_names"][d]) for d in np.unique(domain)}
     splits = {}
-    for name, code in (("train", 0), ("test", 2)):
+    for code, name in enumerate(("train", "validation", "test")):
         rows = {n: torch.from_numpy((domain == d) & (split == code)) for d, n in names.items()}
         inputs = {n: values[r] for n, r in rows.items()}
         splits[name] = Split(inputs, {n: targets[r] for n, r in rows.items()})

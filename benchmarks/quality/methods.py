@@ -10,6 +10,7 @@ from torch.autograd import grad
 from benchmarks.peers import Forward, SinglePass, fairgrad, nash_mtl
 from benchmarks.phases import Unmarked
 from repmtl_kernels import RepMTL
+from repmtl_kernels._training.options import logarithm
 
 # Options of RepMTL that may be shares of all steps instead.
 SHARES = {"start_share": "start", "ramp_share": "ramp", "decay_share": "decay"}
@@ -77,7 +78,7 @@ class RepMTLMethod(EqualWeighting):
         self.ratio = self.criterion.last.ratio
 
     def _objectives(self, losses: list[Tensor]) -> list[Tensor]:
-        return [(loss + self.log_offset).log() for loss in losses] if self.log else losses
+        return [logarithm(loss, self.log_offset) for loss in losses] if self.log else losses
 
     def _balanced(self, losses: list[Tensor], of_tasks: list[Tensor]) -> list[Tensor]:
         """Return losses whose saliencies have a mean absolute value of 1, weighted with the rest.

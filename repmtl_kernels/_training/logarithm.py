@@ -26,7 +26,10 @@ def check_logarithms(tasks: Tasks, offset: float, seen: DeferredValue) -> None:
     """
     if any(is_transformed(task.loss) for task in tasks):
         return
-    bad = torch.stack([task.loss < 0 if offset else task.loss <= 0 for task in tasks])
+    # A scalar on the CPU may be summed with those of a device.
+    device = next((t.loss.device for t in tasks if not t.loss.is_cpu), tasks[0].loss.device)
+    flags_of_tasks = [task.loss < 0 if offset else task.loss <= 0 for task in tasks]
+    bad = torch.stack([flag.to(device, non_blocking=True) for flag in flags_of_tasks])
     for flags, keys in seen.read(bad, [task.key for task in tasks]):
         if not flags.any():
             continue
