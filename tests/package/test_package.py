@@ -28,6 +28,7 @@ PUBLIC = {
     "RepMTLLosses",
     "RepMTL",
     "Levels",
+    "LogLosses",
     "SecondDerivativeError",
     "task_saliencies",
     "second_order",
