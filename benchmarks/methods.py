@@ -151,7 +151,7 @@ class RepMTLMethod(EqualWeighting):
         options = {"csa_temperature": c.csa_temperature, "backend": c.backend}
         total = sum(forward.losses) + rep_mtl_loss(saliencies, **lambdas, **options).total
         marks.mark("regularizer")
-        # Its backward comes first: it was computed last.
+        # The regulariser was computed last, so its backward comes first.
         marks.mark_at(saliencies, "regularizer")
         marks.mark_at(z, "heads_backward")
         total.backward()

@@ -57,12 +57,12 @@ class Dataset:
 
     @property
     def of_tokens(self) -> bool:
-        """Whether inputs are texts, and representations ``(B, L, C)``."""
+        """Return whether inputs are texts, and representations ``(B, L, C)``."""
         return isinstance(self.tasks[0].kind, Tokens)
 
     @property
     def channel_dim(self) -> int:
-        """Where a representation has its channels."""
+        """Return the dimension of a representation that has its channels."""
         return -1 if self.of_tokens else 1
 
     def positions(self, inputs: Tensor) -> Tensor | None:

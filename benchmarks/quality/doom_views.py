@@ -132,7 +132,7 @@ def _beside(lines: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 
 def _worth_it(state: GameState, point: np.ndarray) -> bool:
-    """Whether the camera is at the point, and the view is neither blocked, shallow nor dark."""
+    """Return whether the camera is at the point, and its view not blocked, shallow or dark."""
     there = np.abs(state.game_variables[:2] - point).max() <= 8
     depth = state.depth_buffer
     open_space = (depth <= 8).mean() <= 0.45 and depth.max() >= 25

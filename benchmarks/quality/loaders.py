@@ -17,10 +17,9 @@ from benchmarks.multimnist import load_mnist
 from benchmarks.multimnist import multimnist as pairs_of_digits
 from benchmarks.quality import doom as views
 from benchmarks.quality.data import Dataset, Split
+from benchmarks.quality.files import FOLDER_VARIABLE, located
 from benchmarks.quality.tasks import Task
 from benchmarks.quality.treebank import ud_ewt
-
-FOLDER_VARIABLE = "REPMTL_DATA"
 
 RGBD_TASKS = ("segmentation", "depth", "normals")
 
@@ -120,13 +119,7 @@ LOADERS: dict[str, Callable[..., Dataset]] = {
 
 
 def _npz(folder: Path | None, file: str, name: str, source: str) -> dict[str, np.ndarray]:
-    path = folder and folder / file
-    if path is None or not path.exists():
-        where = f"{path} does not exist" if path else f"no folder was given ({FOLDER_VARIABLE})"
-        raise FileNotFoundError(
-            f"{name}: {where}. It is {file}, {source}. Name its folder with --data"
-        )
-    with np.load(path) as archive:
+    with np.load(located(folder, file, name, source)) as archive:
         return dict(archive)
 
 

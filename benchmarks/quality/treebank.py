@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import minilm
 from benchmarks.quality.data import Dataset, Split, stream
+from benchmarks.quality.files import located
 from benchmarks.quality.tasks import UNLABELLED, Task
 
 FILES = {part: f"text/ud_english_ewt/en_ewt-ud-{part}.conllu" for part in ("dev", "test")}
@@ -42,16 +43,10 @@ def ud_ewt(folder: Path | None, *, length: int = 32, test: int | None = None) ->
     length: of a sentence in pieces; longer ones are cut.
     test: the number of test sentences, drawn once for all seeds; None: all.
     """
-    there = {part: folder and folder / file for part, file in FILES.items()}
-    for part, path in there.items():
-        if path is None or not path.exists():
-            where = f"{path} does not exist" if path else "no folder was given (REPMTL_DATA)"
-            raise FileNotFoundError(
-                f"ud_ewt: {where}. It is {FILES[part]}, from Universal Dependencies' English EWT. "
-                "Name its folder with --data"
-            )
-    texts = {part: path.read_text(encoding="utf-8") for part, path in there.items()}
-    return dataset(texts["dev"], texts["test"], minilm.pieces(), length, test)
+    source = "from Universal Dependencies' English EWT"
+    paths = [located(folder, FILES[part], "ud_ewt", source) for part in ("dev", "test")]
+    dev, tested = (path.read_text(encoding="utf-8") for path in paths)
+    return dataset(dev, tested, minilm.pieces(), length, test)
 
 
 def dataset(

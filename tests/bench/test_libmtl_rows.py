@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from stand_ins import CPU, HEAD, new_run
-from test_steps_part import SMALL_NETWORK, SMALL_OFFICE
+from test_steps_part import SMALL_NETWORK, SMALL_OFFICE, watched_work
 
 from benchmarks import libmtl, methods
 from benchmarks.parts import libmtl as part
@@ -86,14 +86,7 @@ def test_what_is_not_installed_is_named(checkout, monkeypatch):
 @pytest.mark.parametrize("network", [SMALL_NETWORK, SMALL_OFFICE], ids=lambda n: n.name)
 def test_its_step_is_a_step_of_the_same_model(checkout, network, monkeypatch, capsys):
     libmtl.imported(checkout)
-    monkeypatch.setattr(methods, "LEARNING_RATE", 0.0)  # all steps from the same weights
-    work = methods.Work(network, torch.float32, CPU)
-    seen: list[torch.Tensor] = []
-
-    def see(*_):
-        seen.append(torch.cat([p.grad.flatten() for p in work.model.parameters()]))
-
-    work.optimizer.register_step_pre_hook(see)
+    work, seen = watched_work(network, monkeypatch)
     method = libmtl.OfLibmtl("EW")
     for each in (methods.EqualWeighting(), method, method):
         torch.manual_seed(1)  # dropout

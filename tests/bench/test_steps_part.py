@@ -123,10 +123,9 @@ def test_phases_of_a_step(step_rows):
         assert list(row["phases"]) == [p for p in phases.PHASES if p in row["phases"]]
 
 
-@pytest.mark.parametrize("network", [SMALL_NETWORK, SMALL_OFFICE], ids=lambda n: n.name)
-def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
-    """Same gradients, and not those of equal weighting."""
-    monkeypatch.setattr(methods, "LEARNING_RATE", 0.0)  # all steps from the same weights
+def watched_work(network, monkeypatch) -> tuple[methods.Work, list[torch.Tensor]]:
+    """Return work whose steps all start from the same weights, and a list of their gradients."""
+    monkeypatch.setattr(methods, "LEARNING_RATE", 0.0)
     work = methods.Work(network, torch.float32, CPU)
     seen: list[torch.Tensor] = []
 
@@ -134,6 +133,13 @@ def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
         seen.append(torch.cat([p.grad.flatten() for p in work.model.parameters()]))
 
     work.optimizer.register_step_pre_hook(see)
+    return work, seen
+
+
+@pytest.mark.parametrize("network", [SMALL_NETWORK, SMALL_OFFICE], ids=lambda n: n.name)
+def test_a_dissected_step_is_the_timed_one(network, monkeypatch):
+    """Same gradients, and not those of equal weighting."""
+    work, seen = watched_work(network, monkeypatch)
     method = methods.RepMTLMethod()
     method.criterion.lambda_csa = 1.0
     (number,) = method.calls
