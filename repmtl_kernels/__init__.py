@@ -8,6 +8,7 @@ from repmtl_kernels._heads.buffers import checkpoint_contexts
 from repmtl_kernels._heads.preflight import SecondDerivativeError
 from repmtl_kernels._heads.second_order import convert_second_order, second_order
 from repmtl_kernels._training.levels import Levels
+from repmtl_kernels.affinity import saliency_affinity
 from repmtl_kernels.backends import available_backends, backend_report
 from repmtl_kernels.criterion import RepMTL, task_saliencies
 from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_loss
@@ -35,6 +36,7 @@ __all__ = [
     "csa_loss",
     "reference",
     "rep_mtl_loss",
+    "saliency_affinity",
     "second_order",
     "task_saliencies",
     "tsr_loss",

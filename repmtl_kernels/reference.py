@@ -22,7 +22,7 @@ from repmtl_kernels._ground.saliency import (
     eps_or_zero,
     without_autocast,
 )
-from repmtl_kernels._losses.arguments import checked_call
+from repmtl_kernels._losses.arguments import check_positions, check_saliencies, checked_call
 from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels._losses.product import Product
@@ -73,6 +73,28 @@ def csa_loss(
     return csa
 
 
+def saliency_affinity(
+    saliencies: Tensor | Sequence[Tensor],
+    *,
+    positions: Tensor | None = None,
+    channel_dim: int = 1,
+) -> Tensor:
+    """Return the products with the arguments of :func:`repmtl_kernels.saliency_affinity`."""
+    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    if positions is not None:
+        check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    return products(operands, positions, stacked, channel_dim)
+
+
+def products(
+    operands: Sequence[Tensor], positions: Tensor | None, stacked: bool, channel_dim: int
+) -> Tensor:
+    """Return the inner products (B, T, T) of checked operands, in float64."""
+    s = torch.stack(_flat_tasks(operands, positions, stacked, channel_dim)).double()
+    with without_autocast(s.device):
+        return torch.einsum("tbcn,ubcn->btu", s, s)
+
+
 def _evaluate_call(
     saliencies: Tensor | Sequence[Tensor],
     *,
@@ -111,12 +133,8 @@ def evaluate(
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(tsr, csa)``, a tensor without elements for a loss that is left out."""
-    tasks = [
-        task.flatten(2) for task in canonical_tasks(operands, config.stacked, config.channel_dim)
-    ]
+    tasks = _flat_tasks(operands, positions, config.stacked, config.channel_dim)
     mask = canonical_mask(positions)
-    if mask is not None:  # zero at the positions that do not exist
-        tasks = [task.where(mask[:, None], 0) for task in tasks]
     tsr = csa = operands[0].new_empty(0)
     with without_autocast(operands[0].device):
         if config.tsr is not None:
@@ -124,6 +142,15 @@ def evaluate(
         if config.csa is not None:
             csa = _contrastive(tasks, mask, config.csa, present)
     return tsr, csa
+
+
+def _flat_tasks(
+    operands: Sequence[Tensor], positions: Tensor | None, stacked: bool, channel_dim: int
+) -> list[Tensor]:
+    """Return T tensors (B, C, N), zero at the positions that do not exist."""
+    tasks = [task.flatten(2) for task in canonical_tasks(operands, stacked, channel_dim)]
+    mask = canonical_mask(positions)
+    return tasks if mask is None else [task.where(mask[:, None], 0) for task in tasks]
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
-"""The contract of the backends: seven stages, with their shapes, dtypes, formulas and masks.
+"""The contract of the backends: eight stages, with their shapes, dtypes, formulas and masks.
 
 A backend is a module with the functions of :class:`Stages`. They are called in this order:
 ``statistics``, ``entropy`` (TSR), ``anchors``, ``gram``, ``contrast`` and ``values`` (CSA) in the
 forward pass, ``saliency_grad`` in the backward pass. Equation numbers are those of the paper.
+``affinity`` is called by itself.
 
 Sizes
     ``T`` tasks, ``B`` samples, ``C`` channels, ``N`` positions (the product of the spatial sizes),
@@ -322,4 +323,11 @@ class Stages(Protocol):
         ``outputs`` are views like the saliencies, None where no gradient is wanted. ``tsr`` is
         added to every channel; None: there is no TSR. With a mask, the gradient is exactly 0 at the
         other positions.
+        """
+
+    def affinity(self, saliencies: list[Tensor], *, mask: Tensor | None = None) -> Tensor:
+        """Return the inner products (B, T, T) of the tasks' saliencies, float64, from one read.
+
+        Symmetric to the bit. An error is relative to the product of the two tasks' norms, at any
+        scale of either.
         """

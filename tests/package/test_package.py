@@ -31,6 +31,7 @@ PUBLIC = {
     "LogLosses",
     "SecondDerivativeError",
     "task_saliencies",
+    "saliency_affinity",
     "second_order",
     "convert_second_order",
     "checkpoint_contexts",

@@ -26,10 +26,12 @@ from repmtl_kernels.backends.contract import (
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.eager import gradient as eager_gradient
 from repmtl_kernels.backends.eager import gram as eager_gram
+from repmtl_kernels.backends.eager.affinity import affinity
 from repmtl_kernels.backends.eager.values import values
 from repmtl_kernels.backends.native import library as native_library
 
 __all__ = [
+    "affinity",
     "anchors",
     "contrast",
     "entropy",

@@ -1,5 +1,6 @@
 """The stages as Triton kernels, for CUDA. Contract: ``backends/contract.py``."""
 
+from repmtl_kernels.backends.eager.affinity import affinity
 from repmtl_kernels.backends.triton.anchors import anchors
 from repmtl_kernels.backends.triton.contrast import contrast
 from repmtl_kernels.backends.triton.entropy import entropy
@@ -10,6 +11,7 @@ from repmtl_kernels.backends.triton.statistics import statistics
 from repmtl_kernels.backends.triton.values import values
 
 __all__ = [
+    "affinity",
     "anchors",
     "contrast",
     "entropy",
