@@ -149,7 +149,7 @@ def test_operator(backend: str):
 
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_transforms(backend: str):
-    """vmap over a further dimension, func.grad, and a compiled region."""
+    """Under vmap over a further dimension, func.grad, and a compiled region."""
     tensors = [torch.randn(2, 4, 10, 3, 5, device=DEVICE) for _ in range(3)]
     mask = mask_of(CASE, "random")
 
