@@ -27,9 +27,9 @@ class Grouping(NamedTuple):
     groups: tuple[tuple[str, ...], ...]
     """The names of each group's tasks."""
     score: float
-    """The mean of ``task_scores``; groups with a higher score agree more."""
+    """The mean of ``task_scores``. A higher one is better, for other numbers of groups too."""
     task_scores: dict[str, float]
-    """The mean affinity of each task with the other tasks of its group; 0 where it is alone."""
+    """The sum of each task's affinities with the other tasks of its group; 0 where it is alone."""
     next_best: Grouping | None
     """The best other grouping with as many groups; None: there is no other."""
 
@@ -44,9 +44,15 @@ def group_tasks(
 ) -> Grouping:
     """Return which tasks to train together in so many networks.
 
-    A task's score is the mean affinity with the other tasks of its group. A task that is alone has
-    0: nothing helps it and nothing disturbs it. The score of a grouping is the mean over all tasks,
-    so all of it can be checked by hand. Higher is better.
+    A task's score is the sum of its affinities with the other tasks of its group, and the score of
+    a grouping is the mean over all tasks. All of it can be checked by hand, and higher is better. A
+    step on the sum of a group's losses adds up what each of them does to a task, and so does the
+    score. A task that is alone has 0: nothing helps it and nothing disturbs it.
+
+    Scores of different numbers of groups can be compared. If ``group_tasks(affinity, 1)`` has the
+    higher one, the tasks help each other so much that one network is expected to be better. With
+    affinities above 0 alone that is always so: the best groups then keep as many tasks together as
+    possible, and leave out those that lose least by it.
 
     With at most 12 tasks, the result is the best of all groupings, and ``next_best`` the second.
     With more it is the best of four clusterings by scikit-learn (hierarchical with three linkages,
@@ -56,10 +62,10 @@ def group_tasks(
     score, the one that keeps the earlier tasks together is the better one.
 
     Whether tasks with higher affinity gain more from each other has to be measured for each kind
-    of data: docs/grouping.md has a study. The question and the form of the score, a mean of
-    pairwise affinities over a group, are those of Fifty et al. (2021, arXiv 2109.04617), who
-    measure the affinity as the change of one task's loss after a step for another. Sherif et al.
-    (STG-MTL, 2023, arXiv 2307.03374) cluster what tasks look like in training.
+    of data: docs/grouping.md has a study. The question is that of Fifty et al. (2021, arXiv
+    2109.04617). Their affinity is the change of one task's loss after a step for another, and their
+    score has the mean over the group where this one has the sum. Sherif et al. (STG-MTL, 2023,
+    arXiv 2307.03374) cluster what tasks look like in training.
 
     Args:
         affinity: similarities ``(T, T)``, above 0 where two tasks help each other and below 0

@@ -40,7 +40,7 @@ def ranked(a: Matrix, groups: int) -> list[Labels]:
 
 
 def task_scores(a: Matrix, labels: Integers) -> Matrix:
-    """Return each task's mean similarity with the others of its group, 0 where there are none.
+    """Return the sum of each task's similarities with the others of its group.
 
     Args:
         a: as for :func:`ranked`.
@@ -48,9 +48,7 @@ def task_scores(a: Matrix, labels: Integers) -> Matrix:
     """
     members = labels[:, :, None] == np.arange(labels.max() + 1)
     with_group = a @ members
-    own = np.take_along_axis(with_group, labels[:, :, None], axis=2)[:, :, 0]
-    others = np.take_along_axis(members.sum(1), labels, axis=1) - 1
-    return own / np.maximum(others, 1)
+    return np.take_along_axis(with_group, labels[:, :, None], axis=2)[:, :, 0]
 
 
 # --- few tasks ---
@@ -107,7 +105,7 @@ def _values(a: Matrix) -> Matrix:
     tasks = len(a)
     bits = np.arange(tasks)[::-1]
     members = (np.arange(1 << tasks)[:, None] >> bits & 1).astype(np.float64)
-    return ((members @ a) * members).sum(1) / np.maximum(members.sum(1) - 1, 1)
+    return ((members @ a) * members).sum(1)
 
 
 def _into_one(values: Matrix) -> Best:

@@ -54,7 +54,7 @@ def scored(affinity: Tensor, groups: Groups) -> dict[str, float]:
     for group in groups:
         for task in group:
             others = [float(affinity[int(task), int(u)]) for u in group if u != task]
-            scores[task] = sum(others) / len(others) if others else 0.0
+            scores[task] = sum(others)
     return scores
 
 
@@ -78,13 +78,13 @@ def test_four_tasks_by_hand():
     assert found.score == pytest.approx((0.8 + 0.8 + 0.4 + 0.4) / 4)
     scores = {"depth": 0.8, "normals": 0.8, "parts": 0.4, "objects": 0.4}
     assert found.task_scores == pytest.approx(scores)
-    # Depth has 0.35, normals 0.45, parts 0, and objects are alone.
+    # Depth has 0.7, normals 0.9, parts 0, and objects are alone.
     assert found.next_best.groups == (("depth", "normals", "parts"), ("objects",))
-    assert found.next_best.score == pytest.approx((0.35 + 0.45 + 0.0 + 0.0) / 4)
+    assert found.next_best.score == pytest.approx((0.7 + 0.9 + 0.0 + 0.0) / 4)
     assert found.next_best.next_best is None
     assert str(found).splitlines() == [
         "+0.6000  depth, normals | parts, objects",
-        "+0.2000  depth, normals, parts | objects",
+        "+0.4000  depth, normals, parts | objects",
     ]
 
 
@@ -152,7 +152,7 @@ def test_many_tasks(tasks, groups, blocks):
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 5])
 def test_equal_affinities_give_the_groups_of_the_earlier_tasks(groups):
-    """Whole groups of equal tasks have equal scores, however the tasks are spread."""
+    """Which of the equal tasks are in which group does not change the score."""
     affinity = torch.full((5, 5), -0.5)
     first, *_ = sorted(
         (g for g in partitions(5, groups) if total(affinity, g) == best_total(affinity, groups)),
@@ -190,8 +190,17 @@ def test_the_only_groupings():
     assert alone == Grouping((("0",), ("1",), ("2",)), 0.0, dict.fromkeys("012", 0.0), None)
     together = group_tasks(affinity, 1)
     pairs = [float(affinity[t, u]) for t, u in ((0, 1), (0, 2), (1, 2))]
-    assert together.score == pytest.approx(sum(pairs) / 3)
+    assert together.score == pytest.approx(2 * sum(pairs) / 3)
     assert together.groups == (("0", "1", "2"),) and together.next_best is None
+
+
+def test_tasks_that_all_help_each_other_stay_together():
+    """Depth helps the others least, and one network has the higher score."""
+    affinity = torch.full((4, 4), 0.5)
+    affinity[1] = affinity[:, 1] = 0.1
+    two, one = (group_tasks(affinity, groups) for groups in (2, 1))
+    assert two.groups == (("0", "2", "3"), ("1",)) and two.score == pytest.approx(3 * 1.0 / 4)
+    assert one.score == pytest.approx((3 * 1.1 + 0.3) / 4) and one.score > two.score
 
 
 def test_a_task_in_conflict_with_all_others_is_alone():
