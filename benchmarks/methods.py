@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -13,11 +15,12 @@ import torch
 from benchmarks.networks import Batch, Model, Network, random_batch, task_loss
 from benchmarks.peers import AtRepresentation, ByTorchjd, Forward, SinglePass, fairgrad, nash_mtl
 from benchmarks.phases import PHASES, Phases, Unmarked
-from repmtl_kernels import RepMTL, rep_mtl_loss, task_saliencies
+from repmtl_kernels import RepMTL, SaliencyMonitor, rep_mtl_loss, task_saliencies
 from repmtl_kernels._training.strength import BETWEEN, FIRST
 
 EQUAL_WEIGHTING = "equal_weighting"
 DEFAULT = "rep_mtl_default"
+MONITORED = "rep_mtl_monitored"
 LAMBDA = 0.01
 LEARNING_RATE = 1e-4
 
@@ -167,24 +170,42 @@ class Default(RepMTLMethod):
 
     marked = False  # a dissected step has fixed lambdas and measures nothing
 
-    def __init__(self) -> None:
+    def __init__(self, monitor: SaliencyMonitor | None = None) -> None:
         # Random labels leave the tasks hardly a gradient, which the criterion reports.
         warnings.filterwarnings("ignore", message="strength: the lambdas have fallen")
-        self.criterion = RepMTL()
+        self.criterion = RepMTL(monitor=monitor)
         self.fast = True
-        every = self.criterion.every
-        measured, applied = BETWEEN * every, (BETWEEN + 1) * every
-        self.calls = {measured: 1 / measured, applied: 1 / every - 1 / measured}
-        if every > 1:
-            self.calls[applied + 1] = 1 - 1 / every
+        self.calls = self._kinds()
         self.state = torch.zeros_like(self.criterion.get_extra_state())
         self.state[1:3] = 1.0  # a mean of the ratio, as its first calls leave one
+
+    def _kinds(self) -> dict[int, float]:
+        """Return a call of each kind, and the share of its kind in all calls."""
+        every, monitor = self.criterion.every, self.criterion.monitor
+        turns = [every, BETWEEN * every, *([] if monitor is None else [monitor.every])]
+        period = math.lcm(*turns)
+        kinds = defaultdict(list)
+        for number in range(period, 2 * period):
+            kinds[tuple(number % turn == 0 for turn in turns)].append(number)
+        return {numbers[0]: len(numbers) / period for numbers in kinds.values()}
+
+
+class Monitored(Default):
+    """The same with a monitor. Some of its calls are observed, and each kind may be."""
+
+    def __init__(self) -> None:
+        super().__init__(SaliencyMonitor())
+
+    def begin(self, number: int) -> None:
+        super().begin(number)
+        self.criterion.monitor._count.calls = number
 
 
 # The decisive methods first: when time runs out, the last ones are left out.
 METHODS: dict[str, Callable[[int], EqualWeighting]] = {
     EQUAL_WEIGHTING: lambda tasks: EqualWeighting(),
     DEFAULT: lambda tasks: Default(),
+    MONITORED: lambda tasks: Monitored(),
     "rep_mtl_second_order": lambda tasks: RepMTLMethod(fast=True),
     "rep_mtl": lambda tasks: RepMTLMethod(),
     "rep_mtl_reference": lambda tasks: RepMTLMethod("reference"),
@@ -199,6 +220,7 @@ NEED_TORCHJD = tuple(name for name in METHODS if name.startswith(("nash_mtl", "f
 TITLES = {
     EQUAL_WEIGHTING: "equal weighting",
     DEFAULT: "Rep-MTL as it comes: `RepMTL()`, `second_order()`",
+    MONITORED: "the same with a `SaliencyMonitor()`",
     "rep_mtl_reference": "Rep-MTL, reference losses",
     "rep_mtl": "Rep-MTL, fused losses",
     "rep_mtl_second_order": "Rep-MTL, fused, `second_order()`",

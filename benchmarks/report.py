@@ -2,8 +2,9 @@
 
 A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``. NAME is one of a
 part's tables (``parts/``), ``targets`` (what the kernels have to reach on a GPU, and whether they
-do) or ``quality_STUDY`` (``Delta_p`` of a study). MACHINE is a folder of results, or ``simulated``
-for what comes from formulas alone: ``ranks``, the cost of negatives of all ranks, and ``kept``.
+do), ``quality_STUDY`` (``Delta_p`` of a study) or ``summary_STUDY`` (to equal weighting alone).
+MACHINE is a folder of results, or ``simulated`` for what comes from formulas alone: ``ranks``, the
+cost of negatives of all ranks, and ``kept``.
 """
 
 from __future__ import annotations
@@ -75,13 +76,19 @@ def _made(name: str, machine: str, results: Path) -> str | None:
         return SIMULATED[name]()
     if name == "targets":  # of several files
         return targets.table(results / machine)
-    study = (name, quality.study_table) if name.startswith("quality_") else None
-    what, make = TABLES.get(name) or study or (None, None)
+    what, make = TABLES.get(name) or _of_study(name) or (None, None)
     if make is None:
         known = ", ".join([*TABLES, "targets"])
         raise ValueError(f"marker bench:{name}:{machine}: expected a name of {known}")
     result = load(results / machine, what)
     return None if result is None else make(result)
+
+
+def _of_study(name: str) -> tuple[str, Callable[[dict], str]] | None:
+    """Return the result file of a study, and what makes this table from it."""
+    kind, _, study = name.partition("_")
+    make = {"quality": quality.study_table, "summary": quality.study_summary}.get(kind)
+    return (f"quality_{study}", make) if make else None
 
 
 if __name__ == "__main__":

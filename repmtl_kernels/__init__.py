@@ -8,6 +8,8 @@ from repmtl_kernels._heads.buffers import checkpoint_contexts
 from repmtl_kernels._heads.preflight import SecondDerivativeError
 from repmtl_kernels._heads.second_order import convert_second_order, second_order
 from repmtl_kernels._monitor.grouping import Grouping, group_tasks
+from repmtl_kernels._monitor.monitor import SaliencyMonitor
+from repmtl_kernels._monitor.summary import SaliencyHistory, SaliencySummary
 from repmtl_kernels._training.levels import Levels
 from repmtl_kernels.affinity import saliency_affinity
 from repmtl_kernels.backends import available_backends, backend_report
@@ -29,6 +31,9 @@ __all__ = [
     "RepMTL",
     "RepMTLLoss",
     "RepMTLLosses",
+    "SaliencyHistory",
+    "SaliencyMonitor",
+    "SaliencySummary",
     "SecondDerivativeError",
     "TSRLoss",
     "available_backends",

@@ -106,7 +106,7 @@ class Fact(NamedTuple):
 
 # The numbers that a rank sends in one message. All messages are as long, so that an error can come
 # in place of any of them. A new option that ranks compare may need a larger number.
-WIDTH = 17
+WIDTH = 18
 # The first number of a message: its kind.
 _ERROR, _LOSSES, _CRITERION = 0, 1, 2
 
@@ -130,9 +130,17 @@ def errors_shared(name: str, like: object) -> AbstractContextManager:
     return _errors_shared(name, like) if name else nullcontext()
 
 
-def agree(name: str, facts: Sequence[Fact], like: object) -> None:
-    """Raise, on every rank, if the options of the ranks' criteria differ."""
-    _exchange_facts(torch_private.process_group_named(name), _CRITERION, (), facts, like)
+def agree(
+    name: str, facts: Sequence[Fact], like: object, own: Sequence[float] = ()
+) -> list[list[float]]:
+    """Raise, on every rank, if the options of the ranks' criteria or monitors differ.
+
+    Returns:
+        A list for each rank, of the numbers that it has sent as its ``own``; all send as many.
+    """
+    group = torch_private.process_group_named(name)
+    rows = _exchange_facts(group, _CRITERION, own, facts, like)
+    return [row[1 : 1 + len(own)] for row in rows]
 
 
 def meet_peers(name: str, batch: int, facts: Sequence[Fact], like: object) -> Peers:

@@ -13,6 +13,7 @@ from repmtl_kernels._ground.checks import checked_step
 from repmtl_kernels._ground.saliency import has_values
 from repmtl_kernels._heads import first_calls, preflight
 from repmtl_kernels._heads.second_order import second_order
+from repmtl_kernels._monitor.monitor import SaliencyMonitor
 from repmtl_kernels._training.arguments import (
     Positions,
     Representation,
@@ -159,6 +160,8 @@ class RepMTL(LossModule):
             included, at ``every`` times its weight (lazy regularisation, as StyleGAN2 does with
             R1). With ``strength`` the mean over all calls is ``rho``. None: 4, or 1 if a lambda is
             set.
+        monitor: a :class:`SaliencyMonitor` that observes some of the training calls, or None. It
+            changes neither the total nor a gradient.
 
     A measurement of the ratio is one more backward pass through the heads. With wide ASPP heads and
     ``every=1`` it costs 1.3 % of a step on average, and 2.3 % without ``second_order()``. Each
@@ -192,6 +195,7 @@ class RepMTL(LossModule):
     task_weights: Weights | None
     scaler: torch.amp.GradScaler | None
     every: int
+    monitor: SaliencyMonitor | None
     group: Group | None
     memory: str
 
@@ -217,6 +221,7 @@ class RepMTL(LossModule):
         task_weights: Weights | None = None,
         scaler: torch.amp.GradScaler | None = None,
         every: int | None = None,
+        monitor: SaliencyMonitor | None = None,
         channel_dim: int = 1,
         group: Group | None = None,
         memory: str = "auto",
@@ -245,13 +250,14 @@ class RepMTL(LossModule):
             task_weights=checked_weights(task_weights),
             scaler=scaler,
             every=every,
+            monitor=monitor,
             channel_dim=channel_dim,
             group=group,
             memory=memory,
             backend=backend,
         )
         super().__init__(**vars(options))
-        options.check()
+        self._checked_options()
         self._progress = Progress()
 
     @property
@@ -346,18 +352,24 @@ class RepMTL(LossModule):
             real = has_values(total)
             if options.log_losses and real:
                 check_logarithms(tasks, options.log_offset, progress.without_log)
-            scale = options.scale(total.device) if applied and real else None
-            if on:
+            monitor = self.monitor if self.training and real else None
+            observer = monitor if monitor is not None and monitor.is_due(step, [total]) else None
+            taken = applied or observer is not None
+            scale = options.scale(total.device) if taken and real else None
+            if on or observer is not None:
                 tasks.place(representation)
                 if applied:
                     options.check_observable(total)
+                if observer is not None:
+                    observer.check_observable(total)
                 check_graph(tasks)
-                if real:
+                if real and on:
                     first_calls.check_losses(tasks, progress, applied)
-                tasks.check_batch(present, positions, options, group)
-            if applied:
-                take_saliencies(tasks, scale)
-                if real:
+                csa = on and options.lambda_csa > 0
+                tasks.check_batch(present, positions, options.channel_dim, csa=csa, group=group)
+            if taken:
+                take_saliencies(tasks, scale, create_graph=applied)
+                if applied and real:
                     first_calls.warn_of_no_means(tasks, progress, options)
         if talks and not torch.compiler.is_compiling():  # a compiler knows no values
             _distributed.agree(talks, options.facts(progress.calls), arguments)
@@ -365,6 +377,12 @@ class RepMTL(LossModule):
         if applied:
             regularizer = Regularizer(options, turn, tasks, scale, group, progress)
             total = total + regularizer.value(record)
+        if observer is not None:
+            observer.observe(tasks, options.channel_dim, group, progress.last_ratio)
+        if monitor is not None:
+            monitor.count(step)
+        if taken and not applied:
+            tasks.drop_saliencies()
         if self.training and real:
             progress.count(turn.number, step)
         # A copy: `total /= accumulation_steps` is the caller's right.
@@ -393,13 +411,27 @@ class RepMTL(LossModule):
     def _checked_options(self) -> CriterionOptions:
         options = CriterionOptions(**self.options())
         options.check()
+        if not (self.monitor is None or isinstance(self.monitor, SaliencyMonitor)):
+            raise TypeError(
+                f"monitor: expected a SaliencyMonitor or None, got {type(self.monitor).__name__}"
+            )
         return options
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
-        # A checkpoint of the model from before it had this criterion is complete without a count.
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
-        if (key := f"{prefix}_extra_state") in missing_keys:
-            missing_keys.remove(key)
+    def _forget_step(self) -> None:
+        """Take the next call for one of another step than the last one's, whatever its number."""
+        self._progress.step = None
+        if self.monitor is not None:
+            self.monitor.forget_step()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, *args
+    ):
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, *args
+        )
+        # What a monitor has seen changes no training: without one it may be left behind.
+        if (key := f"{prefix}monitor._extra_state") in unexpected_keys and self.monitor is None:
+            unexpected_keys.remove(key)
 
     def get_extra_state(self) -> Tensor:
         """Return the number of calls and the running means, for ``state_dict()``."""

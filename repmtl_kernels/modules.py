@@ -16,7 +16,7 @@ from repmtl_kernels.functional import RepMTLLosses, csa_loss, rep_mtl_loss, tsr_
 
 
 class LossModule(nn.Module):
-    """A loss whose keyword options are its attributes and its ``repr``.
+    """A loss, or a monitor, whose keyword options are its attributes and its ``repr``.
 
     A class declares its options as attributes with their types, and gives all of them to
     ``super().__init__`` as keywords.
@@ -49,8 +49,15 @@ class LossModule(nn.Module):
         return {name: getattr(self, name) for name in self._options}
 
     def extra_repr(self) -> str:
-        """Return the options as they are in ``repr``."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        """Return the options as they are in ``repr``, which adds the modules among them."""
+        options = {k: v for k, v in self.options().items() if not isinstance(v, nn.Module)}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *args):
+        # A checkpoint of the model from before it had this module is complete without its state.
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
+        if (key := f"{prefix}_extra_state") in missing_keys:
+            missing_keys.remove(key)
 
 
 class TSRLoss(LossModule):

@@ -46,12 +46,21 @@ def accuracy_table(result: dict) -> str:
 
 
 def study_table(result: dict) -> str:
-    """Return `Delta_p` of every method and data set."""
+    """Return `Delta_p` of every method and data set, to each base."""
+    return _of_seeds(tables.by_base(result["rows"]), result)
+
+
+def study_summary(result: dict) -> str:
+    """Return `Delta_p` to equal weighting alone."""
+    return _of_seeds(tables.to_equal(result["rows"]), result)
+
+
+def _of_seeds(table: str, result: dict) -> str:
     text = (
         f"Per cent, mean over tasks; mean and 95 % interval over {len(result['seeds'])} seeds. A "
         "seed's run is compared with the base's run of that seed."
     )
-    return captioned(tables.by_base(result["rows"]), result, text)
+    return captioned(table, result, text)
 
 
 def grouping_table(result: dict) -> str:

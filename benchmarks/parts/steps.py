@@ -18,6 +18,7 @@ from benchmarks.methods import (
     DEFAULT,
     EQUAL_WEIGHTING,
     METHODS,
+    MONITORED,
     NEED_TORCHJD,
     TITLES,
     EqualWeighting,
@@ -249,7 +250,19 @@ def table(result: dict) -> str:
     )
     if any(row["method"] == DEFAULT for row in result["rows"]):
         text += f" {OF_DEFAULT}"
+    text += monitor_text(columns)
     return captioned(markdown(header, lines), result, text)
+
+
+def monitor_text(columns: dict[str, dict[str, dict]]) -> str:
+    """Return what a monitor adds to a step of the default, in each column that has both."""
+    shares = []
+    for where, rows in columns.items():
+        pair = [rows.get(method) for method in (MONITORED, DEFAULT)]
+        if all(row and row["steps_per_s"] for row in pair):
+            watched, plain = (row["steps_per_s"] for row in pair)
+            shares.append(f"{100 * (plain / watched - 1):.1f} % ({where})")
+    return f" A monitor adds {', '.join(shares)} to a step." if shares else ""
 
 
 def _cell(row: dict | None, base: dict | None, gpu: bool) -> str:

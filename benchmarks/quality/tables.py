@@ -119,27 +119,33 @@ def over_seeds(rows: list[dict], delta: str) -> dict[tuple[str, str], Interval]:
 
 def by_base(rows: list[dict]) -> str:
     """Return a table for each base that methods are compared with, a column for each data set."""
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
     others = dict.fromkeys(row["against"] for row in rows if "against" in row)
-    parts = []
-    for base, delta, against in [
-        ("single-task training", BASES[SINGLE], None),
-        ("equal weighting", BASES[EQUAL], None),
-        *((other, AGAINST, other) for other in others),
-    ]:
-        compared = [r for r in rows if against is None or r.get("against") == against]
-        intervals = over_seeds(compared, delta)
-        table = [
-            [method, *(str(intervals.get((dataset, method), "")) for dataset in datasets)]
-            for method in methods
-            if any((dataset, method) in intervals for dataset in datasets)
-        ]
-        if table:
-            parts.append(markdown([f"Δp to {base}, %", *datasets], table))
+    parts = [
+        compared("single-task training", rows, BASES[SINGLE]),
+        to_equal(rows),
+        *(compared(o, [r for r in rows if r.get("against") == o], AGAINST) for o in others),
+    ]
     if any("spectra" in row for row in rows):
         parts.append(exponents(rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def to_equal(rows: list[dict]) -> str:
+    """Return the table of ``Delta_p`` to equal weighting."""
+    return compared("equal weighting", rows, BASES[EQUAL])
+
+
+def compared(base: str, rows: list[dict], delta: str) -> str:
+    """Return the table of one ``Delta_p``; empty where no row has it."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    intervals = over_seeds(rows, delta)
+    table = [
+        [method, *(str(intervals.get((dataset, method), "")) for dataset in datasets)]
+        for method in methods
+        if any((dataset, method) in intervals for dataset in datasets)
+    ]
+    return markdown([f"Δp to {base}, %", *datasets], table) if table else ""
 
 
 def exponents_of_parts(rows: list[dict]) -> dict[tuple[str, str], dict[str, list[float]]]:

@@ -1,4 +1,4 @@
-"""What a monitor has seen, as plain tensors on the CPU."""
+"""The results of a monitor, as plain tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SaliencyHistory:
 
 @dataclass(frozen=True, eq=False)
 class SaliencySummary:
-    """What a :class:`SaliencyMonitor` has seen of T tasks: running means, and the history.
+    """The results of a :class:`SaliencyMonitor` of T tasks: running means, and the history.
 
     The means are exponential over the observations, and free of the bias of their start. They are
     float64 tensors on the CPU, in the order of ``tasks``. An entry is NaN where nothing has been

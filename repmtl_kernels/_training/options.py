@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class CriterionOptions:
     task_weights: Weights | None = field(metadata=_OWN)
     scaler: torch.amp.GradScaler | None = field(metadata=_OWN)
     every: int
+    monitor: Any = field(metadata=_OWN)  # a SaliencyMonitor or None; RepMTL checks it
     channel_dim: int = field(metadata=_OWN)
     group: Group | None = field(metadata=_OWN)
     memory: str = field(metadata=_OWN)
@@ -162,4 +163,6 @@ class CriterionOptions:
             for option in fields(self)
             if option.name not in of_losses and option.metadata.get("compared", True)
         ]
-        return [count, *of_losses.values(), *own]
+        watched = None if self.monitor is None else self.monitor.every
+        monitor = Fact(watched, "a monitor with the same every, or none,")
+        return [count, *of_losses.values(), *own, monitor]

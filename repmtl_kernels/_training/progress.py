@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
+from repmtl_kernels._training.calls import CallCount, FirstReplica
 from repmtl_kernels._training.running_mean import DeferredValue, RunningMean
 from repmtl_kernels._training.step import RepMTLStep
 
@@ -16,15 +16,11 @@ from repmtl_kernels._training.step import RepMTLStep
 RATIO_DECAY, SIZE_DECAY = 0.6, 0.98
 
 
-class Progress:
-    """The count of calls, the running means, and what has been checked and reported already.
-
-    The count is on the host, so that no call has to ask the device whether it is its turn.
-    """
+class Progress(CallCount):
+    """The count of calls, the running means, and what has been checked and reported already."""
 
     def __init__(self) -> None:
-        self.calls = 0  # calls with the same step count once
-        self.step: int | None = None  # the last call's, if it had one
+        super().__init__()
         self.ratio = RunningMean(RATIO_DECAY)  # of the gradients' norms, at lambdas that sum to 1
         self.size = RunningMean(SIZE_DECAY)  # of dR/dS, for clip
         self.last_ratio: Tensor | None = None  # the last measured one, as that call applied it
@@ -35,36 +31,20 @@ class Progress:
         self.without_log = DeferredValue()  # which losses have no logarithm
         self.warned_of_weak = False
         self.last: RepMTLStep | None = None
-        self._carrier: tuple[int, weakref.ref] | None = None
-
-    def number(self, step: int | None) -> int:
-        """Return the number of this training call."""
-        return self.calls - 1 if step is not None and step == self.step else self.calls
-
-    def count(self, number: int, step: int | None) -> None:
-        """Remember that the call of this number is done."""
-        self.calls, self.step = number + 1, step
+        self._replicas = FirstReplica()
 
     def of_replica(self, replica: object) -> Progress:
         """Return this progress to the first replica of a forward pass, and copies to the others.
 
         The copies are dropped, so that nothing depends on which replica's thread is faster.
         """
-        if self._carrier is not None:
-            calls, carrier = self._carrier
-            if calls == self.calls and carrier() is not None:
-                return self._copy()
-        self._carrier = self.calls, weakref.ref(replica)
-        return self
+        return self if self._replicas.is_first(replica, self.calls) else self._copy()
 
     def _copy(self) -> Progress:
         other = Progress()
-        other.__dict__.update(self.__dict__, _carrier=None)
+        other.__dict__.update(self.__dict__, _replicas=FirstReplica())
         other.ratio, other.size = self.ratio.copy(), self.size.copy()
         return other
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_carrier": None}
 
     def numbers(self) -> list[float]:
         """Return the numbers that a checkpoint keeps."""

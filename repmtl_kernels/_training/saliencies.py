@@ -74,12 +74,15 @@ def _stacked_in(loss: Tensor) -> Node | None:
     return stack if stack is not None and any(s in stack.name() for s in stacking) else None
 
 
-def take_saliencies(tasks: Tasks, scale: Tensor | None = None) -> None:
-    """Give each task its saliencies: the gradients of its objective, with their graph.
+def take_saliencies(
+    tasks: Tasks, scale: Tensor | None = None, *, create_graph: bool = True
+) -> None:
+    """Give each task its saliencies: the gradients of its objective. The losses keep their graph.
 
     Args:
         tasks: with representations and checked graphs.
         scale: a scalar that the objectives are multiplied with; None: 1.
+        create_graph: give the saliencies a graph, for a loss on them.
 
     Raises:
         ValueError: a loss depends on none of its representations, or no loss on a level. With
@@ -89,7 +92,12 @@ def take_saliencies(tasks: Tasks, scale: Tensor | None = None) -> None:
         for task in tasks:
             seed = None if scale is None else scale.to(task.objective.dtype)
             saliencies = torch.autograd.grad(
-                task.objective, task.representations, seed, create_graph=True, allow_unused=True
+                task.objective,
+                task.representations,
+                seed,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
             )
             if all(saliency is None for saliency in saliencies):
                 raise ValueError(_not_dependent(task))

@@ -31,7 +31,6 @@ from repmtl_kernels._training.arguments import (
     per_task,
 )
 from repmtl_kernels._training.levels import Levels
-from repmtl_kernels._training.options import CriterionOptions
 
 
 @dataclass(eq=False)
@@ -64,6 +63,8 @@ class Task:
 class Level(NamedTuple):
     """The tensors that TSR and CSA of one level are made of. T tasks depend on the level."""
 
+    number: int  # among all levels
+    tasks: list[Task]
     saliencies: list[Tensor]  # T of (B, C, *spatial)
     present: Tensor | None  # (T, B)
     positions: Tensor | None  # (B, *spatial)
@@ -90,6 +91,8 @@ class Tasks(list[Task]):
     """Bool ``(T, B)``, one row for each of ``losses``, absent tasks included."""
     positions: Sequence[Tensor | None] = ()
     """Bool ``(B, *spatial)`` at each level."""
+    level_names: tuple[Hashable, ...] | None = None
+    """Those of the :class:`Levels`; None if each representation is one tensor."""
 
     def __init__(
         self,
@@ -110,12 +113,11 @@ class Tasks(list[Task]):
             for row, (key, loss) in enumerate(self.losses.items())
             if loss is not None
         )
-        self._level_names: tuple[Hashable, ...] | None = None
 
     @property
     def has_levels(self) -> bool:
         """Whether the representations are :class:`Levels`."""
-        return self._level_names is not None
+        return self.level_names is not None
 
     @property
     def some_are_absent(self) -> bool:
@@ -142,7 +144,7 @@ class Tasks(list[Task]):
             places = named_tensors("representation", representation)
             for task in self:
                 task.places = places
-            self._level_names = level_names(representation)
+            self.level_names = level_names(representation)
             return
         if not isinstance(representation, list | tuple | Mapping):
             raise TypeError(
@@ -154,13 +156,13 @@ class Tasks(list[Task]):
             task.places = named_tensors(f"representation[{task.key!r}]", values[task.row])
             task.copies = isinstance(representation, Copies)
         first, *others = self
-        self._level_names = level_names(values[first.row])
+        self.level_names = level_names(values[first.row])
         for task in others:
             names = level_names(values[task.row])
-            if names != self._level_names:
+            if names != self.level_names:
                 raise ValueError(
                     f"representation[{task.key!r}]: expected the levels of "
-                    f"representation[{first.key!r}], {_shown(self._level_names)}; got "
+                    f"representation[{first.key!r}], {_shown(self.level_names)}; got "
                     f"{_shown(names)}"
                 )
 
@@ -168,8 +170,10 @@ class Tasks(list[Task]):
         self,
         present: Tensor | None,
         positions: Positions | None,
-        options: CriterionOptions,
-        group: str,
+        channel_dim: int,
+        *,
+        csa: bool = False,
+        group: str = "",
     ) -> None:
         """Take the masks, and raise if a batch is none that the losses are defined on.
 
@@ -179,29 +183,35 @@ class Tasks(list[Task]):
         Args:
             present: as the user gave it.
             positions: as the user gave them.
-            options: the criterion's, which say where the channels are and whether CSA is on.
+            channel_dim: dimension of the channels.
+            csa: whether the batch has to be one for CSA.
             group: the name of the group whose other ranks may have samples; empty without.
         """
-        masks = masks_of_levels(positions, self._level_names)
+        masks = masks_of_levels(positions, self.level_names)
         places = self[0].places
         batch = places[0][1].shape[:1]
         for level, ((_, first), (name, mask)) in enumerate(zip(places, masks, strict=True)):
             names, tensors = zip(*(task.places[level] for task in self), strict=True)
-            check_saliencies(tensors, options.channel_dim, "representation", names)
+            check_saliencies(tensors, channel_dim, "representation", names)
             if first.shape[:1] != batch:
                 raise ValueError(
                     f"{names[0]}: expected the batch of {places[0][0]}, {batch[0]}; got "
                     f"{first.shape[0]}"
                 )
             check_present(present, len(self.losses), first.shape[0], first.device)
-            check_positions(mask, first, options.channel_dim, name)
-            if options.lambda_csa:
+            check_positions(mask, first, channel_dim, name)
+            if csa:
                 check_csa_batch(tensors, False, None, group, "representation")
         self.present, self.positions = present, [mask for _, mask in masks]
 
     def saliencies(self) -> list[Tensor]:
         """All saliencies that there are, level by level."""
         return [s for level in self._by_level() for s in level if s is not None]
+
+    def drop_saliencies(self) -> None:
+        """Forget the saliencies, and with them their memory and graph."""
+        for task in self:
+            task.saliencies = []
 
     def levels(self, saliencies: Sequence[Tensor]) -> list[Level]:
         """The parts of each level, without levels that only absent tasks depend on.
@@ -211,14 +221,16 @@ class Tasks(list[Task]):
         """
         remaining = iter(saliencies)
         levels = []
-        for at_level, positions in zip(self._by_level(), self.positions, strict=True):
+        at_levels = zip(self._by_level(), self.positions, strict=True)
+        for number, (at_level, positions) in enumerate(at_levels):
             dependent = [t for t, s in zip(self, at_level, strict=True) if s is not None]
             if not dependent:
                 continue
             present = self.present
             if present is not None and len(dependent) < len(present):
                 present = torch.stack([present[task.row] for task in dependent])
-            levels.append(Level([next(remaining) for _ in dependent], present, positions))
+            own = [next(remaining) for _ in dependent]
+            levels.append(Level(number, dependent, own, present, positions))
         return levels
 
     def _by_level(self) -> list[tuple[Tensor | None, ...]]:

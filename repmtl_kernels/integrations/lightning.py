@@ -115,7 +115,7 @@ class RepMTLModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Forget the number of the last batch: they begin again."""
-        self.criterion._progress.step = None
+        self.criterion._forget_step()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the total of the criterion, and log it."""

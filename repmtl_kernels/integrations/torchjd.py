@@ -154,8 +154,7 @@ def _backward(
         )
         return
     rows = _rows(tasks, zs)
-    for task in tasks:
-        task.saliencies = []  # with them and the total goes their graph, before the encoder's turn
+    tasks.drop_saliencies()  # with them and the total goes their graph, before the encoder's turn
     taken = [sum(row for row in of_z if row is not None) for of_z in rows]
     hooks = [
         z.register_hook(lambda grad, row=row: grad - row) for z, row in zip(zs, taken, strict=True)

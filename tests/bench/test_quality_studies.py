@@ -181,6 +181,7 @@ def test_the_table_has_the_exponents_and_no_base_that_was_not_trained():
     ]  # fmt: skip
     to_equal, exponents = tables.by_base(rows).split("\n\n")
     assert "equal weighting" in to_equal and "+2.50 ± " in to_equal
+    assert to_equal == tables.to_equal(rows)
     assert exponents.splitlines()[-1] == "| d | m | 2.50 |  |"
 
 

@@ -147,14 +147,18 @@ def test_tables_of_training_quality(tmp_path):
         for seed in (0, 1)
     ]
     settings = {"datasets": {"multimnist": {"training": {"steps": 200, "batch": 64}}}}
-    results.save(tmp_path, "quality_bench", HEAD, rows, notes=[], seeds=[0, 1], **settings)
-    found = results.load(tmp_path, "quality_bench")
+    results.save(tmp_path / "m", "quality_bench", HEAD, rows, notes=[], seeds=[0, 1], **settings)
+    found = results.load(tmp_path / "m", "quality_bench")
     table = quality.accuracy_table(found)
     assert "| Rep-MTL | 90.5 % ± 0.7 | 50.0 % ± 0.0 |" in table
     assert "200 steps of 64 images, 2 seeds" in table
     table = quality.study_table(found)
     assert "| Δp to equal weighting, % | multimnist |" in table
     assert "| Rep-MTL | +2.00 ± 0.00 |" in table
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- bench:summary_bench:m -->\n<!-- /bench -->\n")
+    report.refresh(readme, tmp_path)
+    assert readme.read_text().count("Δp to") == 1 and "to equal weighting" in readme.read_text()
 
 
 def test_plots_are_made_from_the_files_and_the_same_again(tmp_path, kernel_rows):

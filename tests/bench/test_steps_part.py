@@ -116,7 +116,7 @@ def test_phases_of_a_step(step_rows):
         own = {"saliencies", "regularizer"} if row["method"].startswith("rep_mtl") else set()
         if row["method"] in methods.NEED_TORCHJD:
             own = {"weighting"}
-        if row["method"] == methods.DEFAULT:
+        if row["method"] in (methods.DEFAULT, methods.MONITORED):
             assert row["phases"] == {}
             continue
         assert set(row["phases"]) == around | own, row["method"]
@@ -175,6 +175,27 @@ def test_calls_of_the_default_stand_for_a_period(every, monkeypatch):
     method.begin(24 * every)
     assert method.criterion._progress.calls == 24 * every
     assert not method.criterion._progress.ratio.is_empty
+
+
+def test_calls_with_a_monitor_stand_for_a_period():
+    """Each share is that of the calls that apply, measure, are observed, or several of these."""
+    method, turns = methods.Monitored(), Counter()
+    options, every = method.criterion._checked_options(), method.criterion.monitor.every
+    for number in range(2400, 4800):
+        turns[(*kind(options, number), number % every == 0)] += 1
+    shares = {(*kind(options, n), n % every == 0): share for n, share in method.calls.items()}
+    assert shares == {k: pytest.approx(count / 2400) for k, count in turns.items()}
+    work = methods.Work(SMALL_NETWORK, torch.float32, CPU)
+    work.cycle(method)
+    observed = sum(number % every == 0 for number in method.calls)
+    assert method.criterion.monitor.summary().observations == observed == 3
+
+
+def test_what_a_monitor_adds_is_said():
+    rows = {"rep_mtl_monitored": {"steps_per_s": 8.0}, "rep_mtl_default": {"steps_per_s": 8.2}}
+    columns = {"nyuv2": rows, "office": {"rep_mtl_default": rows["rep_mtl_default"]}}
+    assert steps.monitor_text(columns) == " A monitor adds 2.5 % (nyuv2) to a step."
+    assert steps.monitor_text({"office": columns["office"]}) == ""
 
 
 def kind(options, number: int) -> tuple[bool, bool]:

@@ -54,7 +54,7 @@ def test_values(backend: str, dtype: torch.dtype, case: Case):
 @pytest.mark.parametrize("case", [CASE, CASES[13], CASES[15], CASES[-1]], ids=str)
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_masks(backend: str, dtype: torch.dtype, case: Case, kind: str):
-    """What padding holds is not used, and the gradient there is 0."""
+    """Values in the padding are not used, and the gradient there is 0."""
     tensors, mask = case.make(dtype), mask_of(case, kind)
     with torch.no_grad():
         for s in canonical(case, tensors):

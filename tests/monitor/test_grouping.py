@@ -6,15 +6,19 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 
 import pytest
 import torch
 from torch import Tensor
 
-from repmtl_kernels import Grouping, group_tasks, saliency_affinity
+from repmtl_kernels import (
+    Grouping,
+    SaliencyMonitor,
+    group_tasks,
+    saliency_affinity,
+    task_saliencies,
+)
 from repmtl_kernels._monitor.partitions import clustered, exact, ranked
-from repmtl_kernels._monitor.summary import SaliencyHistory, SaliencySummary
 
 sklearn_cluster = pytest.importorskip("sklearn.cluster")
 
@@ -234,24 +238,27 @@ def test_products_become_cosines():
     assert tiny.task_scores == pytest.approx(expected.task_scores, rel=1e-12)
 
 
-def summary(cosine: Tensor, tasks: tuple[str, ...]) -> SaliencySummary:
-    empty = torch.empty(0)
-    history = SaliencyHistory(**{field.name: empty for field in fields(SaliencyHistory)})
-    values = dict.fromkeys((field.name for field in fields(SaliencySummary)), empty)
-    return SaliencySummary(
-        **values
-        | {"tasks": tasks, "observations": 1, "step": 0, "cosine": cosine}
-        | {"ratio": math.nan, "maps": {}, "history": history}
-    )
-
-
-def test_a_summary_has_its_names():
-    cosine, tasks = symmetric(3, 1), ("depth", "normals", "edges")
-    found = group_tasks(summary(cosine, tasks), 2)
-    assert found == group_tasks(cosine, 2, names=tasks)
-    assert set(found.task_scores) == set(tasks)
-    renamed = group_tasks(summary(cosine, tasks), 2, names=["a", "b", "c"])
-    assert set(renamed.task_scores) == {"a", "b", "c"}
+def test_what_a_monitor_has_seen():
+    """One observation is the mean over its samples, and the tasks have the monitor's names."""
+    torch.manual_seed(0)
+    z = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    direction = torch.randn_like(z)
+    losses = [(z * ((-1) ** k * direction + torch.randn_like(z))).sum() for k in range(4)]
+    tasks = ("depth", "edges", "normals", "parts")
+    monitor = SaliencyMonitor(names=tasks)
+    with pytest.raises(ValueError, match="got nan for depth and edges"):
+        monitor(losses, z, present=torch.zeros(4, 4, dtype=torch.bool))
+        group_tasks(monitor.summary(), 2)
+    monitor = SaliencyMonitor(names=tasks)
+    monitor(losses, z)
+    found = group_tasks(monitor.summary(), 2)
+    assert found.groups == (("depth", "normals"), ("edges", "parts"))
+    products = saliency_affinity(task_saliencies(losses, z))
+    expected = group_tasks(products, 2, names=tasks)
+    assert found.groups == expected.groups
+    assert found.task_scores == pytest.approx(expected.task_scores)
+    renamed = group_tasks(monitor.summary(), 2, names=["a", "b", "c", "d"])
+    assert renamed.groups == (("a", "c"), ("b", "d"))
 
 
 def test_float32_of_a_symmetric_matrix_is_symmetric_enough():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -29,6 +30,9 @@ PUBLIC = {
     "RepMTL",
     "Levels",
     "LogLosses",
+    "SaliencyMonitor",
+    "SaliencySummary",
+    "SaliencyHistory",
     "SecondDerivativeError",
     "task_saliencies",
     "saliency_affinity",
@@ -196,6 +200,9 @@ def test_public_api_is_typed(name: str) -> None:
     if isinstance(public, ModuleType):
         functions = [public.tsr_loss, public.csa_loss]
     elif inspect.isclass(public) and issubclass(public, Exception):
+        return
+    elif dataclasses.is_dataclass(public):
+        assert set(public.__annotations__) == {field.name for field in dataclasses.fields(public)}
         return
     elif inspect.isclass(public) and not issubclass(public, tuple):
         functions = [public.__init__, public.forward]
