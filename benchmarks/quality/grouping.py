@@ -136,21 +136,36 @@ def run_cases(
     ]
     say(f"{len({run.key for run in runs})} runs of groups, {jobs} at a time")
     of_groups = run_all(runs, jobs, folder=folder, **where)
+    return [
+        row
+        for (case, seed), of_place in compared.items()
+        for row in rows_of(case, seed, names[case.dataset], of_place, of_all, of_groups)
+    ]
+
+
+def rows_of(
+    case: Case,
+    seed: int,
+    names: list[str],
+    compared: list[tuple[str, Groups]],
+    of_all: dict[str, dict],
+    of_groups: dict[str, dict],
+) -> list[dict]:
+    """Return the rows of one data set and seed: first that of all tasks together."""
+    base = of_all[together(case, seed).key]
     rows = []
-    for (case, seed), of_place in compared.items():
-        base = of_all[together(case, seed).key]
-        tasks = names[case.dataset]
-        for what, groups in [(ALL, (tuple(tasks),)), *of_place]:
-            metrics = base["metrics"]
-            if what != ALL:
-                records = [of_groups[alone(case, seed, group).key] for group in groups]
-                metrics = {task: m for r in records for task, m in r["metrics"].items()}
-            rows.append({
-                "dataset": case.dataset, "seed": seed, "networks": case.networks,
-                "grouping": what, "groups": groups,
-                "score": round(score(base["cosine"], tasks, groups), 5),
-                "metrics": {task: metrics[task] for task in case.scored or tasks},
-            } | ({"cosine": base["cosine"]} if what == ALL else {}))  # fmt: skip
+    for what, groups in [(ALL, (tuple(names),)), *compared]:
+        metrics = base["metrics"]
+        if what != ALL:
+            records = [of_groups[alone(case, seed, group).key] for group in groups]
+            metrics = {task: m for record in records for task, m in record["metrics"].items()}
+        rows.append({
+            "dataset": case.dataset, "seed": seed, "networks": case.networks,
+            "grouping": what, "groups": groups,
+            "score": round(score(base["cosine"], names, groups), 5),
+            "metrics": {task: metrics[task] for task in case.scored or names},
+        })  # fmt: skip
+    rows[0]["cosine"] = base["cosine"]
     return rows
 
 

@@ -276,6 +276,8 @@ def broken(value: float, *where: tuple[int, int]) -> Tensor:
 
 NAN_PRODUCTS = torch.eye(3).repeat(2, 1, 1)
 NAN_PRODUCTS[1, 0, 2] = NAN_PRODUCTS[1, 2, 0] = math.nan
+NAN_SAMPLE = torch.eye(3).repeat(2, 1, 1)
+NAN_SAMPLE[1, 2] = NAN_SAMPLE[1, :, 2] = math.nan
 NEVER = torch.zeros(2, 2, 2)
 NEVER[0, 0, 0] = NEVER[1, 1, 1] = 1.0
 
@@ -287,6 +289,7 @@ NEVER[0, 0, 0] = NEVER[1, 1, 1] = 1.0
         (broken(-math.inf, (1, 2), (2, 1)), None, "finite numbers, got -inf for 1 and 2"),
         (broken(5.0, (0, 1)), "abc", r"symmetric matrix, got 5 for a and b and .* for b and a"),
         (NAN_PRODUCTS, "abc", "finite numbers, got nan for a and c"),
+        (NAN_SAMPLE, "abc", "finite numbers, got nan for a and c"),
         (NEVER, "ab", "finite numbers, got nan for a and b"),
         (-torch.eye(2).repeat(2, 1, 1), "ab", "squared norms on the diagonals, got some below 0"),
         (torch.zeros(2, 3), None, r"\(T, T\) or \(B, T, T\), not empty; got \(2, 3\)"),
