@@ -7,6 +7,7 @@ from repmtl_kernels import reference
 from repmtl_kernels._heads.buffers import checkpoint_contexts
 from repmtl_kernels._heads.preflight import SecondDerivativeError
 from repmtl_kernels._heads.second_order import convert_second_order, second_order
+from repmtl_kernels._monitor.grouping import Grouping, group_tasks
 from repmtl_kernels._monitor.monitor import SaliencyMonitor
 from repmtl_kernels._monitor.summary import SaliencyHistory, SaliencySummary
 from repmtl_kernels._training.levels import Levels
@@ -24,6 +25,7 @@ except PackageNotFoundError:  # a source tree that is on the path but not instal
 
 __all__ = [
     "CSALoss",
+    "Grouping",
     "Levels",
     "LogLosses",
     "RepMTL",
@@ -39,6 +41,7 @@ __all__ = [
     "checkpoint_contexts",
     "convert_second_order",
     "csa_loss",
+    "group_tasks",
     "reference",
     "rep_mtl_loss",
     "saliency_affinity",

@@ -25,6 +25,7 @@ PARTS = (
     kept.PART,
     scaling.PART,
     quality.BENCH,
+    quality.GROUPING,
     static.PART,
     predicted.PART,
     compatibility.PART,

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.output import captioned, groups, markdown, say
 from benchmarks.part import Part, Run
 from benchmarks.quality import config, tables
+from benchmarks.quality import grouping_table as grouping
 from benchmarks.quality.studies import run_study
 
 
@@ -62,6 +63,16 @@ def _of_seeds(table: str, result: dict) -> str:
     return captioned(table, result, text)
 
 
+def grouping_table(result: dict) -> str:
+    """Return what networks for groups of tasks gain over one network."""
+    text = (
+        "Δp is to one network for all tasks, mean over tasks; mean and 95 % interval over "
+        f"{len(result['seeds'])} seeds. The last column is Spearman's correlation of score and Δp "
+        "over the groups of one seed and one network for all tasks."
+    )
+    return captioned(grouping.table(result["rows"]), result, text)
+
+
 PART = Part(
     "quality",
     "QUALITY: MultiMNIST, every method from the same weights on the same batches",
@@ -70,3 +81,4 @@ PART = Part(
     on=("cpu", "cuda"),
 )
 BENCH = Part("quality_bench", tables={"accuracy": accuracy_table})
+GROUPING = Part("quality_grouping", tables={"grouping": grouping_table})

@@ -49,7 +49,7 @@ class Run:
     method: str
     options: dict
     seed: int
-    task: str | None  # the only task, in single-task training
+    task: str | tuple[str, ...] | None  # the only task or the only ones; None: all
     settings: dict
 
     @property
@@ -65,7 +65,8 @@ class Run:
         return digest([*(self.settings[k] for k in ("data", "network", "pretraining")), self.seed])
 
     def __str__(self) -> str:
-        return f"{self.dataset}: {self.task or self.label}, seed {self.seed}"
+        what = " + ".join(self.task) if isinstance(self.task, tuple) else self.task
+        return f"{self.dataset}: {what or self.label}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def study(path: Path, seeds: list[int] | None = None) -> Study:
     datasets = {}
     for name in content["datasets"]:
         file = find(name, "data")
-        settings = merged(DEFAULTS, read(file))
+        settings = of_dataset(file)
         for section in ("all", file.stem):
             settings = merged(settings, overrides.get(section, {}))
         for label, variant in _variants(settings, content.get("grid", {})):
@@ -124,6 +125,11 @@ def study(path: Path, seeds: list[int] | None = None) -> Study:
     methods = [entry for method in content["methods"] for entry in _methods(path.name, method)]
     spectra = content.get("spectra", False)
     return Study(path.stem, datasets, methods, seeds or content["seeds"], spectra)
+
+
+def of_dataset(file: Path) -> dict:
+    """Return the settings in the file of a data set, with the defaults of all others."""
+    return merged(DEFAULTS, read(file))
 
 
 def merged(base: dict, changes: dict) -> dict:

@@ -89,12 +89,16 @@ class Dataset:
         mean, std = (x.to(inputs.device) for x in self.scale)
         return (inputs.float() / 255 - mean) / std
 
-    def only(self, task: str) -> Dataset:
-        splits = {
-            name: Split(split.of(task), {task: split.targets[task]})
-            for name, split in self.splits.items()
-        }
-        return replace(self, tasks=tuple(t for t in self.tasks if t.name == task), splits=splits)
+    def only(self, *names: str) -> Dataset:
+        """Return it with these tasks, in its own order."""
+        splits = {}
+        for part, split in self.splits.items():
+            inputs = split.inputs
+            if self.multi_input:
+                alone = len(names) == 1
+                inputs = inputs[names[0]] if alone else {name: inputs[name] for name in names}
+            splits[part] = Split(inputs, {name: split.targets[name] for name in names})
+        return replace(self, tasks=tuple(t for t in self.tasks if t.name in names), splits=splits)
 
     def with_fraction(self, fraction: float, seed: int) -> Dataset:
         """Return it with this share of the training samples, drawn by the seed."""

@@ -18,7 +18,9 @@ from benchmarks.multimnist import multimnist as pairs_of_digits
 from benchmarks.quality import doom as views
 from benchmarks.quality.data import Dataset, Split
 from benchmarks.quality.files import FOLDER_VARIABLE, located
+from benchmarks.quality.related import questions, with_copies
 from benchmarks.quality.tasks import Task
+from benchmarks.quality.tox21 import tox21
 from benchmarks.quality.treebank import ud_ewt
 
 RGBD_TASKS = ("segmentation", "depth", "normals")
@@ -31,11 +33,11 @@ def data_folder(option: str | Path | None) -> Path | None:
 
 
 def load(name: str, folder: Path | None, seed: int, **options) -> Dataset:
-    """Return the data set of this name; ``seed`` decides which pairs MultiMNIST draws."""
+    """Return the data set of this name; ``seed`` decides what those in ``SEEDED`` draw."""
     if name not in LOADERS:
         raise ValueError(f"data.name: expected one of {', '.join(LOADERS)}; got {name!r}")
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    if name == "multimnist":
+    if name in SEEDED:
         options["seed"] = seed
     return LOADERS[name](folder, **options)
 
@@ -67,6 +69,18 @@ def doom(folder: Path | None, *, size: tuple[int, int] = (112, 160)) -> Dataset:
     The first use renders them, see :mod:`benchmarks.quality.doom`; ``folder`` is not used.
     """
     return _rgbd(views.load(), 32, size)
+
+
+@lru_cache(maxsize=2)
+def digits(folder: Path | None, *, seed: int, **counts: int) -> Dataset:
+    """Load MultiMNIST with three tasks for each digit, and two with permuted labels."""
+    return questions(multimnist(folder, seed=seed, **counts), seed)
+
+
+@lru_cache(maxsize=2)
+def doom_copies(folder: Path | None, *, seed: int, size: tuple[int, int] = (112, 160)) -> Dataset:
+    """Load the views of ``doom``, and a copy of each task with noisy training labels."""
+    return with_copies(doom(folder, size=size), seed)
 
 
 @lru_cache(maxsize=1)
@@ -110,12 +124,17 @@ def office_caltech(folder: Path | None) -> Dataset:
 
 LOADERS: dict[str, Callable[..., Dataset]] = {
     "multimnist": multimnist,
+    "digits": digits,
     "tools": tools,
     "doom": doom,
+    "doom_copies": doom_copies,
     "potholes": potholes,
     "office_caltech": office_caltech,
     "ud_ewt": ud_ewt,
+    "tox21": tox21,
 }
+# They draw pairs, splits or noise.
+SEEDED = ("multimnist", "digits", "doom_copies", "tox21")
 
 
 def _npz(folder: Path | None, file: str, name: str, source: str) -> dict[str, np.ndarray]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 from torch.autograd import grad
 
 from benchmarks.peers import Forward, SinglePass, fairgrad, nash_mtl
 from benchmarks.phases import Unmarked
-from repmtl_kernels import RepMTL
+from repmtl_kernels import RepMTL, saliency_affinity
+from repmtl_kernels._monitor.grouping import mean_cosines
 from repmtl_kernels._training.options import logarithm
 
-# Options of RepMTL that may be shares of all steps instead.
-SHARES = {"start_share": "start", "ramp_share": "ramp", "decay_share": "decay"}
+# Options of a method that may be shares of all steps instead.
+SHARES = {
+    "start_share": "start", "ramp_share": "ramp", "decay_share": "decay", "until_share": "until",
+}  # fmt: skip
 
 
 class EqualWeighting:
@@ -27,6 +31,33 @@ class EqualWeighting:
 
     def backward(self, forward: Forward) -> None:
         sum(forward.losses).backward()
+
+    def findings(self) -> dict[str, object]:
+        """Return what the record of a run has besides its metrics."""
+        return {}
+
+
+class Watched(EqualWeighting):
+    """The sum of the task losses, and the cosines of the tasks' saliencies in the first steps.
+
+    every, until: cosines are taken on every so many of the first so many steps; their mean is over
+        all samples of these steps that both tasks have a label for.
+    """
+
+    def __init__(self, *, every: int, until: int, channel_dim: int) -> None:
+        self.every, self.until, self.channel_dim = every, until, channel_dim
+        self.calls, self.products = 0, []
+
+    def backward(self, forward: Forward) -> None:
+        if self.calls < self.until and self.calls % self.every == 0:
+            (z,) = forward.representations
+            saliencies = [grad(loss, z, retain_graph=True)[0] for loss in forward.losses]
+            self.products.append(saliency_affinity(saliencies, channel_dim=self.channel_dim))
+        self.calls += 1
+        super().backward(forward)
+
+    def findings(self) -> dict[str, object]:
+        return {"cosine": mean_cosines(torch.cat(self.products)).tolist()}
 
 
 class RepMTLMethod(EqualWeighting):
@@ -108,6 +139,7 @@ class GradientWeighting(EqualWeighting):
 # FairGrad has the alpha of its paper's experiments.
 METHODS = {
     "equal": lambda tasks: EqualWeighting(),
+    "watched": lambda tasks, **options: Watched(**options),
     "nash_mtl": lambda tasks: GradientWeighting(nash_mtl(tasks)),
     "fairgrad": lambda tasks: GradientWeighting(fairgrad(tasks, alpha=2.0)),
     "rep_mtl": lambda tasks, **options: RepMTLMethod(**options),
@@ -122,6 +154,6 @@ def make(
     for share, option in SHARES.items():
         if share in options:
             kept[option] = round(options[share] * steps)
-    if method == "rep_mtl":
+    if method in ("rep_mtl", "watched"):
         kept["channel_dim"] = channel_dim
     return METHODS[method](tasks, **kept)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 # Class of a pixel or sample without a label.
 UNLABELLED = -1
@@ -48,6 +48,27 @@ class Classification(Kind):
     def evaluate(self, pairs):
         hits = torch.cat([(y.argmax(-1) == t)[self.valid(t)] for y, t in pairs])
         return {"accuracy": 100 * hits.double().mean().item()}
+
+
+class Binary(Classification):
+    """Targets ``(n,)``, 0 or 1: area under the ROC curve in per cent."""
+
+    outputs = 1
+    lower_is_better: ClassVar = {"auc": False}
+
+    def loss(self, output, targets):
+        valid = self.valid(targets)
+        each = binary_cross_entropy_with_logits(
+            output[:, 0], targets.clamp(min=0).to(output.dtype), reduction="none"
+        )
+        return each.mul(valid).sum() / valid.sum().clamp(min=1)
+
+    def evaluate(self, pairs):
+        from sklearn.metrics import roc_auc_score
+
+        scores, labels = (torch.cat([pair[k].flatten() for pair in pairs]).cpu() for k in (0, 1))
+        valid = self.valid(labels)
+        return {"auc": 100 * float(roc_auc_score(labels[valid], scores[valid]))}
 
 
 class Tokens(Classification):
@@ -161,6 +182,7 @@ class Normals(Kind):
 
 KINDS = {
     "classification": Classification,
+    "binary": Binary,
     "tokens": Tokens,
     "segmentation": Segmentation,
     "depth": Depth,

@@ -37,7 +37,9 @@ def prepare(run: Run, folder: Path | None) -> Dataset:
             f"evaluation.split: expected one of {', '.join(data.splits)}; got {split!r}"
         )
     data = data.with_fraction(run.settings["training"]["label_fraction"], run.seed)
-    return data if run.task is None else data.only(run.task)
+    if run.task is None:
+        return data
+    return data.only(*([run.task] if isinstance(run.task, str) else run.task))
 
 
 class Trainer:
@@ -171,6 +173,7 @@ def execute(
         "run": str(run),
         "history": trainer.history,
         "metrics": trainer.evaluate(),
+        **trainer.method.findings(),
         "cpu_seconds": round(time.process_time() - began, 2),
     }
     if spectra:

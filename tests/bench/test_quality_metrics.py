@@ -85,10 +85,11 @@ def test_accuracy_leaves_out_what_has_no_label():
 def test_losses_leave_out_what_has_no_label(kind):
     """The loss is the same whatever the output says there, and its gradient there is 0."""
     task = KINDS[kind](3)
-    shape = (2, task.channels, 3, 4) if task.dense else (2, 6, 3) if kind == "tokens" else (6, 3)
+    one = (2, 6, 3) if kind == "tokens" else (6, task.channels)
+    shape = (2, task.channels, 3, 4) if task.dense else one
     outputs = torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
-    if kind == "classification":
-        targets = torch.tensor([0, 1, -1, 2, -1, 0])
+    if kind in ("classification", "binary"):
+        targets = torch.tensor([0, 1, -1, task.channels - 1, -1, 0])
         missing = (targets == -1).unsqueeze(1).expand(shape)
     elif kind == "tokens":
         targets = torch.tensor([[0, 1, -1, 2, -1, 0], [-1, -1, 2, 2, 1, 0]])

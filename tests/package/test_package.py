@@ -36,6 +36,8 @@ PUBLIC = {
     "SecondDerivativeError",
     "task_saliencies",
     "saliency_affinity",
+    "group_tasks",
+    "Grouping",
     "second_order",
     "convert_second_order",
     "checkpoint_contexts",
@@ -138,6 +140,7 @@ importlib.metadata.version = version
 before = set(sys.modules)
 import repmtl_kernels
 heavy = ("triton", "torchjd", "lightning", "matplotlib", "mlxtend", "pytest", "benchmarks")
+heavy += ("sklearn",)
 loaded = sorted(m for m in set(sys.modules) - before if m.split(".")[0] in heavy)
 print(json.dumps([loaded, torch.cuda.is_initialized(), repmtl_kernels.__version__]))
 """
