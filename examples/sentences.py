@@ -97,7 +97,7 @@ def ud_ewt(folder: Path) -> Corpus:
     from benchmarks.minilm import minilm
     from benchmarks.quality import tasks, treebank
 
-    data = treebank.ud_ewt(folder, length=32, test=800)
+    data = treebank.ud_ewt(folder, length=32, test=400)
     outputs = {task: count_of(data.splits["train"].targets[task]) for task in data.names}
 
     def samples(part: str) -> Samples:
@@ -151,7 +151,7 @@ def sick(folder: Path) -> Corpus:
         "entailment": Task(3, nn.functional.cross_entropy, accuracy),
     }
     train, test = samples("SICK_train.txt"), samples("SICK_test_annotated.txt")
-    return Corpus(of_pairs, train, test[:1000], lambda: Pooled(minilm(128).bert))
+    return Corpus(of_pairs, train, test[:400], lambda: Pooled(minilm(128).bert))
 
 
 class Pooled(nn.Module):

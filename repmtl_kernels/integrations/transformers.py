@@ -184,6 +184,11 @@ class RepMTLModel(nn.Module):
             )
         return mask.bool()
 
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Let the encoder keep fewer activations; the Trainer's option of this name calls it."""
+        enable: Any = self.encoder.activation_checkpointing_enable
+        enable(**options)
+
     # A compiler would take saliencies of results of its own region, which have no graph in between.
     @torch.compiler.disable
     def _heads(
@@ -360,8 +365,7 @@ class RepMTLTrainer(Trainer):
 class RepMTLState(TrainerCallback, ExportableState):
     """Keeps the state of the model's :class:`RepMTL` in ``trainer_state.json``.
 
-    :class:`RepMTLTrainer` adds it. A plain ``Trainer`` needs it if the checkpoints have no state of
-    the whole model, as with PEFT: ``Trainer(..., callbacks=[RepMTLState(criterion)])``.
+    :class:`RepMTLTrainer` adds it.
 
     Args:
         criterion: None: the one that the Trainer's model has, once training begins.
@@ -383,8 +387,8 @@ class RepMTLState(TrainerCallback, ExportableState):
         """Take on the state of the checkpoint, if training resumes from one that has it."""
         self.criterion = _criterion_of(model)
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        numbers = saved["attributes"]["numbers"]
-        if numbers is not None:
+        if state.global_step:  # it is a checkpoint's
+            numbers = saved["attributes"]["numbers"]
             self.criterion.set_extra_state(torch.tensor(numbers, dtype=torch.float64))
         self.criterion._progress.step = None  # the steps' numbers may begin again
 

@@ -191,6 +191,23 @@ def test_a_second_training_begins_with_step_0(tmp_path):
     assert trainer.criterion.get_extra_state()[0] == 2
 
 
+def test_models_that_the_trainer_makes(tmp_path):
+    """Each training has a new one, whose criterion begins anew."""
+    made = []
+
+    def make():
+        made.append(model(every=2))
+        return made[-1]
+
+    trainer = trainer_of(None, tmp_path, others={"model_init": make}, max_steps=3)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.criterion is made[-1].criterion
+        assert trainer.criterion.get_extra_state()[0] == 3
+    expected = steps_written_out(model(every=2), Sentences().batches()[:3])
+    assert_same_parameters(made[-1], expected)
+
+
 def test_evaluation(tmp_path):
     """It has no graph, does not count, and gives predictions and labels by task."""
     seen = []
@@ -339,6 +356,15 @@ def test_a_model_of_ones_own(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     trainer_of(own, tmp_path, data=data, gradient_accumulation_steps=2).train()
+    assert_same_parameters(network, expected)
+
+
+@pytest.mark.parametrize("lora", [None, "outside"])
+def test_activation_checkpointing_of_the_encoder(tmp_path, lora):
+    network = with_lora(model(), lora)
+    expected = steps_written_out(network, Sentences().batches())
+    trainer_of(network, tmp_path, activation_checkpointing=True).train()
+    assert base_of(network).encoder.is_activation_checkpointing
     assert_same_parameters(network, expected)
 
 
