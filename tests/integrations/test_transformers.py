@@ -227,15 +227,17 @@ def test_the_scaler_of_accelerate(tmp_path):
 def test_what_is_logged(tmp_path):
     network = model(every=2)
     steps = []
-    trainer = trainer_of(network, tmp_path, gradient_accumulation_steps=2)
 
     class Keep(RepMTLTrainer):
         def compute_loss(self, *args, **kwargs):
             result = super().compute_loss(*args, **kwargs)
-            steps.append(self.criterion.last)
+            if self.model.training:
+                steps.append(self.criterion.last)
             return result
 
-    trainer = trainer_of(network, tmp_path, trainer=Keep, gradient_accumulation_steps=2)
+    # The batches of an evaluation between two steps are no part of it.
+    options = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_of(network, tmp_path, trainer=Keep, **options)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and len(steps) == 4
