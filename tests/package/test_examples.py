@@ -16,6 +16,7 @@ EXAMPLES = [
     ("plain_loop.py", None, r"held out: ([\d.]+)% of the pixels right", lambda share: share > 90),
     ("torchjd_aggregator.py", "torchjd", r"total ([\d.]+)", lambda total: total < 0.5),
     ("lightning_module.py", "lightning", r"val/loss: ([\d.]+)", lambda loss: loss < 1),
+    ("finetune_minilm.py", "peft", r"Rep-MTL: quotient ([\d.]+)", lambda right: right > 0.9),
 ]
 
 

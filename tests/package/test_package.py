@@ -139,8 +139,7 @@ def version(name):
 importlib.metadata.version = version
 before = set(sys.modules)
 import repmtl_kernels
-heavy = ("triton", "torchjd", "lightning", "matplotlib", "mlxtend", "pytest", "benchmarks")
-heavy += ("sklearn",)
+heavy = "triton torchjd lightning transformers matplotlib sklearn mlxtend pytest benchmarks".split()
 loaded = sorted(m for m in set(sys.modules) - before if m.split(".")[0] in heavy)
 print(json.dumps([loaded, torch.cuda.is_initialized(), repmtl_kernels.__version__]))
 """
