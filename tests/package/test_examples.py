@@ -16,7 +16,11 @@ EXAMPLES = [
     ("plain_loop.py", None, r"held out: ([\d.]+)% of the pixels right", lambda share: share > 90),
     ("torchjd_aggregator.py", "torchjd", r"total ([\d.]+)", lambda total: total < 0.5),
     ("lightning_module.py", "lightning", r"val/loss: ([\d.]+)", lambda loss: loss < 1),
-]
+    (
+        "what_tasks_do.py", "vizdoom",
+        r"segmentation: .* normals \+([\d.]+)", lambda cosine: cosine > 0.2,
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.slow
