@@ -9,7 +9,10 @@ from repmtl_kernels._heads.preflight import SecondDerivativeError
 from repmtl_kernels._heads.second_order import convert_second_order, second_order
 from repmtl_kernels._monitor.grouping import Grouping, group_tasks
 from repmtl_kernels._monitor.monitor import SaliencyMonitor
+from repmtl_kernels._monitor.plots import plot_affinity, plot_history, plot_saliency
+from repmtl_kernels._monitor.report import write_report
 from repmtl_kernels._monitor.summary import SaliencyHistory, SaliencySummary
+from repmtl_kernels._monitor.writers import to_tensorboard, to_wandb
 from repmtl_kernels._training.levels import Levels
 from repmtl_kernels.affinity import saliency_affinity
 from repmtl_kernels.backends import available_backends, backend_report
@@ -42,10 +45,16 @@ __all__ = [
     "convert_second_order",
     "csa_loss",
     "group_tasks",
+    "plot_affinity",
+    "plot_history",
+    "plot_saliency",
     "reference",
     "rep_mtl_loss",
     "saliency_affinity",
     "second_order",
     "task_saliencies",
+    "to_tensorboard",
+    "to_wandb",
     "tsr_loss",
+    "write_report",
 ]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from benchmarks import results
 from benchmarks.machine import slug
@@ -26,16 +25,14 @@ from benchmarks.quality.__main__ import WORK
 from benchmarks.quality.config import Run
 from benchmarks.quality.training import Trainer, prepare, start_of
 from repmtl_kernels import task_saliencies
+from repmtl_kernels._monitor import map_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGES = 4
 DPI = 110
-# Inches: an image, the space beside it and between tasks, a line of text; letters in a line.
-CELL, GAP, GROUP_GAP = 1.5, 0.04, 0.12
-BIG_TEXT, SMALL_TEXT = 0.22, 0.14
-NAME_WIDTH = 24
+NAME_WIDTH = 24  # letters in a line
 
 
 class Maps(NamedTuple):
@@ -106,50 +103,20 @@ def maps(trainer: Trainer, rows: Tensor) -> Maps:
     (z,) = forward.representations
     found = {}
     for task, saliency in zip(data.names, task_saliencies(forward.losses, z), strict=True):
-        mean = saliency.detach().abs().mean(1, keepdim=True)
-        size = batch.inputs.shape[-2:]
-        up = interpolate(mean, size, mode="bilinear", align_corners=False).squeeze(1).cpu()
-        found[task] = up / up.amax((1, 2), keepdim=True)
+        found[task] = map_grid.relative_maps(saliency, batch.inputs.shape[-2:])
     return Maps(found, tuple(z.shape[2:]))
 
 
 def figure(images: Tensor, of_methods: dict[str, Maps], caption: str) -> Figure:
     """Return the images ``(n, C, H, W)``, C is 1 or 3, and beside each its maps, task by task."""
-    from matplotlib.figure import Figure
-
-    tasks = list(next(iter(of_methods.values())).maps)
-    methods = [textwrap.fill(method, NAME_WIDTH) for method in of_methods]
-    top = BIG_TEXT + SMALL_TEXT * max(method.count("\n") + 1 for method in methods)
-    bottom = SMALL_TEXT * (caption.count("\n") + 2)
-    count, _, *size = images.shape
-    row_height = CELL * size[0] / size[1] + GAP
-    of_task = len(methods) * (CELL + GAP) + GROUP_GAP
-    width, height = CELL + len(tasks) * of_task, top + count * row_height + bottom
-    drawn = Figure(figsize=(width, height))
-
-    def show(row: int, left: float, image: Tensor, **how) -> None:
-        place = left, bottom + (count - 1 - row) * row_height + GAP, CELL, row_height - GAP
-        axes = drawn.add_axes([x / y for x, y in zip(place, 2 * (width, height), strict=True)])
-        axes.imshow(image.numpy(), **how)
-        axes.axis("off")
-
-    def write(text: str, left: float, up: float, **how) -> None:
-        drawn.text(left / width, up / height, text, **{"va": "bottom", "fontsize": 8} | how)
-
-    for row, image in enumerate(images):
-        show(row, 0, image.movedim(0, -1).squeeze(-1), cmap="gray")
-    write("test image", CELL / 2, height - top, ha="center", fontsize=9)
-    for k, task in enumerate(tasks):
-        left = CELL + GROUP_GAP + k * of_task
-        middle = left + (of_task - GROUP_GAP - GAP) / 2
-        write(task, middle, height - BIG_TEXT, ha="center", fontsize=10, weight="bold")
-        for method, found in zip(methods, of_methods.values(), strict=True):
-            write(method, left + CELL / 2, height - top, ha="center")
-            for row, shown in enumerate(found.maps[task]):
-                show(row, left, shown, cmap="magma", vmin=0, vmax=1)
-            left += CELL + GAP
-    write(caption, 0, SMALL_TEXT / 2)
-    return drawn
+    groups = {
+        task: [
+            map_grid.Column(textwrap.fill(method, NAME_WIDTH), found.maps[task])
+            for method, found in of_methods.items()
+        ]
+        for task in next(iter(of_methods.values())).maps
+    }
+    return map_grid.draw(images, groups, images_are="test image", caption=caption)
 
 
 def save(drawn: Figure, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from repmtl_kernels._ground.checks import check_int, check_number, checked_step
 from repmtl_kernels._ground.saliency import has_values, is_transformed
 from repmtl_kernels._monitor.form import Form, check_form, form_of
 from repmtl_kernels._monitor.record import Record
+from repmtl_kernels._monitor.report import TITLE, write_report
 from repmtl_kernels._monitor.statistics import sums_of
 from repmtl_kernels._monitor.summary import SaliencySummary
 from repmtl_kernels._training.arguments import Positions, Representation, TaskLosses
@@ -155,6 +157,18 @@ class SaliencyMonitor(LossModule):
         if self._record.form is not None:
             self._check_names(self._record.form)
         return self._record.summary(self.names)
+
+    def report(self, path: str | os.PathLike[str], *, title: str = TITLE) -> None:
+        """Write what has been observed as one HTML page. Waits for the device.
+
+        Args:
+            path: the file, which is overwritten.
+            title: heading of the page.
+
+        Raises:
+            ValueError, TypeError, OSError: as for :meth:`summary` and :func:`write_report`.
+        """
+        write_report(self.summary(), path, title=title)
 
     # For the criterion, which makes the call.
 

@@ -17,7 +17,11 @@ EXAMPLES = [
     ("torchjd_aggregator.py", "torchjd", r"total ([\d.]+)", lambda total: total < 0.5),
     ("lightning_module.py", "lightning", r"val/loss: ([\d.]+)", lambda loss: loss < 1),
     ("finetune_minilm.py", "peft", r"Rep-MTL: quotient ([\d.]+)", lambda right: right > 0.9),
-]
+    (
+        "what_tasks_do.py", "vizdoom",
+        r"segmentation: .* normals \+([\d.]+)", lambda cosine: cosine > 0.2,
+    ),
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -33,6 +33,12 @@ PUBLIC = {
     "SaliencyMonitor",
     "SaliencySummary",
     "SaliencyHistory",
+    "plot_affinity",
+    "plot_history",
+    "plot_saliency",
+    "write_report",
+    "to_tensorboard",
+    "to_wandb",
     "SecondDerivativeError",
     "task_saliencies",
     "saliency_affinity",
@@ -140,6 +146,7 @@ importlib.metadata.version = version
 before = set(sys.modules)
 import repmtl_kernels
 heavy = "triton torchjd lightning transformers matplotlib sklearn mlxtend pytest benchmarks".split()
+heavy += ["tensorboard", "wandb"]
 loaded = sorted(m for m in set(sys.modules) - before if m.split(".")[0] in heavy)
 print(json.dumps([loaded, torch.cuda.is_initialized(), repmtl_kernels.__version__]))
 """
@@ -261,7 +268,8 @@ def test_build_ships_every_module_and_the_type_marker_and_nothing_else(tmp_path:
     built = {str(p.relative_to(tmp_path / "built")) for p in (tmp_path / "built").rglob("*.*")}
     package = tmp_path / "repmtl_kernels"
     wanted = {str(p.relative_to(tmp_path)) for p in package.rglob("*.py")}
-    assert built == wanted | {"repmtl_kernels/py.typed"}
+    page = {f"repmtl_kernels/_monitor/report/page.{kind}" for kind in ("css", "html")}
+    assert built == wanted | page | {"repmtl_kernels/py.typed"}
 
 
 def test_no_private_path_in_the_files() -> None:
