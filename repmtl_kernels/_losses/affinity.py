@@ -48,7 +48,7 @@ def _differentiate(ctx, grad):
     wanted = ctx.needs_input_grad[0]
     tasks = operands[0].unbind(0) if ctx.stacked else operands
     if positions is not None:
-        mask = positions_to_saliency(positions, tasks[0], ctx.channel_dim)
+        mask = positions_to_saliency(canonical_mask(positions), tasks[0], ctx.channel_dim)
         tasks = [s.where(mask, 0) for s in tasks]
     weights = grad + grad.mT  # a product's two factors are differentiated
     if ctx.stacked:
