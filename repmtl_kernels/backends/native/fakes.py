@@ -28,6 +28,11 @@ def _statistics(
     return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _affinity(saliencies: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    tasks, batch = len(saliencies), saliencies[0].shape[0]
+    return saliencies[0].new_empty(batch, tasks, tasks, dtype=torch.float64)
+
+
 def _entropy(
     x: Tensor, over_tasks: bool, softmax: bool, temperature: float, eps: float, with_grad: bool
 ) -> tuple[Tensor, ...]:
@@ -113,7 +118,12 @@ BOTH: dict[str, Fake] = {
 }
 FAKES: dict[str, dict[str, Fake]] = {
     "cpu": BOTH
-    | {"small_gram": _small_gram, "add_outer": _no_result, "small_gradient": _no_result},
+    | {
+        "affinity": _affinity,
+        "small_gram": _small_gram,
+        "add_outer": _no_result,
+        "small_gradient": _no_result,
+    },
     "cuda": BOTH
     | {
         "gram": _gram,
