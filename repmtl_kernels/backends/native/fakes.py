@@ -110,6 +110,7 @@ Fake = Callable[..., object]
 
 BOTH: dict[str, Fake] = {
     "statistics": _statistics,
+    "affinity": _affinity,
     "entropy": _entropy,
     "unit_anchors": _unit_anchors,
     "log_sum_exp": _log_sum_exp,
@@ -118,12 +119,7 @@ BOTH: dict[str, Fake] = {
 }
 FAKES: dict[str, dict[str, Fake]] = {
     "cpu": BOTH
-    | {
-        "affinity": _affinity,
-        "small_gram": _small_gram,
-        "add_outer": _no_result,
-        "small_gradient": _no_result,
-    },
+    | {"small_gram": _small_gram, "add_outer": _no_result, "small_gradient": _no_result},
     "cuda": BOTH
     | {
         "gram": _gram,

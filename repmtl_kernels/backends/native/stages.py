@@ -23,7 +23,6 @@ from repmtl_kernels.backends.contract import (
     Statistics,
     TSRGradient,
 )
-from repmtl_kernels.backends.eager import affinity as eager_affinity
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.eager import gradient as eager_gradient
 from repmtl_kernels.backends.eager import gram as eager_gram
@@ -80,8 +79,6 @@ def statistics(
 
 def affinity(saliencies: list[Tensor], *, mask: Tensor | None = None) -> Tensor:
     """Return the inner products (B, T, T) of the tasks' saliencies."""
-    if _on_cuda(saliencies[0]):
-        return eager_affinity.affinity(saliencies, mask=mask)
     return ops_of(saliencies[0]).affinity(saliencies, mask)
 
 
