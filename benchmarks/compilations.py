@@ -23,6 +23,7 @@ from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.function import Losses
 from repmtl_kernels._losses.options import CsaOptions, Lambdas, TsrOptions
 from repmtl_kernels.backends.contract import AllSamples, Anchors
+from repmtl_kernels.backends.triton.affinity import affinity
 from repmtl_kernels.backends.triton.contrast import contrast
 from repmtl_kernels.backends.triton.first_use import made_ready
 
@@ -110,6 +111,23 @@ def samples_of_ranks(tasks: int, batch: int, channels: int, *, total: int, first
     )
 
 
+def products(
+    tasks: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    *,
+    mode: str = "bfloat16",
+    layout: str = "contiguous",
+    masked: bool = False,
+) -> None:
+    """Multiply the tasks' saliencies with each other."""
+    shape = Shape("", tasks, batch, channels, height, width, batch, "")
+    mask = torch.ones(batch, height * width, dtype=torch.bool) if masked else None
+    affinity([saliency(shape, MODES[mode][0], layout) for _ in range(tasks)], mask=mask)
+
+
 def norm(
     batch: int,
     channels: int,
@@ -178,6 +196,9 @@ SERIES: dict[str, dict[str, Call]] = {
         losses, 4, 64, 512, sizes=((7, 7), (9, 9), (8, 8), (10, 10), (12, 12))
     ),
     "tasks": {f"T = {tasks}": partial(losses, tasks, 64, *OFFICE) for tasks in (4, 2, 3, 5)},
+    "affinity": _batches(products, 4, after=OFFICE),
+    "affinity, in parts": _batches(products, 3, after=(512, 18, 24), mode="ieee"),
+    "affinity, masked": _batches(products, 9, after=(64, 32, 32), masked=True),
     "batch norm": _batches(norm, after=OFFICE),
     "batch norm, channels_last": _batches(norm, after=OFFICE, layout="channels_last"),
     "batch norm, large": _batches(norm, after=(512, 40, 48), mode="ieee"),

@@ -45,6 +45,8 @@ TENSOR_CORES = Tiling(gram=128, anchors=16, partials=0.025)
 EXACT = Tiling(gram=1, anchors=1, partials=0.0)
 # Bytes of a number that is computed from the saliencies.
 SUM = 4
+# Bytes of an inner product of two tasks' saliencies.
+PRODUCT = 8
 
 
 def forward_passes(function: str, shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
@@ -97,6 +99,12 @@ def statistics(
     written = positions * shape.positions + channels * (shape.channels + 1)
     read = shape.elements * itemsize * (1 + tiling.partials)
     return [Pass(read + SUM * samples * written, 0)]
+
+
+def affinity(shape: Shape, itemsize: int, tiling: Tiling) -> list[Pass]:
+    """Read the saliencies once; multiply each task's with its own and with those after it."""
+    written = PRODUCT * shape.batch * shape.tasks**2
+    return [Pass(shape.elements * itemsize + written, shape.elements * (shape.tasks + 1))]
 
 
 def entropy(shape: Shape, itemsize: int, tiling: Tiling, *, with_grad: bool) -> list[Pass]:

@@ -71,6 +71,16 @@ def statistics(saliencies: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tenso
     ]
 
 
+def affinity(saliencies: Sequence[Tensor]) -> Tensor:
+    """Return the inner products (B, T, T) of the tasks, pair by pair, in the inputs' own dtype."""
+    flat = [s.flatten(1) for s in saliencies]
+    products = flat[0].new_empty(len(flat[0]), len(flat), len(flat))
+    for t, x in enumerate(flat):
+        for u, y in enumerate(flat[: t + 1]):
+            products[:, t, u] = products[:, u, t] = torch.einsum("bn,bn->b", x, y)
+    return products
+
+
 def gram(saliencies: Sequence[Tensor]) -> list[Tensor]:
     """Return the smaller Gram matrix of each task in full, by the library."""
     flat = [s.flatten(2) for s in saliencies]

@@ -32,6 +32,7 @@ from benchmarks.machine import describe
 from benchmarks.shapes import SHAPES, Shape
 from repmtl_kernels._heads.second_order import triton as batch_norm
 from repmtl_kernels.backends.contract import Expected
+from repmtl_kernels.backends.triton.affinity import affinity
 from repmtl_kernels.backends.triton.first_use import launch_all
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -172,6 +173,19 @@ def compile_stages(
     return list(compiled.values())
 
 
+def compile_affinity(shape: Shape, mode: str, layout: str, capability: int) -> list:
+    """Compile the products of the tasks, without and with positions; float32 has one mode."""
+    dtype, precision = MODES[mode]
+    if precision not in (None, "ieee"):
+        return []
+    saliencies = [saliency(shape, dtype, layout) for _ in range(shape.tasks)]
+    mask = torch.empty(shape.batch, shape.positions, dtype=torch.bool)
+    with compiled_instead_of_launched(capability) as compiled:
+        for positions in (None, mask):
+            affinity(saliencies, mask=positions)
+    return list(compiled.values())
+
+
 def compile_batch_norm(shape: Shape, mode: str, layout: str, capability: int) -> list:
     """Compile batch norm's derivatives; without products, float32 has one mode."""
     dtype, precision = MODES[mode]
@@ -198,6 +212,7 @@ def saliency(
 KERNELS = {
     "losses": compile_stages,
     "batch_norm": compile_batch_norm,
+    "affinity": compile_affinity,
     "masked": functools.partial(compile_stages, masked=True),
 }
 REPORTED = ("losses", "batch_norm")

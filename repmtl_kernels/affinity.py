@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from repmtl_kernels import reference
-from repmtl_kernels._losses.affinity import affinity
+from repmtl_kernels._losses.affinity import products
 from repmtl_kernels._losses.arguments import check_positions, check_saliencies
 from repmtl_kernels.backends import choice
 
@@ -49,4 +49,4 @@ def saliency_affinity(
     backend = choice.resolve(backend, operands[0])
     if backend == "reference":
         return reference.products(operands, positions, stacked, channel_dim)
-    return affinity(operands, positions, stacked, channel_dim, backend)
+    return products(operands, positions, stacked, channel_dim, backend)

@@ -65,7 +65,7 @@ class Variant:
     @property
     def reads_saliencies(self) -> bool:
         """Whether it does; else its numbers are float32, whatever the saliencies are."""
-        return self.stage in ("statistics", "gram", "saliency_grad")
+        return self.stage in ("statistics", "affinity", "gram", "saliency_grad")
 
 
 def _variant(stage: str, name: str, **options: object) -> Variant:
@@ -74,6 +74,7 @@ def _variant(stage: str, name: str, **options: object) -> Variant:
 
 BOTH = _variant("statistics", "both", positions=True, channels=True)
 GRAM = _variant("gram", "with gradient", with_grad=True)
+AFFINITY = _variant("affinity", "inner products")
 MAIN = (
     BOTH,
     GRAM,
@@ -90,6 +91,7 @@ OTHER = (
         for over in OVER
         for kind in NORMALIZERS
     ),
+    AFFINITY,
 )
 
 
@@ -97,6 +99,8 @@ def call(stages: ModuleType, variant: Variant, work: Work) -> object:
     options, statistics = dict(variant.options), work.statistics
     if variant.stage == "statistics":
         return stages.statistics(work.saliencies, **options)
+    if variant.stage == "affinity":
+        return stages.affinity(work.saliencies)
     if variant.stage == "entropy":
         return stages.entropy(statistics.positions, temperature=1.0, eps=0.0, **options)
     if variant.stage == "anchors":
@@ -201,6 +205,8 @@ def line_up_of(
     }
     if variant.stage == "gram":
         calls[BMM] = Rotating(rivals.gram, inputs)
+    if variant == AFFINITY:
+        calls[TORCH] = Rotating(rivals.affinity, inputs)
     if variant == BOTH:
         calls[TORCH] = Rotating(rivals.statistics, inputs)
         if case.shape.name in TARGET_SHAPES:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/binding.h"
+#include "affinity.h"
 #include "contrast.h"
 #include "entropy.h"
 #include "gradient.h"
@@ -109,6 +110,21 @@ std::tuple<Tensor, Tensor, Tensor> statistics_cpu(Tensors saliencies, bool with_
                   with_channels ? data<A>(scale) : nullptr, valid, kParallelFor);
   });
   return {positions, channels, scale};
+}
+
+// Returns the products (B, T, T), float64.
+Tensor affinity_cpu(Tensors saliencies, std::optional<Tensor> mask) {
+  const Shape shape = shape_of(saliencies);
+  const Tensor& first = saliencies[0];
+  const unsigned char* valid = mask_of(mask, shape, first);
+  Tensor products = empty(first, {shape.batch, shape.tasks, shape.tasks}, ScalarType::Double);
+  dispatch(first.scalar_type(), [&](auto example) {
+    using S = decltype(example);
+    std::vector<View<const S>> views;
+    for (const Tensor& s : saliencies) views.push_back(view_of<const S>(s));
+    affinity<S>(shape, views.data(), valid, data<double>(products), kParallelFor);
+  });
+  return products;
 }
 
 std::tuple<Tensor, Tensor> entropy_cpu(Tensor x, bool over_tasks, bool softmax, double temperature,
@@ -278,6 +294,7 @@ std::string sources() { return REPMTL_SOURCES; }
 STABLE_TORCH_LIBRARY(repmtl_native, m) {
   m.def("statistics(Tensor[] saliencies, bool positions, bool channels, "
         "Tensor? mask=None) -> (Tensor, Tensor, Tensor)");
+  m.def("affinity(Tensor[] saliencies, Tensor? mask=None) -> Tensor");
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
@@ -306,6 +323,7 @@ STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(repmtl_native, CPU, m) {
   m.impl("statistics", TORCH_BOX(&repmtl::statistics_cpu));
+  m.impl("affinity", TORCH_BOX(&repmtl::affinity_cpu));
   m.impl("entropy", TORCH_BOX(&repmtl::entropy_cpu));
   m.impl("unit_anchors", TORCH_BOX(&repmtl::unit_anchors_cpu));
   m.impl("log_sum_exp", TORCH_BOX(&repmtl::log_sum_exp_cpu));

@@ -5,6 +5,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "rows.h"
 #include "scale.h"
 
 namespace repmtl {
@@ -80,65 +81,6 @@ ADD_ROWS(double, add_along, false, true)
 ADD_ROWS(double, add_both, true, true)
 #undef ADD_ROWS
 
-REPMTL_CLONES void widen_row(const bfloat16* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-REPMTL_CLONES void widen_row(const float16* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-template <typename A>
-inline __attribute__((always_inline)) void keep_body(const unsigned char* __restrict mask,
-                                                     int64_t count, A* __restrict row) {
-  for (int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : A(0);
-}
-
-// Writes zeros where the mask is zero, even over NaN.
-REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, float* row) {
-  keep_body(mask, count, row);
-}
-
-REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, double* row) {
-  keep_body(mask, count, row);
-}
-
-// Saliencies of one task and sample as a matrix whose rows lie along memory.
-template <typename S>
-struct Rows {
-  const S* data;
-  int64_t row_stride, stride;            // between rows, and between the elements of a row
-  const int64_t *row_offsets, *offsets;  // replace a stride, unless null
-  const unsigned char *row_mask,
-      *mask;  // which rows, and which elements of a row, are present; or null
-
-  // Whether rows can be read in place.
-  bool direct() const {
-    return std::is_same_v<S, acc_t<S>> && stride == 1 && !row_offsets && !offsets && !row_mask &&
-           !mask;
-  }
-
-  // Copies `count` elements of row r from `begin` on.
-  void copy(int64_t r, int64_t begin, int64_t count, acc_t<S>* to) const {
-    if (row_mask && !row_mask[r]) {
-      std::fill_n(to, count, acc_t<S>(0));
-      return;
-    }
-    const S* from = data + (row_offsets ? row_offsets[r] : r * row_stride);
-    if (offsets) {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<S>>(from[offsets[begin + i]]);
-    } else if (stride != 1) {
-      from += begin * stride;
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<acc_t<S>>(from[i * stride]);
-    } else if constexpr (std::is_same_v<S, acc_t<S>>) {
-      std::copy_n(from + begin, count, to);
-    } else {
-      widen_row(from + begin, count, to);
-    }
-    if (mask) keep(mask + begin, count, to);
-  }
-};
-
 // Adds `rows` rows of `length` elements, from row `first` on, to `across` (length), and writes
 // their sums to `along` (rows). Either may be null. Returns the largest |x|, if `along` is not
 // null.
@@ -192,7 +134,6 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
   using A = acc_t<S>;
   const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   struct Task {
-    Rows<S> rows;  // those of sample 0
     bool by_channel;
     bool across, along;          // the sums that add_chunk computes
     int64_t count, length;       // rows of a sample, elements of a row
@@ -202,17 +143,8 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
   std::vector<Task> plan;
   int64_t units = 0, partials = 0, row_sums = 0;
   for (int64_t t = 0; t < tasks; ++t) {
-    const View<const S>& view = views[t];
-    const int64_t* offsets = view.offsets.empty() ? nullptr : view.offsets.data();
     Task task{};
-    task.by_channel = view.channel_stride != 1 || (view.position_stride == 1 && N > 1);
-    if (task.by_channel) {
-      task.rows = {view.data, view.channel_stride, view.position_stride, nullptr, offsets, nullptr,
-                   mask};
-    } else {
-      task.rows = {view.data, view.position_stride, view.channel_stride, offsets, nullptr, mask,
-                   nullptr};
-    }
+    task.by_channel = channels_are_rows(views[t], N);
     task.across = task.by_channel ? positions : channels;
     task.along = scale || (task.by_channel ? channels : positions);
     task.count = task.by_channel ? C : N;
@@ -236,10 +168,8 @@ void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positi
     for (int64_t u = begin; u < end; ++u) {
       while (task + 1 != plan.end() && u >= (task + 1)->unit) ++task;
       const int64_t unit = u - task->unit, b = unit / task->chunks, k = unit % task->chunks;
-      Rows<S> rows = task->rows;
-      rows.data += b * views[task - plan.begin()].batch_stride;
-      if (rows.row_mask) rows.row_mask += b * N;
-      if (rows.mask) rows.mask += b * N;
+      const View<const S>& view = views[task - plan.begin()];
+      const Rows<S> rows = rows_of(view, b, task->by_channel, mask ? mask + b * N : nullptr);
       double *sums = nullptr, *sums_of_rows = nullptr;
       if (task->across) {
         sums = across.get() + task->partial + unit * task->length;

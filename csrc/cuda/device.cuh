@@ -125,9 +125,9 @@ __device__ __forceinline__ int64_t column_offset(const View& view, const Axes& a
 }
 
 template <typename S>
-Axes axes_of(const View& view, const Shape& shape) {
+Axes axes_of(const View& view, const Shape& shape, bool rows_are_channels) {
   Axes axes{};
-  axes.rows_are_channels = !channels_are_adjacent(view, shape);
+  axes.rows_are_channels = rows_are_channels;
   axes.rows = axes.rows_are_channels ? shape.channels : shape.positions;
   axes.columns = axes.rows_are_channels ? shape.positions : shape.channels;
   const auto is_multiple = [](int64_t stride) { return stride % kWide<S> == 0; };
@@ -140,6 +140,11 @@ Axes axes_of(const View& view, const Shape& shape) {
   axes.wide = unit && rows && is_multiple(view.batch) && is_multiple(axes.columns) &&
               reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
   return axes;
+}
+
+template <typename S>
+Axes axes_of(const View& view, const Shape& shape) {
+  return axes_of<S>(view, shape, !channels_are_adjacent(view, shape));
 }
 
 // Calls f(std::true_type{}) with a mask, and f(std::false_type{}) without one, so that loops

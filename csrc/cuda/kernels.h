@@ -59,6 +59,11 @@ Mask counted_mask(const Context& on, Type type, int64_t batch, int64_t positions
 void statistics(const Context& on, Type type, const Shape& shape, const View* views,
                 const Mask& mask, void* positions, void* channels, void* scale);
 
+// Stage `affinity`: writes products (B, T, T), double: the sums of S_bt S_bu over channels and
+// positions. valid (B, N), 1 or 0, says which positions are present; null: all are.
+void affinity(const Context& on, Type type, const Shape& shape, const View* views,
+              const unsigned char* valid, double* products);
+
 struct EntropyOptions {
   bool over_tasks;  // otherwise over the positions of a sample
   bool softmax;     // otherwise |x| / (sum |x| + eps)

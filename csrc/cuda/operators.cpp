@@ -35,6 +35,12 @@ std::tuple<Tensor, Tensor, Tensor> statistics_op(Tensors saliencies, bool with_p
   return {means.positions, means.channels, means.scale};
 }
 
+Tensor affinity_op(Tensors saliencies, std::optional<Tensor> mask) {
+  const Shape shape = shape_of(saliencies);
+  const Call on(saliencies[0]);
+  return run_affinity(on, saliencies, shape, mask_of(mask, shape, saliencies[0]));
+}
+
 std::tuple<Tensor, Tensor> entropy_op(Tensor x, bool over_tasks, bool softmax, double temperature,
                                       double eps, bool with_grad) {
   check_three("x", x);
@@ -129,6 +135,7 @@ std::string sources() { return REPMTL_SOURCES; }
 STABLE_TORCH_LIBRARY(repmtl_cuda, m) {
   m.def("statistics(Tensor[] saliencies, bool positions, bool channels, Tensor? mask=None) -> "
         "(Tensor, Tensor, Tensor)");
+  m.def("affinity(Tensor[] saliencies, Tensor? mask=None) -> Tensor");
   m.def("entropy(Tensor x, bool over_tasks, bool softmax, float temperature, float eps, "
         "bool with_grad) -> (Tensor, Tensor)");
   m.def("unit_anchors(Tensor a, float eps, bool with_grad) -> (Tensor, Tensor, Tensor)");
@@ -160,6 +167,7 @@ STABLE_TORCH_LIBRARY_IMPL(repmtl_cuda, CompositeExplicitAutograd, m) {
 #define REPMTL_IMPLEMENT(key) STABLE_TORCH_LIBRARY_IMPL(repmtl_cuda, key, m)
 REPMTL_IMPLEMENT(REPMTL_DISPATCH_KEY) {
   m.impl("statistics", TORCH_BOX(&repmtl::cuda::statistics_op));
+  m.impl("affinity", TORCH_BOX(&repmtl::cuda::affinity_op));
   m.impl("entropy", TORCH_BOX(&repmtl::cuda::entropy_op));
   m.impl("unit_anchors", TORCH_BOX(&repmtl::cuda::unit_anchors_op));
   m.impl("log_sum_exp", TORCH_BOX(&repmtl::cuda::log_sum_exp_op));

@@ -69,6 +69,15 @@ Statistics run_statistics(const Context& on, const Tensors& saliencies, const Sh
   return result;
 }
 
+Tensor run_affinity(const Context& on, const Tensors& saliencies, const Shape& shape,
+                    const unsigned char* valid) {
+  const Tensor& first = saliencies[0];
+  Tensor products = empty(first, {shape.batch, shape.tasks, shape.tasks}, ScalarType::Double);
+  affinity(on, type_of(first), shape, views_of(saliencies).data(), valid,
+           static_cast<double*>(output(products)));
+  return products;
+}
+
 Entropy run_entropy(const Context& on, const Tensor& x, const Mask& mask,
                     const EntropyOptions& options, bool with_grad) {
   const ScalarType type = x.scalar_type();

@@ -15,6 +15,10 @@ struct Statistics {
 Statistics run_statistics(const Context& on, const Tensors& saliencies, const Shape& shape,
                           const Mask& mask, bool with_positions, bool with_channels);
 
+// Returns the products (B, T, T), double.
+Tensor run_affinity(const Context& on, const Tensors& saliencies, const Shape& shape,
+                    const unsigned char* valid);
+
 struct Entropy {
   Tensor value, grad;  // (), (T, B, N)
 };

@@ -1,4 +1,4 @@
-"""The operator ``repmtl::saliency_affinity``, its gradient and its form under ``vmap``."""
+"""The operator ``repmtl::saliency_affinity``, its gradient, and its forms for ``torch.func``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,22 @@ from repmtl_kernels._ground.saliency import (
     positions_to_saliency,
     without_autocast,
 )
+from repmtl_kernels._ground.torch_private import is_functorch_wrapped
 from repmtl_kernels.backends import choice
+
+
+def products(
+    operands: Sequence[Tensor],
+    positions: Tensor | None,
+    stacked: bool,
+    channel_dim: int,
+    backend: str,
+) -> Tensor:
+    """Return the inner products (B, T, T) of checked operands, float64, differentiable."""
+    compiling = torch.compiler.is_compiling()  # no compiler can trace the question
+    if not compiling and any(is_functorch_wrapped(s) for s in operands):
+        return _Affinity.apply(positions, stacked, channel_dim, backend, *operands)
+    return affinity(operands, positions, stacked, channel_dim, backend)
 
 
 @torch.library.custom_op(
@@ -44,18 +59,20 @@ def _set_up_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad):
+    return _gradient(ctx, grad, ctx.needs_input_grad[0]), None, None, None, None
+
+
+def _gradient(ctx, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of the operands, None where none is wanted."""
     positions, *operands = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[0]
     tasks = operands[0].unbind(0) if ctx.stacked else operands
     if positions is not None:
-        mask = positions_to_saliency(positions, tasks[0], ctx.channel_dim)
+        mask = positions_to_saliency(canonical_mask(positions), tasks[0], ctx.channel_dim)
         tasks = [s.where(mask, 0) for s in tasks]
     weights = grad + grad.mT  # a product's two factors are differentiated
     if ctx.stacked:
-        grads = [torch.stack([_row(weights[:, t], tasks) for t in range(len(tasks))])]
-    else:
-        grads = [_row(weights[:, t], tasks) if w else None for t, w in enumerate(wanted)]
-    return grads, None, None, None, None
+        return [torch.stack([_row(weights[:, t], tasks) for t in range(len(tasks))])]
+    return [_row(weights[:, t], tasks) if w else None for t, w in enumerate(wanted)]
 
 
 def _row(weights: Tensor, tasks: Sequence[Tensor]) -> Tensor:
@@ -87,3 +104,22 @@ def _(info, in_dims, operands, positions, stacked, channel_dim, backend):
         positions = folded(positions, of_positions, 0)
     result = affinity(operands, positions, stacked, channel_dim, backend)
     return result.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _Affinity(torch.autograd.Function):
+    """The operator for transforms of ``torch.func``, which know no derivative of an operator."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(positions, stacked, channel_dim, backend, *operands):
+        return affinity(operands, positions, stacked, channel_dim, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        positions, ctx.stacked, ctx.channel_dim, _, *operands = inputs
+        ctx.save_for_backward(positions, *operands)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, None, None, *_gradient(ctx, grad, ctx.needs_input_grad[4:])

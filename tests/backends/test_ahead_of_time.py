@@ -138,6 +138,20 @@ def test_kernels_with_a_mask_compile_without_spills(capability: int):
             assert row["global_loads"]["128"] > 0, row
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_products_of_tasks_compile_without_spills_and_with_wide_loads(capability: int):
+    modes, shapes = ("bfloat16", "ieee"), ("nyuv2", "office49")
+    rows = compiled(capability, "--mode", *modes, "--shape", *shapes, "--kernels", "affinity")
+    kernels = {(row["kernel"], row["mode"], row["shape"]) for row in rows}
+    assert kernels >= set(itertools.product(("_affinity_kernel",), modes, shapes))
+    assert {("_affinity_finish_kernel", mode, "nyuv2") for mode in modes} <= kernels
+    for row in rows:
+        assert not row["spill_bytes"], row
+    # Only a mask leaves Office's 49 positions as rows that start anywhere.
+    wide = [row for row in rows if row["kernel"] == "_affinity_kernel"]
+    assert len(wide) == 8 and sum("128" in row["global_loads"] for row in wide) == 6
+
+
 @pytest.mark.parametrize("capability", [89, 120])
 def test_kernels_fit_into_consumer_gpus(capability: int):
     """GeForce and workstation cards have less shared memory than those of data centres."""

@@ -59,6 +59,14 @@ def test_another_batch_or_number_of_samples_compiles_nothing(series):
         assert [row for row in others if row["new"]] == []
 
 
+def test_another_batch_compiles_nothing_for_the_affinity(series):
+    changed = {name: rows for name, rows in series.items() if name.startswith("affinity")}
+    assert len(changed) == 3
+    for first, *others in changed.values():
+        assert "_affinity_kernel" in first["new"]
+        assert [row for row in others if row["new"]] == []
+
+
 def test_another_image_of_the_same_class_compiles_nothing(series):
     for name in ("images, C side", "images, N side", "images, batch norm"):
         first, *others = series[name]

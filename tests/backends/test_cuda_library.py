@@ -53,7 +53,7 @@ def test_it_is_for_three_architectures_and_later_ones():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills(architecture: str):
     kernels = usage()[architecture]
-    stages = ("statistics", "entropy", "contrast", "gram", "products", "gradient")
+    stages = ("statistics", "affinity", "entropy", "contrast", "gram", "products", "gradient")
     for stage in stages:  # the file's name is part of every name in its anonymous namespace
         assert any(f"{stage}_cu_" in kernel for kernel in kernels), stage
     for kernel, use in kernels.items():
@@ -76,10 +76,10 @@ def instructions(architecture: str) -> dict[str, str]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saliencies_are_read_and_written_16_bytes_at_a_time(architecture: str):
     # Template arguments: the type, and how many elements a load takes.
-    readers = "statistics|over_rows|over_columns|scaled_copy|add_outer"
+    readers = "statistics|affinity|over_rows|over_columns|scaled_copy|add_outer"
     wide = re.compile(rf"({readers})_kernelI.*Li(8|4|2)E")
     readers_code = {k: v for k, v in instructions(architecture).items() if wide.search(k)}
-    assert len(readers_code) == 2 * 5 * 4  # four types, without a mask and with one
+    assert len(readers_code) == 2 * 6 * 4  # four types, without a mask and with one
     for kernel, code in readers_code.items():
         assert re.search(r"\bLDG\.\S*128", code), kernel
         if "scaled_copy" in kernel or "add_outer" in kernel:

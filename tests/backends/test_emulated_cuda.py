@@ -40,7 +40,15 @@ def sources(*names: str) -> list[str]:
 @pytest.mark.timeout(1200)
 def test_the_tests_of_the_native_backend_in_any_order_of_threads(tmp_path: Path):
     library = emulated_cuda.build(tmp_path)
-    names = "losses", "positions*", "softmax_infinity", "gradients", "numerics", "memory"
+    names = (
+        "losses",
+        "affinity",
+        "positions*",
+        "softmax_infinity",
+        "gradients",
+        "numerics",
+        "memory",
+    )
     of_losses = [str(path) for name in names for path in TESTS.glob(f"losses/test_{name}.py")]
     # Gradients in float64 are those of the reference, which has the finite differences.
     selection = ["-k", "native and not gradcheck"]

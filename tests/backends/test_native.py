@@ -52,6 +52,8 @@ def test_several_units_of_work(case: Case, dtype: torch.dtype):
         error = (getattr(result, name).double() - getattr(exact, name)).abs().max()
         assert error <= tolerance * 4, name
     assert torch.equal(result.scale.double(), exact.scale)
+    products, expected = native.affinity(saliencies), eager.affinity(saliencies)
+    torch.testing.assert_close(products, expected, rtol=1e-12, atol=0)
     judge(LOSSES[2], case, dtype, "native")
 
 
@@ -70,13 +72,14 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             statistics = native.statistics(saliencies, positions=True, channels=True)
+            products = native.affinity(saliencies)
             entropy = native.entropy(
                 statistics.positions, over="tasks", normalizer="abs", temperature=1.0, eps=0.0,
                 with_grad=True,
             )  # fmt: skip
             anchors = ops.unit_anchors(statistics.channels, 0.0, True)
             gram = native.gram(saliencies, statistics.scale, anchors[0], eps=0.0, with_grad=True)
-            runs.append([*statistics, *entropy, *anchors, *gram])
+            runs.append([*statistics, products, *entropy, *anchors, *gram])
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:
@@ -203,6 +206,8 @@ DOTS = torch.ones(2, 3, 2, 3)
         (lambda: ops.statistics([GOOD, GOOD[:1]], True, True), "of one shape"),
         (lambda: ops.statistics([GOOD[0]], True, True), "one to three spatial dimensions"),
         (lambda: ops.statistics([GOOD.long()], True, True), "floating-point saliencies"),
+        (lambda: ops.affinity([GOOD, GOOD[:1]]), "of one shape"),
+        (lambda: ops.affinity([GOOD], GOOD[0] > 0), r"mask: .*shape \(2, 4\)"),
         (lambda: ops.entropy(GOOD[0], True, False, 1.0, 0.0, True), r"x: .*\(T, B, N\)"),
         (lambda: ops.entropy(GOOD.mT, True, False, 1.0, 0.0, True), "x: .*contiguous"),
         (lambda: ops.unit_anchors(GOOD.bfloat16(), 0.0, True), "float32 or float64"),
@@ -248,6 +253,7 @@ def test_operators_refuse_what_they_cannot_read(call, message):
         lambda: ops.statistics([torch.ones(0, 3, 4)], True, True),
         lambda: ops.statistics([torch.ones(2, 3, 0)], True, True),
         lambda: ops.statistics([GOOD], False, False),
+        lambda: ops.affinity([torch.ones(2, 3, 0)]),
         lambda: ops.entropy(torch.ones(2, 3, 0), True, False, 1.0, 0.0, True),
         lambda: ops.unit_anchors(torch.ones(2, 3, 0), 0.0, True),
         lambda: ops.log_sum_exp(torch.ones(2, 0, 2, 3), 0, 0.5, None),
@@ -317,6 +323,7 @@ def _arguments() -> dict[str, tuple]:
     products = (da, torch.randn(3, 16), left, right)
     return {
         "statistics": (saliencies, True, True),
+        "affinity": (saliencies,),
         "entropy": (torch.randn(2, 3, 16), True, False, 1.0, 0.0, True),
         "unit_anchors": (u, 0.0, True),
         "log_sum_exp": (dots, 0, 0.5, torch.zeros(2, 3)),

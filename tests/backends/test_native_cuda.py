@@ -13,6 +13,7 @@ from cases import DEVICE, DTYPES, LOSSES, Case, judge, relative_error, value_and
 
 from repmtl_kernels import csa_loss, rep_mtl_loss
 from repmtl_kernels._ground.saliency import canonical_tasks
+from repmtl_kernels.backends.eager import affinity as eager_affinity
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.native import library as native_library
 
@@ -67,6 +68,21 @@ def test_every_way_with_a_mask(case: Case, dtype: torch.dtype):
         masked, masked_grads = run([t.requires_grad_() for t in spoiled])
         assert torch.equal(masked, value)
         assert all(torch.equal(a, b) for a, b in zip(masked_grads, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ANY, ids=str)
+def test_every_way_through_the_affinity(case: Case, dtype: torch.dtype):
+    saliencies = canonical_tasks([t.detach() for t in case.make(dtype)], False, case.channel_dim)
+    mask = (torch.rand(case.batch, math.prod(case.spatial)) < 0.7).to(DEVICE)
+    for there in (None, mask):
+        products = native.affinity(saliencies, mask=there)
+        exact = eager_affinity.affinity([s.double() for s in saliencies], mask=there)
+        norms = exact.diagonal(dim1=1, dim2=2).sqrt()
+        tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+        assert torch.equal(products, products.mT)
+        allowed = tolerance * norms[:, :, None] * norms[:, None]
+        assert ((products - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("case", ANY, ids=str)
@@ -162,6 +178,8 @@ GOOD = torch.ones(2, 3, 4, device=DEVICE)
             lambda: ops.through_normalisation(GOOD, GOOD, GOOD[0, :, 0], GOOD),
             r"factor: .*of shape \(3\)",
         ),
+        (lambda: ops.affinity([GOOD, GOOD[:1]]), "of one shape"),
+        (lambda: ops.affinity([GOOD], GOOD[:, :2, 0] > 0), r"mask: .*\(2, 4\)"),
         (lambda: ops.statistics([GOOD], True, True, GOOD[:, 0].contiguous()), "mask: "),
         (lambda: ops.statistics([GOOD], True, True, GOOD[:, :2, 0] > 0), r"mask: .*\(2, 4\)"),
         (lambda: ops.gram([GOOD], GOOD[:1, :, 0], GOOD[:1], 0.0, True), r"scale: .*\(1, 2\)"),
@@ -207,6 +225,7 @@ def _arguments() -> dict[str, tuple]:
     saved = [randn(2, 3, 16), pair, u, ones, u, u, pair, pair, pair, pair, projection, matrix]
     return {
         "statistics": (saliencies, True, True, mask),
+        "affinity": (saliencies, mask),
         "entropy": (randn(2, 3, 16), True, False, 1.0, 0.0, True),
         "unit_anchors": (u, 0.0, True),
         "log_sum_exp": (randn(2, 3, 2, 3), 0, 0.5, randn(2, 3).abs()),

@@ -1,4 +1,4 @@
-"""The stage contract: every backend's seven functions against the eager ones in float64."""
+"""The stage contract: every backend's eight functions against the eager ones in float64."""
 
 import math
 
@@ -60,6 +60,40 @@ def test_statistics(backend: str, dtype: torch.dtype, scale: float, case: Case):
     assert alone.positions is None
     torch.testing.assert_close(alone.channels, result.channels)
     assert torch.equal(alone.scale, result.scale)
+
+
+def _shifted(view: torch.Tensor, offset: int) -> torch.Tensor:
+    """Return the same numbers with the same strides, ``offset`` elements behind aligned memory."""
+    size = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+    memory = view.new_full((size + offset,), math.nan)[offset:]
+    return memory.as_strided(view.shape, view.stride(), offset).copy_(view)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(40, 2, 6, (3, 4)),
+        Case(11, 3, 8, (4, 4), "mixed"),
+        Case(7, 2, 40, (8,), "tokens"),
+        Case(3, 70, 16, ()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_affinity(backend: str, dtype: torch.dtype, case: Case, offset: int):
+    """Many tasks, strides of each task's own, any alignment."""
+    views = [_shifted(v, offset) for v in _views(case, dtype)]
+    for mask in (None, _mask_of(case)):
+        result = choice.load(backend).affinity(views, mask=mask)
+        exact = torch.stack(_exact(views)).flatten(3)
+        if mask is not None:
+            exact = exact.where(mask[:, None], 0)
+        norms = exact.flatten(2).norm(dim=2)
+        exact = torch.einsum("tbcn,ubcn->btu", exact, exact)
+        allowed = 1e-6 * torch.einsum("tb,ub->btu", norms, norms)
+        assert result.dtype == torch.float64 and torch.equal(result, result.mT)
+        assert ((result - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1e-30])

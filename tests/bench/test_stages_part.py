@@ -24,6 +24,8 @@ ALL = (*stages.MAIN, *stages.OTHER)
         ("statistics", {"positions": True, "channels": True}, 1536 + 4 * (96 + 48 + 6), 0),
         ("statistics", {"positions": True, "channels": False}, 1536 + 4 * 96, 0),
         ("statistics", {"positions": False, "channels": True}, 1536 + 4 * (48 + 6), 0),
+        # 3 products of 2 tasks, 128 terms each; 4 numbers of 8 bytes for each of 3 samples.
+        ("affinity", {}, 1536 + 8 * 12, 3 * 3 * 2 * 128),
         ("entropy", {"with_grad": True}, 4 * 2 * 96, 0),
         # A sample has 2 x 2 products of 8 channels, 3 of them its own; 4 weighted for radial.
         ("anchors", {"with_grad": True}, 4 * (3 * 48 + 3), 3 * (3 * 16 + 4 * 16)),
@@ -84,7 +86,8 @@ def test_stage_rows_have_every_field(stage_rows):
         assert fields <= row.keys()
         assert row["error"] is None
         assert row["fraction"] == pytest.approx(row["floor_ms"] / row["ms"], rel=1e-3)
-    for stage, rivals in (("statistics", {"torch"}), ("gram", {"bmm"}), ("contrast", set())):
+    rivals_of = {"statistics": {"torch"}, "affinity": {"torch"}, "gram": {"bmm"}, "contrast": set()}
+    for stage, rivals in rivals_of.items():
         found = {r["backend"] for r in stage_rows if r["function"] == stage}
         assert found == {"eager", *BUILT, *rivals}
 

@@ -22,4 +22,5 @@ def affinity(saliencies: list[Tensor], *, mask: Tensor | None = None) -> Tensor:
             parts = [masked(part, mask[b : b + step]) for part in parts]
         x = torch.stack([part.flatten(1).double() for part in parts], 1)
         blocks.append(x @ x.mT)
-    return torch.cat(blocks)
+    lower = torch.cat(blocks).tril()  # a library's product need not be symmetric to the bit
+    return lower + lower.tril(-1).mT

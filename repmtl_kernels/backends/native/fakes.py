@@ -28,6 +28,11 @@ def _statistics(
     return tuple(first.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _affinity(saliencies: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    tasks, batch = len(saliencies), saliencies[0].shape[0]
+    return saliencies[0].new_empty(batch, tasks, tasks, dtype=torch.float64)
+
+
 def _entropy(
     x: Tensor, over_tasks: bool, softmax: bool, temperature: float, eps: float, with_grad: bool
 ) -> tuple[Tensor, ...]:
@@ -105,6 +110,7 @@ Fake = Callable[..., object]
 
 BOTH: dict[str, Fake] = {
     "statistics": _statistics,
+    "affinity": _affinity,
     "entropy": _entropy,
     "unit_anchors": _unit_anchors,
     "log_sum_exp": _log_sum_exp,

@@ -26,7 +26,6 @@ from repmtl_kernels.backends.contract import (
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.eager import gradient as eager_gradient
 from repmtl_kernels.backends.eager import gram as eager_gram
-from repmtl_kernels.backends.eager.affinity import affinity
 from repmtl_kernels.backends.eager.values import values
 from repmtl_kernels.backends.native import library as native_library
 
@@ -76,6 +75,11 @@ def statistics(
     """Return the means that are asked for, and the scale with ``channels``."""
     x, a, scale = ops_of(saliencies[0]).statistics(saliencies, positions, channels, mask)
     return Statistics(x if positions else None, *((a, scale) if channels else (None, None)))
+
+
+def affinity(saliencies: list[Tensor], *, mask: Tensor | None = None) -> Tensor:
+    """Return the inner products (B, T, T) of the tasks' saliencies."""
+    return ops_of(saliencies[0]).affinity(saliencies, mask)
 
 
 def entropy(

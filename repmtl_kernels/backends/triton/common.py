@@ -87,11 +87,12 @@ class Geometry(NamedTuple):
 
 def geometry(view: Tensor) -> Geometry:
     """Return the strides of a ``(B, C, *spatial)`` view."""
-    return _geometry(view.shape, view.stride())
+    return geometry_of(view.shape, view.stride())
 
 
 @functools.lru_cache(maxsize=1024)  # host time of every launch
-def _geometry(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> Geometry:
+def geometry_of(shape: tuple[int, ...], all_strides: tuple[int, ...]) -> Geometry:
+    """Return the strides of a ``(B, C, *spatial)`` view of this shape."""
     batch, channel, *spatial = all_strides
     sizes: list[int] = []
     strides: list[int] = []

@@ -1,6 +1,6 @@
 """The stages as Triton kernels, for CUDA. Contract: ``backends/contract.py``."""
 
-from repmtl_kernels.backends.eager.affinity import affinity
+from repmtl_kernels.backends.triton.affinity import affinity
 from repmtl_kernels.backends.triton.anchors import anchors
 from repmtl_kernels.backends.triton.contrast import contrast
 from repmtl_kernels.backends.triton.entropy import entropy

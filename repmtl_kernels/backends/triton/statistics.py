@@ -233,7 +233,7 @@ def _write_group(
     """Write the statistics of a group of tasks into ``x``, ``a`` and ``scale``."""
     first = group.tensors[0]
     positions, channels = first.shape[2:].numel(), first.shape[1]
-    channel_columns = _channels_are_contiguous(group.geometry, positions)
+    channel_columns = channels_are_contiguous(group.geometry, positions)
     rows, columns = (positions, channels) if channel_columns else (channels, positions)
     row_means, column_means = (x, a) if channel_columns else (a, x)
 
@@ -316,7 +316,7 @@ def _write_group(
     )
 
 
-def _channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
+def channels_are_contiguous(geometry: Geometry, positions: int) -> bool:
     """Return whether neighbours in memory are channels (channels_last, tokens, one position)."""
     dims, _, unit, _ = geometry.form
     return positions == 1 or (bool(unit >> 1 & 1) and not unit >> (1 + dims) & 1)

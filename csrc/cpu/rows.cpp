@@ -1,0 +1,56 @@
+#include "rows.h"
+
+namespace repmtl {
+namespace {
+
+template <typename S>
+inline __attribute__((always_inline)) void widen_body(const S* __restrict from, int64_t count,
+                                                      float* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+template <typename A>
+inline __attribute__((always_inline)) void keep_body(const unsigned char* __restrict mask,
+                                                     int64_t count, A* __restrict row) {
+  for (int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : A(0);
+}
+
+template <typename A>
+inline __attribute__((always_inline)) void copy_body(const A* __restrict from,
+                                                     const unsigned char* __restrict mask,
+                                                     int64_t count, A* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A x = from[i];  // whatever the mask says: a loop with branches has no vectors
+    to[i] = mask[i] ? x : A(0);
+  }
+}
+
+}  // namespace
+
+REPMTL_CLONES void widen_row(const bfloat16* from, int64_t count, float* to) {
+  widen_body(from, count, to);
+}
+
+REPMTL_CLONES void widen_row(const float16* from, int64_t count, float* to) {
+  widen_body(from, count, to);
+}
+
+REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, float* row) {
+  keep_body(mask, count, row);
+}
+
+REPMTL_CLONES void keep(const unsigned char* mask, int64_t count, double* row) {
+  keep_body(mask, count, row);
+}
+
+REPMTL_CLONES void copy_present(const float* from, const unsigned char* mask, int64_t count,
+                                float* to) {
+  copy_body(from, mask, count, to);
+}
+
+REPMTL_CLONES void copy_present(const double* from, const unsigned char* mask, int64_t count,
+                                double* to) {
+  copy_body(from, mask, count, to);
+}
+
+}  // namespace repmtl
