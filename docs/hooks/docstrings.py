@@ -17,6 +17,8 @@ GUIDE = re.compile(r"(?<![\w/])docs/(\w+)\.md")
 LITERAL = re.compile(
     r"^(?P<indent> *)(?P<text>\S.*)?::\n\n(?P<code>(?:(?P=indent) +\S.*\n|\n)+)", re.M
 )
+# "ValueError, TypeError: ..." would be a tuple.
+ERRORS = re.compile(r"^( +)(\w+Error), (\w+Error):", re.M)
 RULE = re.compile(r"^ *=+( +=+)+ *$")
 TERM = re.compile(r"^(?P<term>[A-Z][\w ]*)\n(?=    \S)", re.M)
 STATIC = re.compile(r"staticmethod\(([\w.]+)\)")
@@ -66,6 +68,7 @@ def resolver(obj: Object, public: dict[str, str]) -> Callable[[str], str]:
 def markdown(text: str, full: Callable[[str], str]) -> str:
     """Return a docstring in Markdown; ``full`` returns the full name of a name."""
     text = ROLE.sub(lambda m: f"[`{shown(m[1])}`][{full(m[1])}]", text)
+    text = ERRORS.sub(r"\1\2 | \3:", text)
     text = GUIDE.sub(lambda m: f"[docs/{m[1]}.md][{m[1]}]", text)
     text = LITERAL.sub(fenced, text + "\n").rstrip("\n")
     text = TERM.sub(lambda m: f"{m['term']}\n:", text)

@@ -1,4 +1,4 @@
-"""Links out of ``docs/`` and pictures: what GitHub shows in the files, the site shows too.
+"""Links out of ``docs/``, pictures and captions: what the files have, in the form of the site.
 
 A link to a file outside of ``docs/`` leads to the repository, where its address is known. Pictures
 of the result files are copied into the site. A drawing in ``docs/images`` becomes part of the page,
@@ -24,6 +24,8 @@ LINK = re.compile(
     r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>\.\./[^)\s#]+)(?P<anchor>#[^)]*)?\)"
 )
 DRAWING = re.compile(r'<p><img alt="(?P<text>[^"]*)" src="(?P<target>images/[\w-]+\.svg)" ?/?></p>')
+# The last line of what is made from a result file says what was measured, and where.
+CAPTION = re.compile(r"^(?P<caption>[^|<\n].*)\n(?=<!-- /bench -->)", re.M)
 FENCED = re.compile(r"^( *)(`{3,}).*?^\1\2`*$", re.M | re.S)
 
 
@@ -52,7 +54,7 @@ def outside_of_code(markdown: str, change: Callable[[str], str]) -> str:
 
 
 def rewritten(text: str, source: str, config: MkDocsConfig) -> str:
-    """Return the text of a page with its links in the form of the site."""
+    """Return the text of a page in the form of the site."""
     folder = posixpath.dirname(source)
 
     def link(match: re.Match[str]) -> str:
@@ -70,7 +72,7 @@ def rewritten(text: str, source: str, config: MkDocsConfig) -> str:
         address = f"{config.repo_url.rstrip('/')}/{kind}/main/{path}{match['anchor'] or ''}"
         return f"[{match['text']}]({address})"
 
-    return LINK.sub(link, text)
+    return CAPTION.sub(r"\g<caption>\n{ .caption }\n", LINK.sub(link, text))
 
 
 def on_page_content(content: str, page: Page, **_: object) -> str:

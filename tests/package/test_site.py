@@ -71,11 +71,26 @@ def test_links_out_of_the_documentation():
         "[b](https://example.org/repository/tree/main/examples) [c](heads.md#x)\n"
         "![d](results/cpu-2core/speed.svg)\n```python\n[e](../examples)\n```\n"
     )
+    table = "<!-- bench:a:b -->\n| a |\n| - |\n\nOne machine.\n<!-- /bench -->\n"
+    captioned = table.replace("machine.\n", "machine.\n{ .caption }\n")
+    assert links.rewritten(table, "page.md", Config) == captioned
+    empty = "<!-- bench:a:b -->\n<!-- /bench -->\n"
+    assert links.rewritten(empty, "page.md", Config) == empty
     Config.repo_url = ""
     assert links.rewritten("[`a`](../setup.py)", "page.md", Config) == "`a`"
     assert links.rewritten("[a](../../setup.py#x)", "reference/page.md", Config) == "a"
     with pytest.raises(FileNotFoundError, match=r"page.md: link to nothing.py"):
         links.rewritten("[a](../nothing.py)", "page.md", Config)
+
+
+def test_a_drawing_becomes_part_of_the_page():
+    class Page:
+        class file:
+            src_uri = "index.md"
+
+    image = '<p><img alt="A" src="images/flow.svg" /></p>'
+    made = hook("links").on_page_content(f"<h1>B</h1>{image}", page=Page)
+    assert made.startswith('<h1>B</h1><figure class="drawing" role="img" aria-label="A"><svg ')
 
 
 @pytest.fixture
