@@ -78,8 +78,9 @@ $(DOCS_STAMP): pyproject.toml
 		$(DOCS_VENV)/bin/pip --disable-pip-version-check --quiet install -r /dev/stdin
 	@touch $@
 
+# Not --quiet: --strict would then count no warning.
 docs: $(DOCS_STAMP) ## the documentation site, into build/site; a broken link or a warning is an error
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict --clean
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean
 	@echo "documentation: build/site/index.html"
 
 bench: $(PACKAGE_STAMP) ## the full benchmark of this machine, into benchmarks/results/

@@ -97,7 +97,7 @@ def test_a_drawing_becomes_part_of_the_page():
 def docstrings(monkeypatch) -> ModuleType:
     """The hook, with stand-ins for the classes of griffe, which the tests do not install."""
     griffe = ModuleType("griffe")
-    for name in ("Alias", "Attribute", "Class", "Extension", "Module", "Object"):
+    for name in ("Alias", "Attribute", "Class", "Docstring", "Extension", "Module", "Object"):
         setattr(griffe, name, type(name, (), {}))
     monkeypatch.setitem(sys.modules, "griffe", griffe)
     return hook("docstrings")
@@ -139,7 +139,7 @@ x = f(1)
 y = f(2)
 ```
 
-See [docs/memory.md][memory]. A table:
+See [Memory][memory]. A table:
 
 | ``a`` | second |
 | --- | --- |
