@@ -38,7 +38,6 @@ def table(folder: Path) -> str | None:
     faster = {shape: judge[shape]["ms"] / mine[shape]["ms"] for shape in mine.keys() & judge.keys()}
     own, nash = (row["ratio_to_ew"] for row in needed)
     memory, before = mine[SHAPE]["peak_mb"], judge[SHAPE]["peak_mb"]
-    kind = "batches that fit a GPU" if on_gpu(losses) else "batches that fit a CPU"
     lines = [
         f"- **{faster[SHAPE]:.3g}x** as fast: `csa_loss`, forward and backward, against the "
         f"equations as printed, at {TITLE} size; {min(faster.values()):.2g}x to "
@@ -48,5 +47,7 @@ def table(folder: Path) -> str | None:
         f"- **{own:.3g}x** the time of equal weighting: a training step with `RepMTL()` as it "
         f"comes, {TITLE} heads; Nash-MTL takes {nash:.3g}x",
     ]
-    caption = f"{machine_of(steps)}, and {kind}. [All measurements](benchmarks.md)"
-    return "\n".join([*lines, "", caption])
+    caption = f"Losses: {machine_of(losses)}. Step: {machine_of(steps)}."
+    if not on_gpu(losses):
+        caption += " The batches are scaled to fit a CPU."
+    return "\n".join([*lines, "", f"{caption} [All measurements](benchmarks.md)"])

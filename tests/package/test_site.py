@@ -93,6 +93,21 @@ def test_a_drawing_becomes_part_of_the_page():
     assert made.startswith('<h1>B</h1><figure class="drawing" role="img" aria-label="A"><svg ')
 
 
+def test_formulas_become_mathml(monkeypatch):
+    converter = ModuleType("latex2mathml.converter")
+    converter.convert = lambda latex, display: f"<math {display}>{latex}</math>"
+    monkeypatch.setitem(sys.modules, "latex2mathml", ModuleType("latex2mathml"))
+    monkeypatch.setitem(sys.modules, "latex2mathml.converter", converter)
+    page = (
+        r'<p><span class="arithmatex">\(a &lt; b\)</span> <code>\(c\)</code></p>'
+        '\n<div class="arithmatex">\\[\nd\n\\]</div>'
+    )
+    assert hook("mathematics").on_page_content(page) == (
+        r'<p><span class="formula"><math inline>a < b</math></span> <code>\(c\)</code></p>'
+        '\n<div class="formula"><math block>d</math></div>'
+    )
+
+
 @pytest.fixture
 def docstrings(monkeypatch) -> ModuleType:
     """The hook, with stand-ins for the classes of griffe, which the tests do not install."""
