@@ -40,7 +40,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite what is not code."""
+    """Rewrite what is not code. A page without sections needs no table of contents."""
+    if "\n## " not in markdown:
+        page.meta.setdefault("hide", []).append("toc")
     return outside_of_code(markdown, lambda text: rewritten(text, page.file.src_uri, config))
 
 
