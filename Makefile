@@ -4,6 +4,8 @@
 # The interpreter that makes the virtual environment, and where it goes.
 PYTHON ?= python3
 VENV ?= .venv
+# The documentation has its own: without PyTorch, since it reads the sources and imports nothing.
+DOCS_VENV ?= .venv-docs
 # What pip installs first. The newest PyTorch would bring gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 # Number of test processes on the CPU, and the limit for one test in seconds.
@@ -18,11 +20,12 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 TORCH_KEY := $(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
 TORCH_STAMP := $(VENV)/.torch-$(TORCH_KEY)
 PACKAGE_STAMP := $(VENV)/.package
+DOCS_STAMP := $(DOCS_VENV)/.docs
 CSRC := $(shell find csrc -type f -not -name '*.pyc')
 PYTEST := OMP_NUM_THREADS=1 PYTEST_TIMEOUT=$(TEST_TIMEOUT) $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast ptx coverage lint bench bench-quick gpu clean
+.PHONY: help venv test test-fast ptx coverage lint docs bench bench-quick gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -67,6 +70,19 @@ lint: $(PACKAGE_STAMP) ## ruff, import-linter, mypy and clang-format; changes no
 	@find csrc tests/emulation tests/ptx -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
 		xargs $(BIN)/clang-format --dry-run -Werror
 
+# The requirements alone: the extra itself would bring the package, and that PyTorch.
+$(DOCS_STAMP): pyproject.toml
+	@echo "virtual environment: $(DOCS_VENV), from $(PYTHON)"
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@sed -n '/^docs = \[/,/^\]/s/^ *"\(.*\)",.*/\1/p' pyproject.toml | \
+		$(DOCS_VENV)/bin/pip --disable-pip-version-check --quiet install -r /dev/stdin
+	@touch $@
+
+# Not --quiet: --strict would then count no warning.
+docs: $(DOCS_STAMP) ## the documentation site, into build/site; a broken link or a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --clean
+	@echo "documentation: build/site/index.html"
+
 bench: $(PACKAGE_STAMP) ## the full benchmark of this machine, into benchmarks/results/
 	@$(BIN)/python -m benchmarks
 
@@ -77,5 +93,5 @@ gpu: ## build, tests, benchmark and tuning on a CUDA machine, in nine minutes: m
 	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON_GPU)" -m benchmarks.gpu_run --out "$(OUT)"
 
 clean: ## remove build products and caches; the virtual environment stays
-	@rm -rf build/lib* build/temp* build/bdist* dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(PACKAGE_STAMP)
-	@find . -path "./$(VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +
+	@rm -rf build/lib* build/temp* build/bdist* dist repmtl_kernels.egg-info repmtl_kernels/*.so repmtl_kernels/_native_*.txt .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage $(PACKAGE_STAMP) build/site
+	@find . -path "./$(VENV)" -prune -o -path "./$(DOCS_VENV)" -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -18,7 +18,7 @@ PACKAGES = (
     "repmtl_kernels", "torch", "triton", "numpy", "torchjd", "ecos", "mlxtend", "scipy"
 )  # fmt: skip
 # Measured files are no part of what is measured.
-NOT_CODE = (":!benchmarks/results", ":!README.md", ":!benchmarks/README.md", ":!docs")
+NOT_CODE = (":!benchmarks/results", ":!README.md", ":!docs", ":!mkdocs.yml")
 
 
 def describe(device: torch.device, measured: dict | None = None) -> dict:

@@ -2,7 +2,8 @@
 
 A table goes between ``<!-- bench:NAME:MACHINE -->`` and ``<!-- /bench -->``. NAME is one of a
 part's tables (``parts/``), ``targets`` (what the kernels have to reach on a GPU, and whether they
-do), ``quality_STUDY`` (``Delta_p`` of a study) or ``summary_STUDY`` (to equal weighting alone).
+do), ``headlines`` (three figures for a first page), ``quality_STUDY`` (``Delta_p`` of a study) or
+``summary_STUDY`` (to equal weighting alone).
 MACHINE is a folder of results, or ``simulated`` for what comes from formulas alone: ``ranks``, the
 cost of negatives of all ranks, and ``kept``.
 """
@@ -14,20 +15,25 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import targets
+from benchmarks import headlines, targets
 from benchmarks.machine import ROOT
 from benchmarks.output import draw, say
 from benchmarks.parts import PARTS, distributed, kept, quality
 from benchmarks.quality import pictures
 from benchmarks.results import RESULTS, load
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md"))
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 MARKED = re.compile(
     r"(?P<open><!-- bench:(?P<name>[\w-]+):(?P<machine>[\w-]+) -->\n)"
     r".*?(?P<close><!-- /bench -->)",
     re.DOTALL,
 )
 TABLES = {name: (part.name, make) for part in PARTS for name, make in part.tables.items()}
+# Made from several result files.
+OF_SEVERAL: dict[str, Callable[[Path], str | None]] = {
+    "headlines": headlines.table,
+    "targets": targets.table,
+}
 SIMULATED: dict[str, Callable[[], str]] = {"ranks": distributed.table, "kept": kept.table}
 
 
@@ -74,11 +80,11 @@ def _made(name: str, machine: str, results: Path) -> str | None:
     """Return the table of that name, None where the machine has no results for it."""
     if machine == "simulated":
         return SIMULATED[name]()
-    if name == "targets":  # of several files
-        return targets.table(results / machine)
+    if name in OF_SEVERAL:
+        return OF_SEVERAL[name](results / machine)
     what, make = TABLES.get(name) or _of_study(name) or (None, None)
     if make is None:
-        known = ", ".join([*TABLES, "targets"])
+        known = ", ".join([*TABLES, *OF_SEVERAL])
         raise ValueError(f"marker bench:{name}:{machine}: expected a name of {known}")
     result = load(results / machine, what)
     return None if result is None else make(result)

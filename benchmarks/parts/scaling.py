@@ -321,7 +321,7 @@ def table(result: dict) -> str:
         cells[-1] += [_growth(line.memory, memory), str(memory), f"{100 * last['fraction']:.2g}%"]
     header = ["varied", *(["precision"] if gpu else []), "from, to", "contestant", "time"]
     header += ["at most", "the floor's", "memory", "at most", "of the floor at the largest"]
-    folder = f"results/{result['machine']['name']}"
+    folder = f"../benchmarks/results/{result['machine']['name']}"
     text = (
         f"![Time]({folder}/scaling.svg)\n![Memory]({folder}/scaling_memory.svg)\n\n"
         "The power of the varied size that time and memory grow with, fitted to the last half of "

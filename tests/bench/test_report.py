@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stand_ins import CEILINGS, CPU, EFFORT, HEAD, SMALL
 
-from benchmarks import report, results
+from benchmarks import headlines, report, results
 from benchmarks.cases import FLOAT32, Case
 from benchmarks.parts import kernels, quality, second_order
 
@@ -84,6 +84,38 @@ def test_tables_go_between_their_markers_only(tmp_path, kernel_rows):
     assert " ms" not in text, "times of a CPU are for its result file"
     report.refresh(readme, tmp_path)
     assert readme.read_text() == text
+
+
+def test_headlines_of_two_result_files(tmp_path):
+    assert headlines.table(tmp_path) is None, "there are no results"
+    rows = [
+        {
+            "function": "csa_loss",
+            "shape": shape,
+            "direction": "forward_backward",
+            "layout": "contiguous",
+            "graph": False,
+            "backend": backend,
+            "ms": ms,
+            "peak_mb": 10 * ms,
+            "error": None,
+        }
+        for shape, times in (("cityscapes", (20.0, 2.0)), ("nyuv2", (9.0, 3.0)))
+        for backend, ms in zip(("reference", "eager"), times, strict=True)
+    ]
+    steps = [
+        {"network": "cityscapes", "dtype": "float32", "method": method, "ratio_to_ew": ratio}
+        for method, ratio in (("rep_mtl_default", 1.25), ("nash_mtl", 1.5))
+    ]
+    results.save(tmp_path, "kernels", HEAD, rows, default_backend="eager", notes=[])
+    assert headlines.table(tmp_path) is None, "there are no steps"
+    results.save(tmp_path, "steps", HEAD, steps, notes=[])
+    table = headlines.table(tmp_path)
+    assert "**10x** as fast" in table and "3x to 10x over 2 shapes" in table
+    assert "**20 MB** of" in table and "take 200 MB" in table
+    assert "**1.25x** the time" in table and "Nash-MTL takes 1.5x" in table
+    results.save(tmp_path, "kernels", HEAD, rows[2:], default_backend="eager", notes=[])
+    assert headlines.table(tmp_path) is None, "the shape is missing"
 
 
 def test_a_readme_without_markers_stays_as_it_is(tmp_path, kernel_rows):

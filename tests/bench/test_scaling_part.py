@@ -330,7 +330,7 @@ def test_faster_growth_than_expected_is_bold():
     table = scaling.table({**HEAD, "notes": [], "rows": rows})
     assert "| batch B | 1, 32 | eager | **1.50** | 1 | 1.00 | 1.00 | 1 | 25% |" in table
     assert "| channels C | 1, 32 | reference | 2.00 | 2 | 1.00 | 2.00 | 2 | 25% |" in table
-    assert "![Time](results/cpu-2core/scaling.svg)" in table
+    assert "![Time](../benchmarks/results/cpu-2core/scaling.svg)" in table
     single = [row for row in rows if row["value"] == 1]
     table = scaling.table({**HEAD, "rows": single})
     assert "| batch B | 1, 1 | eager |  | 1 |  |  | 1 | 25% |" in table

@@ -109,7 +109,7 @@ def test_whole_step(make, dtype: torch.dtype, monkeypatch):
     compare_whole_step("aot_eager", make, dtype, monkeypatch)
 
 
-@pytest.mark.cell("`torch.compile` of a whole training step, as in [training.md](training.md)")
+@pytest.mark.cell("`torch.compile` of a whole training step, as in [compile.md](compile.md)")
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_whole_step_on_every_backend(backend: str, monkeypatch):
     monkeypatch.setenv("REPMTL_BACKEND", backend)
@@ -192,7 +192,7 @@ def test_the_regularizer_counts(monkeypatch):
 
 
 def test_documentation_shows_the_code_of_this_test():
-    text = (ROOT / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "compile.md").read_text()
     for function in (task_loss, objective, step):
         assert inspect.getsource(function).strip() in text
 
