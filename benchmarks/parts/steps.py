@@ -44,6 +44,8 @@ OF_DEFAULT = (
     "`RepMTL()` has the mean over its calls: those that apply the regulariser, one in "
     f"{BETWEEN} of which also measures the ratio, and those between."
 )
+# What the first page compares.
+MAIN = (EQUAL_WEIGHTING, DEFAULT, "rep_mtl_second_order", "rep_mtl_reference", "nash_mtl", "fairgrad")
 # Instrumented cycles of each method; the median counts.
 PHASE_CYCLES = 3
 
@@ -234,6 +236,11 @@ def broken(rows: list[dict]) -> list[str]:
     ]
 
 
+def main_table(result: dict) -> str:
+    """Return the table of the methods that a visitor compares."""
+    return table({**result, "rows": [row for row in result["rows"] if row["method"] in MAIN]})
+
+
 def table(result: dict) -> str:
     """Return time and memory of a step, a column for each network and precision."""
     gpu = on_gpu(result)
@@ -320,7 +327,7 @@ PART = Part(
     "steps",
     "STEPS: a training step by every method, in turns on the same batch",
     measure,
-    {"steps": table, "phases": phases_table},
+    {"steps": table, "steps_main": main_table, "phases": phases_table},
     broken=broken,
     share=0.35,
     on=("cpu", "cuda"),
