@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +63,14 @@ def _differentiate(ctx, grad):
     return _gradient(ctx, grad, ctx.needs_input_grad[0]), None, None, None, None
 
 
-def _gradient(ctx, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+def _gradient(ctx: Any, grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradients of the operands, None where none is wanted."""
     positions, *operands = ctx.saved_tensors
     tasks = operands[0].unbind(0) if ctx.stacked else operands
-    if positions is not None:
-        mask = positions_to_saliency(canonical_mask(positions), tasks[0], ctx.channel_dim)
-        tasks = [s.where(mask, 0) for s in tasks]
+    mask = canonical_mask(positions)
+    if mask is not None:
+        there = positions_to_saliency(mask, tasks[0], ctx.channel_dim)
+        tasks = [s.where(there, 0) for s in tasks]
     weights = grad + grad.mT  # a product's two factors are differentiated
     if ctx.stacked:
         return [torch.stack([_row(weights[:, t], tasks) for t in range(len(tasks))])]
