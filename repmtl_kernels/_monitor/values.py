@@ -45,7 +45,7 @@ def split(flat: Tensor, tasks: int) -> Values:
 
 
 class Sums(NamedTuple):
-    """Numerators and denominators of the values. Those of several ranks add up."""
+    """Numerators and denominators of the values. The sums of several ranks add up."""
 
     cosines: Tensor  # (T, T): over samples
     conflicts: Tensor  # (T, T): samples with a cosine below 0
