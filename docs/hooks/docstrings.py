@@ -66,10 +66,10 @@ def comment_of(field: Attribute) -> Docstring | None:
     return Docstring(SPECIAL.sub(r"\\\g<0>", text), parent=field) if text else None
 
 
-def resolver(obj: Object, public: dict[str, str]) -> Callable[[str], str]:
+def resolver(obj: Object, public: dict[str, str]) -> Callable[[str], str | None]:
     """Return what finds the full name of a name in the docstring of ``obj``."""
 
-    def full(name: str) -> str:
+    def full(name: str) -> str | None:
         first, *rest = name.split(".")
         if first == obj.package.name:
             return name
@@ -81,14 +81,14 @@ def resolver(obj: Object, public: dict[str, str]) -> Callable[[str], str]:
                 owner = public.get(scope.name, scope.path)
                 return f"{owner}.{name}"
             scope = scope.parent
-        return name
+        return None  # of another library
 
     return full
 
 
-def markdown(text: str, full: Callable[[str], str]) -> str:
+def markdown(text: str, full: Callable[[str], str | None]) -> str:
     """Return a docstring in Markdown; ``full`` returns the full name of a name."""
-    text = ROLE.sub(lambda m: f"[`{shown(m[1])}`][{full(m[1])}]", text)
+    text = ROLE.sub(lambda m: reference(m[1], full(m[1])), text)
     text = ERRORS.sub(r"\1\2 | \3:", text)
     text = GUIDE.sub(lambda m: guide(m[1]), text)
     text = LITERAL.sub(fenced, text + "\n").rstrip("\n")
@@ -100,11 +100,14 @@ def guide(name: str) -> str:
     """Return the link to a guide: to its title, which the plugin autorefs finds."""
     text = (Path(__file__).parents[1] / f"{name}.md").read_text(encoding="utf-8")
     title = text.partition("\n")[0].removeprefix("# ")
-    return f"[{title}][{title.lower().replace(' ', '-')}]"
+    place = re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-")
+    return f"[{title}][{place}]"
 
 
-def shown(name: str) -> str:
-    return name.removeprefix("repmtl_kernels.")
+def reference(name: str, target: str | None) -> str:
+    """Return a name as code, with a link if it is one of the package."""
+    shown = f"`{name.removeprefix('repmtl_kernels.')}`"
+    return f"[{shown}][{target}]" if target else shown
 
 
 def fenced(match: re.Match[str]) -> str:
