@@ -45,7 +45,9 @@ OF_DEFAULT = (
     f"{BETWEEN} of which also measures the ratio, and those between."
 )
 # What the first page compares.
-MAIN = (EQUAL_WEIGHTING, DEFAULT, "rep_mtl_second_order", "rep_mtl_reference", "nash_mtl", "fairgrad")
+MAIN = (
+    EQUAL_WEIGHTING, DEFAULT, "rep_mtl_second_order", "rep_mtl_reference", "nash_mtl", "fairgrad",
+)  # fmt: skip
 # Instrumented cycles of each method; the median counts.
 PHASE_CYCLES = 3
 
