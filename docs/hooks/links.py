@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pictures of the result files."""
     from mkdocs.structure.files import File
 
-    for path in sorted(RESULTS.rglob("*.svg")):
+    for path in sorted(p for p in RESULTS.rglob("*") if p.suffix in (".svg", ".png")):
         address = posixpath.join("results", path.relative_to(RESULTS).as_posix())
         files.append(File.generated(config, address, abs_src_path=str(path)))
     return files
