@@ -153,6 +153,15 @@ def test_nothing_observed():
     assert sentences(made(count=0)) == ["Nothing has been observed yet."]
 
 
+def test_two_networks_where_tasks_conflict():
+    """The tasks that help each other share one, and the two others the second."""
+    summary = made()
+    text = "\n".join(advice(find(summary)))
+    assert "one for segmentation and depth, the other for normals and edges." in text
+    assert "score" not in "\n".join(advice(find(made(unseen=(0, 2))))), "no cosine, no groups"
+    assert "score" not in "\n".join(advice(find(made(("a", "b"))))), "two tasks have one split"
+
+
 def test_no_advice_without_a_reason():
     summary = made(("a", "b"))
     flat = torch.full((60, 2), 0.5, dtype=torch.float64)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from repmtl_kernels._monitor.numbers import plain
+import torch
+
+from repmtl_kernels._monitor.grouping import group_tasks
+from repmtl_kernels._monitor.numbers import listed, plain
+from repmtl_kernels._monitor.partitions import EXACT
 from repmtl_kernels._monitor.report import words
 from repmtl_kernels._monitor.report.findings import FEWEST, Findings, Verdict
 from repmtl_kernels._monitor.report.markup import Markup, element, join, table
@@ -38,6 +42,29 @@ def train_apart(findings: Findings) -> Iterator[Markup]:
             "have on held-out data. A conflict here need not cost accuracy. If they have to share, "
             "try a method that resolves conflicting gradients, such as PCGrad or Nash-MTL.",
         )
+
+
+def two_networks(findings: Findings) -> Iterator[Markup]:
+    """Advise which tasks two networks would share, where a pair clearly conflicts.
+
+    With more than EXACT tasks, or a pair that was never seen together, there is no certain answer.
+    """
+    summary = findings.summary
+    together = not torch.isnan(summary.cosine).any()
+    if not (findings.of(Verdict.CONFLICT_MUCH) and together and 2 < len(summary.tasks) <= EXACT):
+        return
+    found = group_tasks(summary, 2)
+    if found.score <= group_tasks(summary, 1).score:
+        return
+    first, second = (listed(group) for group in found.groups)
+    yield join(
+        element("strong", "If there can be two networks: "),
+        f"one for {first}, the other for {second}. By the cosines, no other two groups agree more: "
+        f"their score is {plain(found.score)}, that of all tasks in one network "
+        f"{plain(group_tasks(summary, 1).score)}. ",
+        element("code", "group_tasks"),
+        " says more. Whether it pays has to be measured.",
+    )
 
 
 def keep_together(findings: Findings) -> Iterator[Markup]:
@@ -85,4 +112,4 @@ def _listed(items: list[Markup]) -> Markup:
     return join(*(join("; " if k else "", item) for k, item in enumerate(items)))
 
 
-RULES = (observe_longer, train_apart, keep_together, balance)
+RULES = (observe_longer, train_apart, two_networks, keep_together, balance)
