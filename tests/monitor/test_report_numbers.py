@@ -12,7 +12,12 @@ from made_summaries import made
 from repmtl_kernels._monitor.report import findings
 from repmtl_kernels._monitor.report.advice import advice, equal_lengths
 from repmtl_kernels._monitor.report.findings import Trend, Verdict, estimate, find
-from repmtl_kernels._monitor.report.places import concentration, plane, regions
+from repmtl_kernels._monitor.report.places import (
+    _plain_sentence,
+    concentration,
+    plane,
+    regions,
+)
 from repmtl_kernels._monitor.report.words import in_short, lead
 
 
@@ -188,3 +193,19 @@ def test_regions_and_concentration():
     assert [(r.name, r.mean) for r in sequence] == [("beginning", 1), ("middle", 2), ("end", 3)]
     volume = plane(torch.stack([torch.zeros(2, 2), torch.ones(2, 2)]))
     assert volume.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
+def test_small_maps():
+    """Two rows have no middle, and one of four positions is no tenth of them."""
+    corner = torch.tensor([[1.0, 1.0], [1.0, 9.0]])
+    assert [r.name for r in regions(corner)] == [
+        "top left", "top right", "bottom left", "bottom right"
+    ]  # fmt: skip
+    said = "strongest at the bottom right; one of 4 positions carries 75 % of it"
+    assert _plain_sentence(corner) == said
+    assert [r.name for r in regions(plane(torch.ones(2)))] == ["beginning", "end"]
+    assert [r.name for r in regions(torch.ones(3, 1))] == ["top centre", "centre", "bottom centre"]
+    for shape in ((1, 1), (2, 2), (1, 5), (7, 7), (12, 16)):
+        assert _plain_sentence(torch.ones(shape)) == "even, no place stands out"
+    one_row = torch.tensor([[1.0] * 9 + [11.0]])
+    assert "a tenth of the positions carries 55 %" in _plain_sentence(one_row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from repmtl_kernels._monitor.report.markup import Markup, element, join, table, 
 from repmtl_kernels._monitor.report.png import data_uri
 
 TENTH = 0.1
-EVEN = 0.125  # a tenth of the positions with less than this share of a map: no place stands out
+EVEN = 1.25  # the largest tenth of a map below so many times its average: no place stands out
 # The value with the brightest colour: few positions have more, and would leave the rest dark.
 BRIGHTEST = 0.99
 ROWS = ("top", "middle", "bottom")
@@ -41,20 +41,21 @@ def plane(grid: Tensor) -> Tensor:
 def regions(values: Tensor) -> list[Region]:
     """Return the means of a plane's parts, row by row."""
     if len(values) == 1:
-        return [
-            Region(where, part.nanmean().item())
-            for where, part in zip(ALONG, _thirds(values, 1), strict=False)
-        ]
+        return [Region(where, part.nanmean().item()) for where, part in _thirds(values, 1, ALONG)]
     return [
         Region("centre" if (row, column) == ("middle", "centre") else f"{row} {column}",
                part.nanmean().item())
-        for row, band in zip(ROWS, _thirds(values, 0), strict=False)
-        for column, part in zip(COLUMNS, _thirds(band, 1), strict=False)
+        for row, band in _thirds(values, 0, ROWS)
+        for column, part in _thirds(band, 1, COLUMNS)
     ]  # fmt: skip
 
 
-def _thirds(values: Tensor, dim: int) -> list[Tensor]:
-    return list(values.tensor_split(min(3, values.shape[dim]), dim))
+def _thirds(values: Tensor, dim: int, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Return the parts along a dimension with their names; of two, none is in the middle."""
+    parts = values.tensor_split(min(3, values.shape[dim]), dim)
+    first, middle, last = names
+    used = {1: (middle,), 2: (first, last)}.get(len(parts), names)
+    return zip(used, parts, strict=True)
 
 
 def concentration(values: Tensor) -> float:
@@ -62,8 +63,11 @@ def concentration(values: Tensor) -> float:
     there = values[~values.isnan()]
     if not len(there):
         return math.nan
-    largest = there.topk(max(1, round(TENTH * len(there)))).values
-    return (largest.sum() / there.sum()).item()
+    return (there.topk(_tenth(len(there))).values.sum() / there.sum()).item()
+
+
+def _tenth(positions: int) -> int:
+    return max(1, round(TENTH * positions))
 
 
 def section(findings: Findings) -> Iterator[Markup]:
@@ -146,11 +150,14 @@ def _plain_sentence(values: Tensor) -> str:
     share = concentration(values)
     if math.isnan(share):
         return NOT_SEEN
-    if share < EVEN:
+    positions = int((~values.isnan()).sum())
+    if share < EVEN * _tenth(positions) / positions:
         return "even, no place stands out"
     seen = [region for region in regions(values) if not math.isnan(region.mean)]
     strongest = max(seen, key=lambda region: region.mean)
-    where = f"a tenth of the positions carries {percent(share)} of it"
+    few = positions * TENTH < 1  # the one position is more than a tenth
+    largest = f"one of {positions} positions" if few else "a tenth of the positions"
+    where = f"{largest} carries {percent(share)} of it"
     if strongest.mean < 1 + TENTH:
         return f"{where}, scattered"
     return f"strongest at the {strongest.name}; {where}"
