@@ -66,6 +66,8 @@ def plot_affinity(
     if isinstance(affinity, SaliencySummary):
         if names is not None:
             raise ValueError("names: expected None with a summary, which has its own")
+        if not affinity.tasks:
+            raise ValueError("affinity: expected a summary with observations, got one without")
         matrix, tasks = affinity.cosine, list(affinity.tasks)
         label, least = "cosine of the tasks' gradients", FAINTEST
     else:

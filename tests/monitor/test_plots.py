@@ -13,6 +13,7 @@ import pytest
 import torch
 from made_summaries import TASKS, made
 
+from repmtl_kernels import SaliencyMonitor
 from repmtl_kernels._monitor import map_grid, plots
 from repmtl_kernels._monitor.colours import SEQUENTIAL, sequential
 
@@ -82,6 +83,7 @@ def test_numbers_are_readable_on_their_cells():
         (torch.ones(2, 2), ["a", "a"], ValueError, "names: expected 2 different ones"),
         (torch.ones(2, 2), "ab", TypeError, "names: expected a sequence of str"),
         (made(), list(TASKS), ValueError, "names: expected None with a summary"),
+        (SaliencyMonitor().summary(), None, ValueError, "affinity: expected .* with observations"),
     ],
 )
 def test_affinity_refuses(bad, names, error, message):

@@ -280,3 +280,12 @@ def test_the_monitor_writes_the_page_of_its_summary(tmp_path):
     found = Page(text)
     assert found.tables["Cosine of each pair of tasks"][0] == ["Task", "a", "b", "c"]
     assert len(found.of("svg")) == 3 + 3 + 1 and len(found.of("img")) == 3 + 1
+
+
+@pytest.mark.parametrize("names", [None, ["a"], ["a", "b"]])
+def test_a_monitor_that_has_seen_nothing(tmp_path, names):
+    """Without names and observations, nobody knows the tasks."""
+    SaliencyMonitor(names=names).report(tmp_path / "page.html")
+    found = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "Nothing has been observed yet." in found.text
+    assert ("There is one task" in found.text) == (names == ["a"])

@@ -18,6 +18,9 @@ BANDS = 7  # colours; of more tasks the quiet ones share the last
 def section(findings: Findings) -> Iterator[Markup]:
     """Yield the share of each task in the length of all gradients, and its history."""
     summary = findings.summary
+    if not summary.tasks:
+        yield element("p", words.NOTHING)
+        return
     even = 1 / len(summary.tasks)
     yield element(
         "p",

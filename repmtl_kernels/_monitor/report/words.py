@@ -19,6 +19,8 @@ from repmtl_kernels._monitor.report.findings import (
 from repmtl_kernels._monitor.report.markup import Markup, element, join
 
 SHOWN = 3  # sentences of one kind; the tables have all pairs
+NOTHING = "Nothing has been observed yet."
+ALONE = "There is one task, and no other to compare it with."
 
 
 class Finding(NamedTuple):
@@ -32,7 +34,7 @@ class Finding(NamedTuple):
 def lead(findings: Findings) -> Markup:
     """Return how many pairs have which verdict, and who drowns the others, in two sentences."""
     if findings.summary.observations == 0:
-        return Markup("Nothing has been observed yet.")
+        return join(NOTHING)
     counts = [
         (len(findings.of(*verdicts)), one, many)
         for verdicts, one, many in (
@@ -46,7 +48,7 @@ def lead(findings: Findings) -> Markup:
     ]
     said = [f"{number} {one if number == 1 else many}" for number, one, many in counts if number]
     if not said:
-        return Markup("There is one task, and no other to compare it with.")
+        return join(ALONE)
     pairs = f"Of {count(len(findings.pairs), 'pair')} of tasks, {listed(said)}."
     if len(said) == 1:
         number, _, does = said[0].partition(" ")
