@@ -390,7 +390,7 @@ class RepMTLState(TrainerCallback, ExportableState):
         if state.global_step:  # it is a checkpoint's
             numbers = saved["attributes"]["numbers"]
             self.criterion.set_extra_state(torch.tensor(numbers, dtype=torch.float64))
-        self.criterion._progress.step = None  # the steps' numbers may begin again
+        self.criterion._forget_step()  # the steps' numbers may begin again
 
 
 def _criterion_of(model: nn.Module) -> RepMTL:

@@ -27,7 +27,7 @@ from transformers_model import (
     with_lora,
 )
 
-from repmtl_kernels import RepMTL
+from repmtl_kernels import RepMTL, SaliencyMonitor
 from repmtl_kernels.integrations.transformers import (
     RepMTLModel,
     RepMTLTrainer,
@@ -118,11 +118,12 @@ def test_a_checkpoint_from_before_the_criterion(tmp_path):
 
 
 def test_a_second_training_begins_with_step_0(tmp_path):
-    network = model(every=2)
+    network = model(every=2, monitor=SaliencyMonitor(every=1))
     trainer = trainer_of(network, tmp_path, max_steps=1)
     trainer.train()
     trainer.train()
     assert trainer.criterion.get_extra_state()[0] == 2
+    assert trainer.criterion.monitor.summary().history.steps.tolist() == [0, 1]
 
 
 def test_models_that_the_trainer_makes(tmp_path):
