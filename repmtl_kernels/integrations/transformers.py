@@ -224,7 +224,7 @@ def _labelled(targets: list[Any], size: int) -> Tensor | None:
 def _samples(target: Any, size: int) -> Tensor | None:
     if not isinstance(target, Tensor) or target.is_floating_point() or target.shape[:1] != (size,):
         return None
-    return (target != UNLABELLED).view(size, -1).any(1)
+    return (target != UNLABELLED).reshape(size, -1).any(1)
 
 
 class RepMTLTrainer(Trainer):

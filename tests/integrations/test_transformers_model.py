@@ -23,7 +23,11 @@ from transformers_model import (
 )
 
 from repmtl_kernels import Levels, RepMTL, reference
-from repmtl_kernels.integrations.transformers import RepMTLModel, token_cross_entropy
+from repmtl_kernels.integrations.transformers import (
+    RepMTLModel,
+    _labelled,
+    token_cross_entropy,
+)
 
 
 @pytest.mark.parametrize("lora", [None, "inside", "outside"])
@@ -161,3 +165,10 @@ def test_errors_of_the_model():
         network(**{n: batch[n] for n in ("input_ids", "attention_mask", "score")})
     with pytest.raises(ValueError, match="losses: expected the loss of at least one task"):
         model()(input_ids=batch["input_ids"])
+
+
+def test_labels_in_any_order_of_memory():
+    """Classes of pixels, the samples beside each other in memory."""
+    labels = torch.full((2, 3, 4), -100).permute(2, 1, 0)
+    labels[[0, 3], 1, 1] = 2
+    assert _labelled([labels], 4).tolist() == [[True, False, False, True]]
