@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,3 +31,14 @@ def unpacked(state: Tensor) -> tuple[dict[str, Any], Tensor]:
     # Not an inference tensor, whatever mode a checkpoint is loaded in.
     with torch.inference_mode(False):
         return header, state[end:].clone()
+
+
+def as_text(state: Tensor) -> str:
+    """Return a packed state as text, for checkpoints that are JSON, which has no NaN."""
+    return base64.b64encode(state.numpy().astype("<f8").tobytes()).decode()
+
+
+def from_text(text: str) -> Tensor:
+    """Return the packed state of a text."""
+    numbers = np.frombuffer(base64.b64decode(text), dtype="<f8")
+    return torch.from_numpy(numbers.astype(np.float64))

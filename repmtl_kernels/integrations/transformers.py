@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from repmtl_kernels._monitor.state import as_text, from_text
 from repmtl_kernels._training.levels import Levels, levels_of
 from repmtl_kernels._training.step import RepMTLStep
 from repmtl_kernels.criterion import RepMTL
@@ -244,8 +245,8 @@ class RepMTLTrainer(Trainer):
       as one for ``every``, ``start``, ``ramp`` and ``strength``.
     - The total of a batch, a mean, is divided by the number of batches of its step. It does not
       count the labels of the whole step (``num_items_in_batch``).
-    - Checkpoints have the criterion's count and running means, also those of PEFT that have the
-      adapters alone. They are in ``trainer_state.json``.
+    - Checkpoints have the criterion's count and running means, and what its monitor has seen, also
+      those of PEFT that have the adapters alone. They are in ``trainer_state.json``.
     - With ``fp16`` the criterion's scaler is that of Accelerate.
     - ``loss_<task>``, ``tsr`` and ``csa`` are logged with ``loss``: the means over the batches of
       all processes since the last log (of the two latter, over those with the regulariser). With
@@ -363,7 +364,7 @@ class RepMTLTrainer(Trainer):
 
 
 class RepMTLState(TrainerCallback, ExportableState):
-    """Keeps the state of the model's :class:`RepMTL` in ``trainer_state.json``.
+    """Keeps the state of the model's :class:`RepMTL` and its monitor in ``trainer_state.json``.
 
     :class:`RepMTLTrainer` adds it.
 
@@ -374,12 +375,15 @@ class RepMTLState(TrainerCallback, ExportableState):
     def __init__(self, criterion: RepMTL | None = None) -> None:
         self.criterion = criterion
         self.numbers: list[float] | None = None
+        self.observed: str | None = None  # the state of its monitor
 
     def state(self) -> dict:
         """Return what a checkpoint keeps."""
         if self.criterion is not None:
             self.numbers = self.criterion.get_extra_state().tolist()
-        return {"args": {}, "attributes": {"numbers": self.numbers}}
+            monitor = self.criterion.monitor
+            self.observed = None if monitor is None else as_text(monitor.get_extra_state())
+        return {"args": {}, "attributes": {"numbers": self.numbers, "observed": self.observed}}
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: nn.Module, **others: Any
@@ -390,6 +394,9 @@ class RepMTLState(TrainerCallback, ExportableState):
         if state.global_step:  # it is a checkpoint's
             numbers = saved["attributes"]["numbers"]
             self.criterion.set_extra_state(torch.tensor(numbers, dtype=torch.float64))
+            observed, monitor = saved["attributes"].get("observed"), self.criterion.monitor
+            if observed is not None and monitor is not None:
+                monitor.set_extra_state(from_text(observed))
         self.criterion._forget_step()  # the steps' numbers may begin again
 
 

@@ -81,7 +81,12 @@ def test_a_checkpoint_resumes_the_criterion(tmp_path, lora, restore):
         "num_train_epochs": 2,
         "restore_callback_states_from_checkpoint": restore,
     }
-    once, resumed = (with_lora(model(every=3, strength=0.1, clip=2.0), lora) for _ in range(2))
+
+    def made():
+        monitor = SaliencyMonitor(every=3)
+        return with_lora(model(every=3, strength=0.1, clip=2.0, monitor=monitor), lora)
+
+    once, resumed = made(), made()
     trainer_of(once, tmp_path, **options).train()
     state = base_of(once).criterion.get_extra_state()
     assert state[0] == 8
@@ -93,6 +98,9 @@ def test_a_checkpoint_resumes_the_criterion(tmp_path, lora, restore):
     kept = json.loads((tmp_path / "again/checkpoint-8/trainer_state.json").read_text())
     numbers = kept["stateful_callbacks"]["RepMTLState"]["attributes"]["numbers"]
     torch.testing.assert_close(numbers, state.tolist())
+    seen, expected = (base_of(n).criterion.monitor.summary() for n in (resumed, once))
+    assert seen.history.steps.tolist() == expected.history.steps.tolist() == [0, 3, 6]
+    torch.testing.assert_close(seen.cosine, expected.cosine, **TIGHT)
 
 
 def test_a_checkpoint_from_before_the_criterion(tmp_path):

@@ -14,6 +14,7 @@ from cases import DEVICE
 from torch import Tensor, nn
 
 from repmtl_kernels import Levels, RepMTL, SaliencyMonitor, SaliencySummary
+from repmtl_kernels._monitor.state import as_text, from_text
 
 
 def run(caller: nn.Module, numbers: range, levels: bool = False) -> None:
@@ -82,6 +83,15 @@ def test_resumed_in_the_middle_of_a_step() -> None:
     assert resumed.summary().observations == 1
     resumed(losses, z, step=9)
     assert resumed.summary().observations == 2
+
+
+def test_state_as_text() -> None:
+    """To the bit, and NaN too."""
+    monitor = SaliencyMonitor(every=1)
+    run(monitor, range(3))
+    state = monitor.get_extra_state()
+    assert state.isnan().any()
+    assert torch.equal(from_text(as_text(state)).view(torch.int64), state.view(torch.int64))
 
 
 def test_state_of_a_criterion_with_a_monitor() -> None:
