@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repmtl_kernels._ground.checks import check_int, check_plain
+from repmtl_kernels._monitor.names import names_of
 from repmtl_kernels._monitor.partitions import ranked, task_scores
 from repmtl_kernels._monitor.summary import SaliencySummary
 
@@ -90,7 +91,7 @@ def group_tasks(
         affinity = affinity.cosine
     similarities = _similarities(affinity)
     tasks = len(similarities)
-    names = _checked_names(names, tasks)
+    names = names_of(tasks, names)
     symmetric = _checked(similarities, names)
     check_int("groups", groups, minimum=1)
     if groups > tasks:
@@ -127,16 +128,6 @@ def mean_cosines(products: Tensor) -> Tensor:
     pairs = there.unsqueeze(1) & there.unsqueeze(2)
     cosines = products / norms.unsqueeze(1) / norms.unsqueeze(2)
     return torch.where(pairs, cosines, 0.0).sum(0) / pairs.sum(0)
-
-
-def _checked_names(names: Sequence[str] | None, tasks: int) -> tuple[str, ...]:
-    if names is None:
-        return tuple(map(str, range(tasks)))
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError("names: expected a sequence of str, one for each task")
-    if len(names) != tasks or len(set(names)) != tasks:
-        raise ValueError(f"names: expected {tasks} different ones, got {', '.join(names)}")
-    return tuple(names)
 
 
 def _checked(similarities: Tensor, names: Sequence[str]) -> Matrix:

@@ -13,6 +13,7 @@ from repmtl_kernels._distributed import Fact, Group, check_group
 from repmtl_kernels._ground.checks import check_int, check_number, checked_step
 from repmtl_kernels._ground.saliency import has_values, is_transformed
 from repmtl_kernels._monitor.form import Form, check_form, form_of
+from repmtl_kernels._monitor.names import checked_names
 from repmtl_kernels._monitor.record import Record
 from repmtl_kernels._monitor.report import TITLE, write_report
 from repmtl_kernels._monitor.statistics import sums_of
@@ -90,7 +91,7 @@ class SaliencyMonitor(LossModule):
         super().__init__(
             every=every,
             decay=decay,
-            names=_checked_names(names),
+            names=None if names is None else checked_names(names),
             channel_dim=channel_dim,
             group=group,
             keep=keep,
@@ -298,16 +299,3 @@ def _tensors(losses: TaskLosses) -> list[Tensor]:
     if not isinstance(losses, list | tuple | Mapping):  # Tasks says what is wrong
         return []
     return [loss for loss in values if isinstance(loss, Tensor)]
-
-
-def _checked_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if not isinstance(names, list | tuple):
-        raise TypeError(f"names: expected a list of texts or None, got {type(names).__name__}")
-    for i, name in enumerate(names):
-        if not isinstance(name, str):
-            raise TypeError(f"names[{i}]: expected a str, got {type(name).__name__}")
-        if name in names[:i]:
-            raise ValueError(f"names: expected different names, got {name!r} twice")
-    return tuple(names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -35,17 +34,6 @@ def checked_matrix(affinity: Tensor) -> Tensor:
     if matrix.isinf().any():
         raise ValueError("affinity: expected finite values or NaN, got an infinite one")
     return matrix
-
-
-def checked_names(names: Sequence[str] | None, tasks: int) -> list[str]:
-    """Return the names, or the numbers of the tasks."""
-    if names is None:
-        return [str(t) for t in range(tasks)]
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError("names: expected a sequence of str")
-    if len(names) != tasks or len(set(names)) != tasks:
-        raise ValueError(f"names: expected {tasks} different ones, got {list(names)}")
-    return list(names)
 
 
 def checked_images(images: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from repmtl_kernels._monitor import map_grid
 from repmtl_kernels._monitor.colours import DIVERGING, LINES, MISSING
+from repmtl_kernels._monitor.names import names_of
 from repmtl_kernels._monitor.numbers import plain
 from repmtl_kernels._monitor.plot_arguments import (
     check_saliency,
     checked_images,
     checked_matrix,
-    checked_names,
     need_matplotlib,
 )
 from repmtl_kernels._monitor.summary import SaliencySummary
@@ -68,11 +68,11 @@ def plot_affinity(
             raise ValueError("names: expected None with a summary, which has its own")
         if not affinity.tasks:
             raise ValueError("affinity: expected a summary with observations, got one without")
-        matrix, tasks = affinity.cosine, list(affinity.tasks)
+        matrix, tasks = affinity.cosine, affinity.tasks
         label, least = "cosine of the tasks' gradients", FAINTEST
     else:
         matrix = checked_matrix(affinity)
-        tasks, label, least = checked_names(names, len(matrix)), "similarity", 0.0
+        tasks, label, least = names_of(len(matrix), names), "similarity", 0.0
     beside = matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool), 0).nan_to_num(0)
     limit = max(beside.abs().max().item(), least) or 1.0
     form = (2, "f") if 0.1 <= limit < 1000 else (1, "e")
@@ -136,7 +136,7 @@ def plot_saliency(
     tasks = list(saliencies)
     if not tasks:
         raise ValueError("saliencies: expected those of at least one task, got none")
-    names = checked_names(names, len(tasks))
+    names = names_of(len(tasks), names)
     shown = checked_images(images)
     size = (shown.shape[2], shown.shape[3])
     groups = {}

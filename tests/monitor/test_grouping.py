@@ -317,10 +317,11 @@ def test_the_diagonal_is_not_used():
         (ValueError, "groups: expected an int of at least 1; got 0", 0, None),
         (ValueError, "groups: expected at most 3, one for each task; got 4", 4, None),
         (TypeError, "groups: expected an int, got float", 2.0, None),
-        (TypeError, "names: expected a sequence of str", 2, "abc"),
-        (TypeError, "names: expected a sequence of str", 2, [1, 2, 3]),
-        (ValueError, "names: expected 3 different ones, got a, b", 2, ["a", "b"]),
-        (ValueError, "names: expected 3 different ones, got a, b, a", 2, ["a", "b", "a"]),
+        (TypeError, "names: expected a sequence of str or None, got str", 2, "abc"),
+        (TypeError, "names: expected a sequence of str or None, got int", 2, 3),
+        (TypeError, r"names\[0\]: expected a str, got int", 2, [1, 2, 3]),
+        (ValueError, "names: expected 3, one for each task; got ", 2, ["a", "b"]),
+        (ValueError, "names: expected different names, got 'a' twice", 2, ["a", "b", "a"]),
     ],
 )
 def test_other_arguments_that_cannot_be(error, message, groups, names):

@@ -17,7 +17,7 @@ from repmtl_kernels import Levels, SaliencyMonitor
         ({"decay": 1}, "decay: expected a number from 0 to below 1; got 1"),
         ({"decay": -0.5}, "decay: expected a finite number of at least 0; got -0.5"),
         ({"decay": "slow"}, "decay: expected a number, got str"),
-        ({"names": "ab"}, "names: expected a list of texts or None, got str"),
+        ({"names": "ab"}, "names: expected a sequence of str or None, got str"),
         ({"names": ["a", 3]}, r"names\[1\]: expected a str, got int"),
         ({"names": ["a", "b", "a"]}, "names: expected different names, got 'a' twice"),
         ({"channel_dim": 0}, "channel_dim: expected a dimension other than 0"),
