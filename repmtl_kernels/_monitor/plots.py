@@ -65,7 +65,9 @@ def plot_affinity(
 
     if isinstance(affinity, SaliencySummary):
         if names is not None:
-            raise ValueError("names: expected None with a summary, which has its own")
+            raise ValueError(
+                f"names: expected None with a summary, which has its own; got {list(names)}"
+            )
         if not affinity.tasks:
             raise ValueError("affinity: expected a summary with observations, got one without")
         matrix, tasks = affinity.cosine, affinity.tasks
@@ -131,7 +133,9 @@ def plot_saliency(
     need_matplotlib("plot_saliency")
     if isinstance(saliencies, Mapping):
         if names is not None:
-            raise ValueError("names: expected None with a dict, which has its own")
+            raise ValueError(
+                f"names: expected None with a dict, which has its own; got {list(names)}"
+            )
         names, saliencies = [str(key) for key in saliencies], list(saliencies.values())
     tasks = list(saliencies)
     if not tasks:
