@@ -37,7 +37,7 @@ def train_apart(findings: Findings) -> Iterator[Markup]:
     if pairs := findings.of(Verdict.CONFLICT_MUCH)[: words.SHOWN]:
         yield join(
             element("strong", "Try them apart: "),
-            _listed([words.names(pair) for pair in pairs]),
+            words.apart(words.names(pair) for pair in pairs),
             ". Give them layers of their own earlier, or two networks, and compare with what you "
             "have on held-out data. A conflict here need not cost accuracy. If they have to share, "
             "try a method that resolves conflicting gradients, such as PCGrad or Nash-MTL.",
@@ -72,7 +72,7 @@ def keep_together(findings: Findings) -> Iterator[Markup]:
     if pairs := findings.of(Verdict.HELP_MUCH)[: -words.SHOWN - 1 : -1]:
         yield join(
             element("strong", "Keep them together: "),
-            _listed([words.names(pair) for pair in pairs]),
+            words.apart(words.names(pair) for pair in pairs),
             ". The labels of one are worth something to the other.",
         )
 
@@ -106,10 +106,6 @@ def equal_lengths(shares: list[float]) -> list[float]:
     inverse = [1 / share if share > 0 else float("nan") for share in shares]
     there = [value for value in inverse if value == value]
     return [value * len(there) / sum(there) for value in inverse]
-
-
-def _listed(items: list[Markup]) -> Markup:
-    return join(*(join("; " if k else "", item) for k, item in enumerate(items)))
 
 
 RULES = (observe_longer, train_apart, two_networks, keep_together, balance)

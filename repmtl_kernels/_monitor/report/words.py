@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from repmtl_kernels._monitor.numbers import count, listed, percent, plain
@@ -93,6 +93,11 @@ def _listed(items: list[Markup]) -> list[Markup]:
     return [join(item, then) for item, then in zip(items, between, strict=True)]
 
 
+def apart(items: Iterable[Markup]) -> Markup:
+    """Return the items with semicolons between them, for items with an "and" of their own."""
+    return join(*(join("; " if k else "", item) for k, item in enumerate(items)))
+
+
 def names(pair: Pair) -> Markup:
     """Return "a and b"."""
     first, second = (name(task) for task in pair.tasks)
@@ -157,8 +162,7 @@ def trend(pair: Pair) -> str:
 
 def noise(pairs: list[Pair]) -> Markup:
     """Say that these pairs have no clear direction."""
-    who = join([join(names(pair), "; ") for pair in pairs[:SHOWN]])
-    who = Markup(who.removesuffix("; "))
+    who = apart(names(pair) for pair in pairs[:SHOWN])
     if (more := len(pairs) - SHOWN) > 0:
         who = join(who, f" and {count(more, 'more pair')}")
     text = (
