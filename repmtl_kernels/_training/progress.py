@@ -14,6 +14,8 @@ from repmtl_kernels._training.step import RepMTLStep
 # about the last three measurements. The mean of the sizes, which every call sees, follows about the
 # last fifty.
 RATIO_DECAY, SIZE_DECAY = 0.6, 0.98
+# In a checkpoint: the last call had no number of a step.
+NO_STEP = -1
 
 
 class Progress(CallCount):
@@ -47,15 +49,19 @@ class Progress(CallCount):
         return other
 
     def numbers(self) -> list[float]:
-        """Return the numbers that a checkpoint keeps."""
-        step = [] if self.step is None else [self.step]
-        return [self.calls, *self.ratio.numbers(), *self.size.numbers(), *step]
+        """Return the numbers that a checkpoint keeps.
+
+        There are always six: ``torch.distributed.checkpoint`` loads into as many only.
+        """
+        step = NO_STEP if self.step is None else self.step
+        return [self.calls, *self.ratio.numbers(), *self.size.numbers(), step]
 
     def load(self, numbers: Sequence[float]) -> None:
         """Take on the numbers of a checkpoint; old ones have the count alone."""
         self.agreed, self.last_ratio = False, None
         self.calls = int(numbers[0])
-        self.step = int(numbers[5]) if len(numbers) > 5 else None
+        step = int(numbers[5]) if len(numbers) > 5 else NO_STEP
+        self.step = None if step == NO_STEP else step
         if len(numbers) > 1:
             self.ratio.load(numbers[1:3])
             self.size.load(numbers[3:5])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_network import LAMBDAS, Network, applied, batch, step_on_noise
 from torch import nn
+from torch.distributed import checkpoint as distributed_checkpoint
 
 from repmtl_kernels import RepMTL
 
@@ -106,7 +107,22 @@ def test_checkpoint_that_is_loaded_in_inference_mode(network: Network) -> None:
 def test_checkpoint_of_the_first_version_has_a_count_alone() -> None:
     criterion = RepMTL(strength=0.1)
     criterion.load_state_dict({"_extra_state": torch.tensor(7)})
-    assert criterion.get_extra_state().tolist() == [7, 0, 0, 0, 0]
+    assert criterion.get_extra_state().tolist() == [7, 0, 0, 0, 0, -1]
+
+
+@pytest.mark.parametrize("step", [None, 4])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoint(step: int | None, tmp_path) -> None:
+    """It loads into tensors of the sizes that a new criterion has."""
+    first, resumed = (RepMTL(every=3, strength=0.3) for _ in range(2))
+    step_on_noise(first, step=step)
+    saved = first.state_dict()
+    distributed_checkpoint.save(saved, checkpoint_id=tmp_path)
+    loaded = resumed.state_dict()
+    distributed_checkpoint.load(loaded, checkpoint_id=tmp_path)
+    resumed.load_state_dict(loaded)
+    assert torch.equal(resumed.get_extra_state(), first.get_extra_state())
+    assert resumed._progress.step == step
 
 
 @pytest.mark.parametrize(
