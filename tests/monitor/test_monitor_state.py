@@ -12,6 +12,8 @@ import pytest
 import torch
 from cases import DEVICE
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from repmtl_kernels import Levels, RepMTL, SaliencyMonitor, SaliencySummary
 from repmtl_kernels._monitor.state import as_text, from_text
@@ -83,6 +85,28 @@ def test_resumed_in_the_middle_of_a_step() -> None:
     assert resumed.summary().observations == 1
     resumed(losses, z, step=9)
     assert resumed.summary().observations == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_distributed_checkpoint(tmp_path) -> None:
+    """The way that docs/monitor.md shows, and the refusal without it."""
+    first, resumed = (RepMTL(every=2, monitor=SaliencyMonitor(every=1)) for _ in range(2))
+    run(first, range(3))
+    place = {"checkpoint_id": tmp_path / "all"}
+    distributed_checkpoint.save(first.state_dict(), **place)
+    with pytest.raises((CheckpointException, ValueError), match="Size mismatch"):
+        distributed_checkpoint.load(resumed.state_dict(), **place)
+    place["checkpoint_id"] = tmp_path / "without"
+    states = [criterion.state_dict() for criterion in (first, resumed)]
+    for state in states:
+        del state["monitor._extra_state"]
+    distributed_checkpoint.save(states[0], **place)
+    torch.save(first.monitor.state_dict(), tmp_path / "monitor.pt")
+    distributed_checkpoint.load(states[1], **place)
+    resumed.load_state_dict(states[1])
+    resumed.monitor.load_state_dict(torch.load(tmp_path / "monitor.pt", weights_only=True))
+    assert_same(resumed.monitor.summary(), first.monitor.summary())
+    assert torch.equal(resumed.get_extra_state(), first.get_extra_state())
 
 
 def test_state_as_text() -> None:
