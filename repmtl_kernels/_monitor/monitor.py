@@ -45,8 +45,9 @@ class SaliencyMonitor(LossModule):
     It takes saliencies on its turns alone, and keeps graph, gradients, random numbers and ``.grad``
     as they were. Other calls cost a counter. No call waits for the device; :meth:`summary` does.
     Nothing is observed in ``eval()`` mode, under ``torch.no_grad()``, on meta or fake tensors, and
-    while a CUDA graph is captured: a replay repeats the kernels alone, so make a call without the
-    graph now and then. The first of the replicas that ``nn.DataParallel`` makes observes.
+    while a CUDA graph is captured: a replay repeats the kernels alone and is not counted, so set
+    ``every=1`` and make a call without the graph now and then. The first of the replicas that
+    ``nn.DataParallel`` makes observes.
 
     The count of calls, the running means and the history are part of ``state_dict()``; a checkpoint
     without them leaves them as they are.
