@@ -24,17 +24,23 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("studies", nargs="+", metavar="STUDY",
         help="a TOML file, or the name of one in benchmarks/quality/configs")  # fmt: skip
+    add("--seeds", type=int, nargs="+", help="instead of the study's")
+    add_places(parser)
+    return parser.parse_args(words)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the options for where the data are, where runs train, and where results go."""
+    add = parser.add_argument
     add("--data", type=Path, metavar="DIR",
         help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}")  # fmt: skip
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--seeds", type=int, nargs="+", help="instead of the study's")
     add("--out", type=Path, metavar="DIR",
         help="folder of results and pictures; default: benchmarks/results/<machine>")  # fmt: skip
     add("--work", type=Path, metavar="DIR", default=WORK,
         help="folder of finished runs, which are not trained again; empty it after a change of the "
         "code. Default: build/quality")  # fmt: skip
-    return parser.parse_args(words)
 
 
 def main(words: list[str] | None = None) -> None:

@@ -9,7 +9,6 @@ with the groups that the tasks were made in, where there are such.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from benchmarks import ceilings, results
 from benchmarks.machine import describe, slug
 from benchmarks.output import say
 from benchmarks.quality import config, loaders
-from benchmarks.quality.__main__ import WORK
+from benchmarks.quality.__main__ import add_places
 from benchmarks.quality.config import EQUAL, Run
 from benchmarks.quality.data import stream
 from benchmarks.quality.grouping_table import ALL, FOUND, MADE, RANDOM, table
@@ -178,15 +177,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=names, default=names, help="data sets; default: all")
     add("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 to 4")
-    add("--data", type=Path, metavar="DIR",
-        help=f"folder of the data sets; default: ${loaders.FOLDER_VARIABLE}")  # fmt: skip
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--out", type=Path, metavar="DIR",
-        help="folder of the results; default: benchmarks/results/<machine>")  # fmt: skip
-    add("--work", type=Path, metavar="DIR", default=WORK,
-        help="folder of finished runs, which are not trained again; empty it after a change of the "
-        "code. Default: build/quality")  # fmt: skip
+    add_places(parser)
     return parser.parse_args(words)
 
 
