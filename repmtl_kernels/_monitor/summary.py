@@ -73,3 +73,20 @@ class SaliencySummary:
     """
     history: SaliencyHistory
     """The single observations. If they grow too many, they are thinned evenly."""
+
+
+def check_observed(summary: object) -> None:
+    """Raise unless this is a summary, and of one observation at least.
+
+    Raises:
+        TypeError: it is not a :class:`SaliencySummary`.
+        ValueError: nothing has been observed.
+    """
+    if not isinstance(summary, SaliencySummary):
+        raise TypeError(f"summary: expected a SaliencySummary, got {type(summary).__name__}")
+    if summary.observations == 0:
+        raise ValueError(
+            "summary: expected at least one observation, got none. A SaliencyMonitor observes "
+            "calls in training mode with gradients enabled: its own, or those of a RepMTL that was "
+            "given it as monitor="
+        )

@@ -43,8 +43,6 @@ def section(findings: Findings) -> Iterator[Markup]:
         class_="lengths",
     )  # fmt: skip
     steps = summary.history.steps.tolist()
-    if not steps:
-        return
     lines = dict(zip(summary.tasks, summary.history.norm_share.T.tolist(), strict=True))
     bands = _bands(lines, summary.norm_share.tolist())
     legend = [

@@ -31,8 +31,6 @@ class Finding(NamedTuple):
 
 def lead(findings: Findings) -> Markup:
     """Return how many pairs have which verdict, and who drowns the others, in two sentences."""
-    if findings.summary.observations == 0:
-        return Markup("Nothing has been observed yet.")
     counts = [
         (len(findings.of(*verdicts)), one, many)
         for verdicts, one, many in (
@@ -61,7 +59,7 @@ def lead(findings: Findings) -> Markup:
 def in_short(findings: Findings) -> Iterator[Finding]:
     """Yield what a reader should know first: conflicts, help, loud tasks, then noise."""
     seen = findings.summary.observations
-    if findings.is_early and seen:
+    if findings.is_early:
         text = f"The numbers are from {count(seen, 'observation')}. They are hints, no more."
         yield Finding("Early", "noise", [join(text)])
     conflicts = findings.of(Verdict.CONFLICT, Verdict.CONFLICT_MUCH)
@@ -168,6 +166,8 @@ def noise(pairs: list[Pair]) -> Markup:
 
 def loud(one: Loudness) -> Markup:
     """Say that a task drowns the others."""
+    if math.isinf(one.times):
+        return join(name(one.task), " is alone: the other tasks have no gradient at all.")
     text = (
         f" is loud. Its gradient is {plain(one.times, 1)} times as long as the average of the "
         "other tasks', so the shared layers follow it first."
