@@ -13,7 +13,7 @@ from torch import Tensor
 from repmtl_kernels._ground.checks import check_int, check_plain
 from repmtl_kernels._monitor.names import names_of
 from repmtl_kernels._monitor.partitions import ranked, task_scores
-from repmtl_kernels._monitor.summary import SaliencySummary
+from repmtl_kernels._monitor.summary import SaliencySummary, check_observed
 
 if TYPE_CHECKING:
     from repmtl_kernels._monitor.partitions import Labels, Matrix
@@ -87,6 +87,7 @@ def group_tasks(
             comes with the extra ``grouping``.
     """
     if isinstance(affinity, SaliencySummary):
+        check_observed(affinity)
         names = affinity.tasks if names is None else names
         affinity = affinity.cosine
     similarities = _similarities(affinity)

@@ -154,7 +154,8 @@ class SaliencyMonitor(LossModule):
         """Return all that has been observed so far. Waits for the device.
 
         Raises:
-            ValueError: ``names`` are not as many as the tasks.
+            ValueError: ``names`` are not as many as the tasks, or are the keys of the losses in
+                another order.
         """
         if self._record.form is not None:
             self._check_names(self._record.form)
@@ -278,6 +279,12 @@ class SaliencyMonitor(LossModule):
             raise ValueError(
                 f"names: expected {len(form.tasks)}, one for each of the tasks "
                 f"{list(form.tasks)}; got {len(self.names)}"
+            )
+        # New names for the keys are fine; the keys themselves in another order are a mix-up.
+        if self.names not in (None, form.tasks) and set(self.names) == set(form.tasks):
+            raise ValueError(
+                f"names: expected the order of the losses, {list(form.tasks)}; got "
+                f"{list(self.names)}. A dict of losses needs no names"
             )
 
     def get_extra_state(self) -> Tensor:

@@ -19,7 +19,7 @@ from repmtl_kernels._monitor.plot_arguments import (
     checked_matrix,
     need_matplotlib,
 )
-from repmtl_kernels._monitor.summary import SaliencySummary
+from repmtl_kernels._monitor.summary import SaliencySummary, check_observed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +68,7 @@ def plot_affinity(
             raise ValueError(
                 f"names: expected None with a summary, which has its own; got {list(names)}"
             )
-        if not affinity.tasks:
-            raise ValueError("affinity: expected a summary with observations, got one without")
+        check_observed(affinity)
         matrix, tasks = affinity.cosine, affinity.tasks
         label, least = "cosine of the tasks' gradients", FAINTEST
     else:
@@ -168,12 +167,12 @@ def plot_history(summary: SaliencySummary, *, title: str | None = None) -> Figur
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         TypeError: the argument is not a summary.
+        ValueError: nothing has been observed.
     """
     need_matplotlib("plot_history")
     from matplotlib.figure import Figure
 
-    if not isinstance(summary, SaliencySummary):
-        raise TypeError(f"summary: expected a SaliencySummary, got {type(summary).__name__}")
+    check_observed(summary)
     history, tasks = summary.history, summary.tasks
     pairs = list(itertools.combinations(range(len(tasks)), 2))
     pairs.sort(key=lambda pair: -summary.cosine[pair].abs().nan_to_num(0).item())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class SaliencySummary:
     The means are exponential over the observations, and free of the bias of their start. They are
     float64 tensors on the CPU, in the order of ``tasks``. An entry is NaN where nothing has been
     observed so far. With :class:`Levels` inner products and norms are those of all levels together;
-    ``tsr`` and ``csa`` are means over the levels.
+    ``tsr`` and ``csa`` are means over the levels. Its ``repr`` leaves out ``maps`` and ``history``.
     """
 
     tasks: tuple[str, ...]
@@ -64,12 +64,29 @@ class SaliencySummary:
     """``(T,)``: similarity of each task's affinity with the sample's anchor (eq. 7), 0 to 1."""
     ratio: float
     """The regulariser's gradient over that of the tasks (``RepMTL.last.ratio``), or NaN."""
-    maps: dict[str, Tensor]
+    maps: dict[str, Tensor] = field(repr=False)
     """Where each task's saliency is: ``(T, *grid)`` for each level, by its name, ``""`` without.
 
     The value is the norm over the channels, mean over samples, and divided by the task's own mean:
     1 is average. Grids of more than 32 a side are pooled to 32. Representations without positions
     have no map, and the dict is empty.
     """
-    history: SaliencyHistory
+    history: SaliencyHistory = field(repr=False)
     """The single observations. If they grow too many, they are thinned evenly."""
+
+
+def check_observed(summary: object) -> None:
+    """Raise unless this is a summary, and of one observation at least.
+
+    Raises:
+        TypeError: it is not a :class:`SaliencySummary`.
+        ValueError: nothing has been observed.
+    """
+    if not isinstance(summary, SaliencySummary):
+        raise TypeError(f"summary: expected a SaliencySummary, got {type(summary).__name__}")
+    if summary.observations == 0:
+        raise ValueError(
+            "summary: expected at least one observation, got none. A SaliencyMonitor observes "
+            "calls in training mode with gradients enabled: its own, or those of a RepMTL that was "
+            "given it as monitor="
+        )

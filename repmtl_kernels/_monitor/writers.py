@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from repmtl_kernels._ground.checks import checked_step
 from repmtl_kernels._monitor.plots import plot_affinity, plot_history
-from repmtl_kernels._monitor.summary import SaliencySummary
+from repmtl_kernels._monitor.summary import SaliencySummary, check_observed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,8 +94,5 @@ def figures(summary: SaliencySummary) -> Iterator[tuple[str, Figure]]:
 
 
 def _checked(summary: SaliencySummary, step: int | None) -> int:
-    if not isinstance(summary, SaliencySummary):
-        raise TypeError(f"summary: expected a SaliencySummary, got {type(summary).__name__}")
-    if summary.observations == 0:
-        raise ValueError("summary: expected at least one observation, got none")
+    check_observed(summary)
     return summary.step if step is None else checked_step(step)

@@ -246,6 +246,8 @@ def test_what_a_monitor_has_seen():
     losses = [(z * ((-1) ** k * direction + torch.randn_like(z))).sum() for k in range(4)]
     tasks = ("depth", "edges", "normals", "parts")
     monitor = SaliencyMonitor(names=tasks)
+    with pytest.raises(ValueError, match="summary: expected at least one observation, got none"):
+        group_tasks(monitor.summary(), 2)
     with pytest.raises(ValueError, match="got nan for depth and edges"):
         monitor(losses, z, present=torch.zeros(4, 4, dtype=torch.bool))
         group_tasks(monitor.summary(), 2)

@@ -91,3 +91,13 @@ def test_calls_that_differ_from_the_first() -> None:
     named.names = ("a", "b", "c")
     with pytest.raises(ValueError, match="names: expected 2"):
         named.summary()
+
+
+def test_keys_of_the_losses_in_another_order_are_no_names() -> None:
+    losses = {"a": LOSSES[0], "b": LOSSES[1]}
+    with pytest.raises(ValueError, match=r"names: expected the order of the losses, \['a', 'b'\]"):
+        SaliencyMonitor(names=["b", "a"])(losses, Z)
+    for names in (["a", "b"], ["b", "c"]):
+        monitor = SaliencyMonitor(names=names)
+        monitor(losses, Z)
+        assert monitor.summary().tasks == tuple(names)

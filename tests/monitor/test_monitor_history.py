@@ -101,6 +101,14 @@ def test_summary_before_the_first_observation(names: tuple[str, ...] | None) -> 
     assert summary.history.steps.dtype == torch.int64 and len(summary.history.steps) == 0
 
 
+def test_repr_is_short() -> None:
+    monitor = SaliencyMonitor(every=1)
+    for number in range(3):
+        watch(monitor, number)
+    text = repr(monitor.summary())
+    assert "cosine=" in text and "history" not in text and "maps" not in text
+
+
 def test_summary_is_a_copy() -> None:
     monitor = SaliencyMonitor(every=1)
     watch(monitor, 0)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from made_summaries import TASKS, made
 
-from repmtl_kernels import SaliencyMonitor
 from repmtl_kernels._monitor import map_grid, plots
 from repmtl_kernels._monitor.colours import SEQUENTIAL, sequential
 
@@ -83,7 +82,7 @@ def test_numbers_are_readable_on_their_cells():
         (torch.ones(2, 2), ["a", "a"], ValueError, "names: expected different names, got 'a'"),
         (torch.ones(2, 2), "ab", TypeError, "names: expected a sequence of str or None, got str"),
         (made(), list(TASKS), ValueError, "names: expected None with a summary.*; got"),
-        (SaliencyMonitor().summary(), None, ValueError, "affinity: expected .* with observations"),
+        (made(count=0), None, ValueError, "summary: expected at least one observation, got none"),
     ],
 )
 def test_affinity_refuses(bad, names, error, message):
@@ -194,19 +193,20 @@ def test_history_has_the_values():
     assert len(set(styles)) == 6
 
 
-def test_history_of_many_pairs_and_of_none():
+def test_history_of_many_pairs_of_none_and_of_nothing():
     many = made(tuple(f"_{k}$x$" for k in range(7)))
     axes = plots.plot_history(many).axes[0]
     assert axes.get_ylabel() == "cosine, 10 of 21 pairs"
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(names) == 10 and names[0] == "_0$x$, _1$x$"
     saved(plots.plot_history(many))
-    for summary in (made(count=0), made(("one",))):
-        assert saved(plots.plot_history(summary))
+    assert saved(plots.plot_history(made(("one",))))
     without = replace(made(), history=replace(made().history, ratio=torch.full((60,), math.nan)))
     assert len(plots.plot_history(without).axes) == 4
     with pytest.raises(TypeError, match="summary: expected a SaliencySummary, got Tensor"):
         plots.plot_history(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="summary: expected at least one observation, got none"):
+        plots.plot_history(made(count=0))
 
 
 def test_colours_get_lighter_evenly():

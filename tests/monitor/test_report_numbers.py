@@ -154,8 +154,14 @@ def test_one_pair_and_drowned_tasks():
     assert "hardly heard" not in "\n".join(sentences(summary)), "one loud task says it all"
 
 
-def test_nothing_observed():
-    assert sentences(made(count=0)) == ["Nothing has been observed yet."]
+def test_a_task_beside_others_without_gradients():
+    """As where the labels of all other tasks are ignored."""
+    summary = made(("a", "b"))
+    share = torch.tensor([1, 0], dtype=torch.float64)
+    history = replace(summary.history, norm_share=share.expand(60, 2))
+    text = "\n".join(sentences(replace(summary, norm_share=share, history=history)))
+    assert "<b>a</b> is alone: the other tasks have no gradient at all." in text
+    assert "inf" not in text
 
 
 def test_two_networks_where_tasks_conflict():

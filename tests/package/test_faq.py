@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from repmtl_kernels import RepMTL
+from repmtl_kernels import RepMTL, SaliencyMonitor
 
 FAQ = (Path(__file__).resolve().parents[2] / "docs" / "faq.md").read_text(encoding="utf-8")
 CASES: dict[str, tuple] = {}
@@ -130,6 +131,15 @@ def _():
     p = Problem()
     z = p.encoder(p.x)
     RepMTL()(p.losses(z), z)
+
+
+@case("My report or figure is refused")
+def _():
+    p, monitor = Problem(), SaliencyMonitor()
+    with torch.no_grad():
+        z = p.encoder(p.x)
+        monitor(p.losses(z), z)
+    monitor.report(os.devnull)
 
 
 def quoted() -> dict[str, str]:

@@ -10,7 +10,7 @@ from string import Template
 from repmtl_kernels._monitor.report.findings import find
 from repmtl_kernels._monitor.report.markup import element, join
 from repmtl_kernels._monitor.report.sections import SECTIONS, facts
-from repmtl_kernels._monitor.summary import SaliencySummary
+from repmtl_kernels._monitor.summary import SaliencySummary, check_observed
 
 TITLE = "What the tasks do to each other"
 
@@ -32,10 +32,10 @@ def write_report(
 
     Raises:
         TypeError: the summary is not a :class:`SaliencySummary`, or the title not a str.
+        ValueError: nothing has been observed.
         OSError: the file cannot be written.
     """
-    if not isinstance(summary, SaliencySummary):
-        raise TypeError(f"summary: expected a SaliencySummary, got {type(summary).__name__}")
+    check_observed(summary)
     if not isinstance(title, str):
         raise TypeError(f"title: expected a str, got {type(title).__name__}")
     Path(path).write_text(page(summary, title), encoding="utf-8", newline="\n")

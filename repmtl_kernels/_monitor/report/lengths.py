@@ -18,9 +18,6 @@ BANDS = 7  # colours; of more tasks the quiet ones share the last
 def section(findings: Findings) -> Iterator[Markup]:
     """Yield the share of each task in the length of all gradients, and its history."""
     summary = findings.summary
-    if not summary.tasks:
-        yield element("p", words.NOTHING)
-        return
     even = 1 / len(summary.tasks)
     yield element(
         "p",
@@ -46,8 +43,6 @@ def section(findings: Findings) -> Iterator[Markup]:
         class_="lengths",
     )  # fmt: skip
     steps = summary.history.steps.tolist()
-    if not steps:
-        return
     lines = dict(zip(summary.tasks, summary.history.norm_share.T.tolist(), strict=True))
     bands = _bands(lines, summary.norm_share.tolist())
     legend = [

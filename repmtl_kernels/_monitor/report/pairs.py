@@ -19,7 +19,7 @@ REACHES = (0.1, 0.2, 0.3, 0.5, 0.75)  # the charts share the smallest that holds
 def section(findings: Findings) -> Iterator[Markup]:
     """Yield the matrix of the cosines, its key, and the table of all pairs."""
     if not findings.pairs:
-        yield element("p", words.ALONE if findings.summary.tasks else words.NOTHING)
+        yield element("p", words.ALONE)
         return
     yield element(
         "p",

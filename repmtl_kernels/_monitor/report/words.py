@@ -19,7 +19,6 @@ from repmtl_kernels._monitor.report.findings import (
 from repmtl_kernels._monitor.report.markup import Markup, element, join
 
 SHOWN = 3  # sentences of one kind; the tables have all pairs
-NOTHING = "Nothing has been observed yet."
 ALONE = "There is one task, and no other to compare it with."
 
 
@@ -33,8 +32,6 @@ class Finding(NamedTuple):
 
 def lead(findings: Findings) -> Markup:
     """Return how many pairs have which verdict, and who drowns the others, in two sentences."""
-    if findings.summary.observations == 0:
-        return join(NOTHING)
     counts = [
         (len(findings.of(*verdicts)), one, many)
         for verdicts, one, many in (
@@ -63,7 +60,7 @@ def lead(findings: Findings) -> Markup:
 def in_short(findings: Findings) -> Iterator[Finding]:
     """Yield what a reader should know first: conflicts, help, loud tasks, then noise."""
     seen = findings.summary.observations
-    if findings.is_early and seen:
+    if findings.is_early:
         text = f"The numbers are from {count(seen, 'observation')}. They are hints, no more."
         yield Finding("Early", "noise", [join(text)])
     conflicts = findings.of(Verdict.CONFLICT, Verdict.CONFLICT_MUCH)
@@ -174,6 +171,8 @@ def noise(pairs: list[Pair]) -> Markup:
 
 def loud(one: Loudness) -> Markup:
     """Say that a task drowns the others."""
+    if math.isinf(one.times):
+        return join(name(one.task), " is alone: the other tasks have no gradient at all.")
     text = (
         f" is loud. Its gradient is {plain(one.times, 1)} times as long as the average of the "
         "other tasks', so the shared layers follow it first."
