@@ -7,10 +7,10 @@
 namespace repmtl::cuda {
 namespace {
 
-// Tasks whose products with as many others are summed in registers. A load of 16-bit numbers brings
-// twice as many, and three tasks of them would spill.
-template <typename S>
-constexpr int kSquareOf = sizeof(S) == 2 ? 2 : 3;
+// Tasks whose products with as many others are summed in registers. Three would spill beside a
+// mask, and in 16 bits, where a load brings twice as many numbers.
+template <typename S, bool kMasked>
+constexpr int kSquareOf = kMasked || sizeof(S) == 2 ? 2 : 3;
 // What a thread holds of one task at a time, in 32-bit numbers, unless one load has more.
 constexpr int kHeld = 4;
 
@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_square(const Group& left, const Group& 
                                                 const unsigned char* valid, double* shared,
                                                 double* sums) {
   constexpr int kRows = kUnroll<S, kVector>;
-  constexpr int kSquare = kSquareOf<S>;
+  constexpr int kSquare = kSquareOf<S, kMasked>;
   constexpr int64_t kStride = static_cast<int64_t>(kThreads) * kVector;
   const Axes& axes = plan.axes;
   const int64_t rows = min(left.count - i, int64_t{kSquare});
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                     const __grid_constant__ Plan plan,
                     double* sums,                  // (B, parts, T, T), where u >= t
                     const unsigned char* valid) {  // (B, N)
-  constexpr int kSquare = kSquareOf<S>;
+  constexpr int kSquare = kSquareOf<S, kMasked>;
   __shared__ double shared[kSquare * kSquare * kWarps];
   const int64_t b = blockIdx.x / plan.parts, begin = blockIdx.x % plan.parts * plan.chunk;
   const int64_t end = min(plan.axes.rows * plan.axes.columns, begin + plan.chunk);
@@ -254,7 +254,8 @@ void run(const Context& on, const Shape& shape, std::vector<View> views, const u
   // A multiple of what the threads of a block hold at a time, and worth a block's start.
   constexpr int64_t kStep = kThreads * 16;
   // Few elements of many tasks are in the cache until all squares have read them.
-  const int64_t wanted = T > kSquareOf<S> ? kStep : ceil_div(elements, ceil_div(kFill, B));
+  const int64_t square = valid ? kSquareOf<S, true> : kSquareOf<S, false>;
+  const int64_t wanted = T > square ? kStep : ceil_div(elements, ceil_div(kFill, B));
   plan.chunk = ceil_div(wanted, kStep) * kStep;
   plan.parts = ceil_div(elements, plan.chunk);
   double* sums = scratch<double>(on, B * plan.parts * T * T);

@@ -206,7 +206,7 @@ def test_cost_formulas_by_hand() -> None:
     setting = cost.Setting(tasks=2, batch=3, channels=5, positions=7)
     assert cost.gathered(setting) == 18 * 8 + 4 * 3 * 10
     assert cost.reduced(setting, 4) == 4 * 2 * 12
-    assert cost.received(setting, 4) == 3 * (17 * 8 + 4 * 3 * 10) + 4 * 3 * 4 * 3
+    assert cost.received(setting, 4) == 3 * (18 * 8 + 4 * 3 * 10) + 4 * 3 * 4 * 3
     assert cost.anchors(setting, 4) == 4 * 12 * 10
     assert cost.block(setting, 4) == 4 * 3 * 2 * 2 * 12
     assert cost.all_products(setting, 4) == 4 * 24**2
