@@ -429,7 +429,7 @@ class RepMTL(LossModule):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, *args
         )
-        # What a monitor has seen changes no training: without one it may be left behind.
+        # A monitor changes no training: a criterion without one may leave its numbers behind.
         if (key := f"{prefix}monitor._extra_state") in unexpected_keys and self.monitor is None:
             unexpected_keys.remove(key)
 

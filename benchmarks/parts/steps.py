@@ -44,7 +44,7 @@ OF_DEFAULT = (
     "`RepMTL()` has the mean over its calls: those that apply the regulariser, one in "
     f"{BETWEEN} of which also measures the ratio, and those between."
 )
-# What the first page compares.
+# The first page compares these.
 MAIN = (
     EQUAL_WEIGHTING, DEFAULT, "rep_mtl_second_order", "rep_mtl_reference", "nash_mtl", "fairgrad",
 )  # fmt: skip

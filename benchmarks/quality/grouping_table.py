@@ -8,7 +8,7 @@ from benchmarks.output import groups as rows_by
 from benchmarks.output import markdown
 from benchmarks.quality.tables import delta_p, interval
 
-# What the groups of a row are.
+# The kinds of groups that a row can have.
 ALL, FOUND, MADE, RANDOM = "all together", "found", "made", "random"
 HEADER = (
     "data", "networks", "found those made", "Δp of found groups, %", "of made groups",

@@ -18,8 +18,8 @@ QUESTIONS = {
     "parity": (2, lambda digits: digits % 2),
     "large": (2, lambda digits: (digits >= 5).long()),
 }
-# Of the labels of a noisy copy: the share of pixels with a random class, and the standard
-# deviations of the depth's logarithm and of each coordinate of the normals.
+# Noisy labels have this share of pixels with a random class, and noise of this standard
+# deviation in the logarithm of the depth and in each coordinate of the normals.
 RANDOM_CLASSES, DEPTH_NOISE, NORMALS_NOISE = 0.3, 0.3, 0.5
 
 

@@ -55,7 +55,7 @@ def dataset(lines: Iterable[str], seed: int, features: int) -> Dataset:
         part: [m for m in molecules if places[m.smiles] == part] for part in ("train", *SHARES)
     }
     counts = Counter(lingo for m in parts["train"] for lingo in lingos(m.smiles))
-    # Those with equal counts in the order of their letters, whatever the order of the file.
+    # Parts with equal counts come in the order of their letters, whatever the order of the file.
     frequent = sorted(counts, key=lambda lingo: (-counts[lingo], lingo))[:features]
     columns = {lingo: k for k, lingo in enumerate(frequent)}
     splits = {}

@@ -29,10 +29,10 @@ struct Rows {
   const unsigned char *row_mask,
       *mask;  // which rows, and which elements of a row, are present; or null
 
-  // Whether the elements of a row are adjacent, and all of them are present.
+  // Returns whether the elements of a row are adjacent, and all of them are present.
   bool complete() const { return stride == 1 && !row_offsets && !offsets && !row_mask && !mask; }
 
-  // Whether rows can be read in place.
+  // Returns whether rows can be read in place.
   bool direct() const { return std::is_same_v<S, acc_t<S>> && complete(); }
 
   // Copies `count` elements of row r from `begin` on.
@@ -57,7 +57,7 @@ struct Rows {
   }
 };
 
-// Whether the positions of a channel lie along memory, and not the channels of a position.
+// Returns whether the positions of a channel lie along memory, not the channels of a position.
 template <typename S>
 bool channels_are_rows(const View<const S>& view, int64_t positions) {
   return view.channel_stride != 1 || (view.position_stride == 1 && positions > 1);

@@ -11,7 +11,7 @@ namespace {
 // mask, and in 16 bits, where a load brings twice as many numbers.
 template <typename S, bool kMasked>
 constexpr int kSquareOf = kMasked || sizeof(S) == 2 ? 2 : 3;
-// What a thread holds of one task at a time, in 32-bit numbers, unless one load has more.
+// A thread holds so many 32-bit numbers of one task at a time, unless one load has more.
 constexpr int kHeld = 4;
 
 template <typename S, int kVector>
@@ -31,7 +31,7 @@ struct Plan {
   int64_t tasks;         // of the result
 };
 
-// Where a thread's vectors are, and which of their elements are present.
+// The places of a thread's vectors. The bits say which of their elements are present.
 template <int kRows>
 struct Places {
   int64_t row[kRows], column[kRows];
@@ -90,7 +90,7 @@ struct Scaled {
 };
 
 // Sums the products of kSquare tasks from i on with as many others from j on, or with each other.
-// Those of the last groups may be fewer.
+// The last groups may have fewer tasks.
 template <typename S, int kVector, bool kMasked, bool kSame>
 __device__ __forceinline__ void multiply_square(const Group& left, const Group& right,
                                                 const Plan& plan, int64_t i, int64_t j, int64_t b,

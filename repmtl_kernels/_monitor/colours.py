@@ -9,7 +9,7 @@ SEQUENTIAL = (
     "#000004", "#1c1044", "#4f127b", "#812581", "#b5367a", "#e55064", "#fb8761", "#fec287",
     "#fcfdbf",
 )  # fmt: skip
-# Where there is no number.
+# The colour where there is no number.
 MISSING = "#8a8f98"
 # For lines: Okabe and Ito's, but for their yellow, which is faint on white.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")

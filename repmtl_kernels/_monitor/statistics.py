@@ -44,7 +44,7 @@ def sums_of(
     name = choice.resolve(backend, first)
     stages = choice.load("eager" if name == "reference" else name)
     sums = Sums.zeros(form, first)
-    # Whether a sample counts for a task.
+    # The mask says whether a sample counts for a task.
     counted = first.new_zeros(len(form.tasks), len(first), dtype=torch.bool)
     for task in tasks:
         row = form.row(task.key)

@@ -10,7 +10,7 @@ from torch.func import grad, vmap
 from repmtl_kernels import reference, saliency_affinity
 
 EVERY_BACKEND = ["reference", *BACKENDS]
-# Of an inner product, relative to the product of the norms.
+# The error of an inner product, relative to the product of the norms.
 TOLERANCE = {
     torch.float64: 1e-14,
     torch.float32: 1e-6,

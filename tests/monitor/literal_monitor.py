@@ -19,7 +19,7 @@ FIELDS = (
     "tsr",
     "csa",
 )
-# Of each task at one level (B, C, *spatial); None where its loss does not depend on the level.
+# Each task has one at a level, (B, C, *spatial), or None if its loss does not depend on it.
 AtLevel = Sequence[Tensor | None]
 
 
