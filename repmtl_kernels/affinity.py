@@ -8,7 +8,7 @@ from torch import Tensor
 
 from repmtl_kernels import reference
 from repmtl_kernels._losses.affinity import products
-from repmtl_kernels._losses.arguments import check_positions, check_saliencies
+from repmtl_kernels._losses.arguments import checked_operands
 from repmtl_kernels.backends import choice
 
 
@@ -43,9 +43,7 @@ def saliency_affinity(
     Raises:
         ValueError, TypeError: an argument is not as described.
     """
-    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
-    if positions is not None:
-        check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    operands, stacked = checked_operands(saliencies, positions, channel_dim)
     backend = choice.resolve(backend, operands[0])
     if backend == "reference":
         return reference.products(operands, positions, stacked, channel_dim)

@@ -22,7 +22,7 @@ from repmtl_kernels._ground.saliency import (
     eps_or_zero,
     without_autocast,
 )
-from repmtl_kernels._losses.arguments import check_positions, check_saliencies, checked_call
+from repmtl_kernels._losses.arguments import checked_call, checked_operands
 from repmtl_kernels._losses.config import Config
 from repmtl_kernels._losses.options import CsaOptions, TsrOptions
 from repmtl_kernels._losses.product import Product
@@ -80,9 +80,7 @@ def saliency_affinity(
     channel_dim: int = 1,
 ) -> Tensor:
     """Return the products with the arguments of :func:`repmtl_kernels.saliency_affinity`."""
-    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
-    if positions is not None:
-        check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    operands, stacked = checked_operands(saliencies, positions, channel_dim)
     return products(operands, positions, stacked, channel_dim)
 
 

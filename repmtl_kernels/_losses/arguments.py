@@ -94,6 +94,15 @@ def check_saliencies(
     return operands
 
 
+def checked_operands(
+    saliencies: object, positions: Tensor | None, channel_dim: int
+) -> tuple[tuple[Tensor, ...], bool]:
+    """Return the operands of :func:`check_saliencies`, and whether the only one is stacked."""
+    operands, stacked = check_saliencies(saliencies, channel_dim), isinstance(saliencies, Tensor)
+    check_positions(positions, operands[0][0] if stacked else operands[0], channel_dim)
+    return operands, stacked
+
+
 def check_channel_dim(channel_dim: object) -> None:
     """Raise if no saliencies have this dimension for their channels."""
     if not isinstance(channel_dim, int) or isinstance(channel_dim, bool):
