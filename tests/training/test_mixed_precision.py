@@ -10,6 +10,7 @@ from cases import BACKENDS, DEVICE, relative_error
 from torch import Tensor, nn
 
 from repmtl_kernels import RepMTL, reference, task_saliencies
+from repmtl_kernels._training.progress import NO_STEP
 
 TASKS = 3
 BACKENDS = ["reference", *BACKENDS]
@@ -267,8 +268,8 @@ def test_scaled_saliencies_that_overflow_skip_the_step(network: Network, batch):
     assert total.isnan() and scaler.get_scale() == 2.0**29
     after = network.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    state = criterion.get_extra_state()
-    assert state[0] == 1 and not state[1:].any()  # the call counts, and there is no observation
+    # The call counts, there is no observation, and the call named no step.
+    assert criterion.get_extra_state().tolist() == [1, 0, 0, 0, 0, NO_STEP]
 
 
 # --- underflow ---
