@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from benchmarks.output import amount, of_rows
 from repmtl_kernels._distributed import WIDTH
-from repmtl_kernels.backends.eager.contrast import CONTRAST_BLOCK
+from repmtl_kernels.backends.eager.contrast import products_at_a_time
 
 RANKS = (2, 8, 64, 512, 4096)
 # An assumption about the network: one port of 400 Gbit/s for each rank, at half of its rate.
@@ -44,7 +44,8 @@ def anchors(s: Setting, ranks: int) -> int:
 def block(s: Setting, ranks: int) -> int:
     """Return the bytes of the products that the contrast stage has at a time, on the CPU."""
     sample = s.tasks**2 * ranks * s.batch
-    samples = min(s.batch, max(1, CONTRAST_BLOCK // sample))
+    most = products_at_a_time(ranks * s.batch * s.tasks * s.channels)
+    samples = min(s.batch, max(1, most // sample))
     return s.itemsize * samples * sample
 
 

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "rows.h"
+#include "vectors.h"
 
 namespace repmtl {
 namespace {
@@ -23,36 +23,19 @@ constexpr int64_t kLine = 64;
 // Tasks whose products with as many others are summed in registers.
 constexpr int64_t kTasks = 4;
 
-constexpr int64_t kLanes = 8;
-typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
-
-// Products of float have no rounding error in double, and all of them are in its range.
-inline __attribute__((always_inline)) Lanes load(const float* from) {
-  Floats x;
-  std::memcpy(&x, from, sizeof x);
-  return __builtin_convertvector(x, Lanes);
-}
-
-inline __attribute__((always_inline)) Lanes load(const double* from) {
-  Lanes x;
-  std::memcpy(&x, from, sizeof x);
-  return x;
-}
-
-// The products of kI tasks with kJ tasks, or of kI tasks with each other: those with u >= t.
+// The products of kI tasks with kJ tasks, or of kI tasks with each other: those with u >= t. In
+// double, products of float have no rounding error, and all of them are in its range.
 template <int kI, int kJ, bool kSame>
 struct Block {
-  Lanes sums[kI][kJ] = {};
+  Vector<double> sums[kI][kJ] = {};
 
   template <typename A>
-  inline __attribute__((always_inline)) void add(const A* const* left, const A* const* right,
-                                                 int64_t i) {
-    Lanes x[kI], y[kJ];
+  REPMTL_INLINE void add(const A* const* left, const A* const* right, int64_t i) {
+    Vector<double> x[kI], y[kJ];
 #pragma GCC unroll 4
-    for (int t = 0; t < kI; ++t) x[t] = load(left[t] + i);
+    for (int t = 0; t < kI; ++t) x[t] = widened(load(left[t] + i));
 #pragma GCC unroll 4
-    for (int u = 0; u < kJ; ++u) y[u] = kSame ? x[u] : load(right[u] + i);
+    for (int u = 0; u < kJ; ++u) y[u] = kSame ? x[u] : widened(load(right[u] + i));
 #pragma GCC unroll 4
     for (int t = 0; t < kI; ++t) {
 #pragma GCC unroll 4
@@ -63,9 +46,8 @@ struct Block {
 
 // Adds the products of `count` elements to `sums`, whose rows are `row` apart.
 template <int kI, int kJ, bool kSame, typename A>
-inline __attribute__((always_inline)) void add_block(const A* const* left_tasks,
-                                                     const A* const* right_tasks, int64_t count,
-                                                     double* sums, int64_t row) {
+REPMTL_INLINE void add_block(const A* const* left_tasks, const A* const* right_tasks, int64_t count,
+                             double* sums, int64_t row) {
   const A *left[kI], *right[kJ];
   std::copy_n(left_tasks, kI, left);
   std::copy_n(right_tasks, kJ, right);
@@ -86,8 +68,7 @@ inline __attribute__((always_inline)) void add_block(const A* const* left_tasks,
   }
   for (int t = 0; t < kI; ++t) {
     for (int u = kSame ? t : 0; u < kJ; ++u) {
-      const Lanes& x = block.sums[t][u];
-      sums[t * row + u] += ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+      sums[t * row + u] += sum_of(block.sums[t][u]);
     }
   }
 }
@@ -95,8 +76,7 @@ inline __attribute__((always_inline)) void add_block(const A* const* left_tasks,
 // Adds the products of `count` elements of each task to sums (T, T), right of the diagonal and on
 // it.
 template <typename A>
-inline __attribute__((always_inline)) void add_body(const A* const* x, int64_t tasks, int64_t count,
-                                                    double* sums) {
+REPMTL_INLINE void add_body(const A* const* x, int64_t tasks, int64_t count, double* sums) {
   for (int64_t t = 0; t < tasks; t += kTasks) {
     const A* const* left = x + t;
     double* to = sums + t * tasks + t;

@@ -21,9 +21,8 @@ struct Terms {
 
 // row (count) = (kAdd ? row : 0) + constant + the kTerms outer products from k on, in one loop.
 template <int kTerms, bool kAdd, typename A>
-inline __attribute__((always_inline)) void add_terms(const Terms<A>& terms, int64_t k, A constant,
-                                                     int64_t begin, int64_t count,
-                                                     A* __restrict row) {
+REPMTL_INLINE void add_terms(const Terms<A>& terms, int64_t k, A constant, int64_t begin,
+                             int64_t count, A* __restrict row) {
   A weights[kTerms + 1];
   const A* rows[kTerms + 1];
   for (int j = 0; j < kTerms; ++j) {
@@ -39,9 +38,8 @@ inline __attribute__((always_inline)) void add_terms(const Terms<A>& terms, int6
 
 // row (count) = product (count) or null + terms, from element `begin` of the terms on.
 template <typename A>
-inline __attribute__((always_inline)) void add_body(const A* __restrict product,
-                                                    const Terms<A>& terms, int64_t begin,
-                                                    int64_t count, A* __restrict row) {
+REPMTL_INLINE void add_body(const A* __restrict product, const Terms<A>& terms, int64_t begin,
+                            int64_t count, A* __restrict row) {
   int64_t k = std::min<int64_t>(terms.vectors, 4);
   switch (k) {
     case 0: add_terms<0, false>(terms, 0, terms.constant, begin, count, row); break;

@@ -244,10 +244,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> small_gram_cpu(Tensors saliencies, Te
   Tensor matrix = empty_if(with_grad, first, {T, B, N, N}, ScalarType::Float);
   std::vector<View<const float>> views;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
-  small_gram(shape, views.data(), data<const float>(scale), data<const float>(anchors), valid,
-             data<float>(norm), data<float>(positive),
-             with_grad ? data<float>(projection) : nullptr,
-             with_grad ? data<float>(matrix) : nullptr, kParallelFor);
+  const auto gram = N == 1 ? pooled_gram : small_gram;
+  gram(shape, views.data(), data<const float>(scale), data<const float>(anchors), valid,
+       data<float>(norm), data<float>(positive), with_grad ? data<float>(projection) : nullptr,
+       with_grad ? data<float>(matrix) : nullptr, kParallelFor);
   return {norm, positive, projection, matrix};
 }
 
@@ -282,7 +282,8 @@ void small_gradient_cpu(Tensors saliencies, Tensors outputs, Sizes tasks, Tensor
   std::vector<View<float>> views_of_outputs;
   for (const Tensor& s : saliencies) views.push_back(view_of<const float>(s));
   for (const Tensor& s : outputs) views_of_outputs.push_back(view_of<float>(s));
-  small_gradient(shape, views.data(), g, tasks, views_of_outputs.data(), kParallelFor);
+  const auto gradient = N == 1 ? pooled_gradient : small_gradient;
+  gradient(shape, views.data(), g, tasks, views_of_outputs.data(), kParallelFor);
 }
 
 // Returns the digest of the sources, which the build defines.

@@ -4,25 +4,28 @@ namespace repmtl {
 namespace {
 
 template <typename S>
-inline __attribute__((always_inline)) void widen_body(const S* __restrict from, int64_t count,
-                                                      float* __restrict to) {
+REPMTL_INLINE void widen_body(const S* __restrict from, int64_t count, float* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
 }
 
 template <typename A>
-inline __attribute__((always_inline)) void keep_body(const unsigned char* __restrict mask,
-                                                     int64_t count, A* __restrict row) {
+REPMTL_INLINE void keep_body(const unsigned char* __restrict mask, int64_t count,
+                             A* __restrict row) {
   for (int64_t i = 0; i < count; ++i) row[i] = mask[i] ? row[i] : A(0);
 }
 
 template <typename A>
-inline __attribute__((always_inline)) void copy_body(const A* __restrict from,
-                                                     const unsigned char* __restrict mask,
-                                                     int64_t count, A* __restrict to) {
+REPMTL_INLINE void copy_body(const A* __restrict from, const unsigned char* __restrict mask,
+                             int64_t count, A* __restrict to) {
   for (int64_t i = 0; i < count; ++i) {
     const A x = from[i];  // whatever the mask says: a loop with branches has no vectors
     to[i] = mask[i] ? x : A(0);
   }
+}
+
+template <typename A>
+REPMTL_INLINE void add_body(const A* __restrict row, A weight, int64_t count, A* __restrict to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += weight * row[i];
 }
 
 }  // namespace
@@ -51,6 +54,14 @@ REPMTL_CLONES void copy_present(const float* from, const unsigned char* mask, in
 REPMTL_CLONES void copy_present(const double* from, const unsigned char* mask, int64_t count,
                                 double* to) {
   copy_body(from, mask, count, to);
+}
+
+REPMTL_CLONES void add_row(const float* row, float weight, int64_t count, float* to) {
+  add_body(row, weight, count, to);
+}
+
+REPMTL_CLONES void add_row(const double* row, double weight, int64_t count, double* to) {
+  add_body(row, weight, count, to);
 }
 
 }  // namespace repmtl

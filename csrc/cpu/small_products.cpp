@@ -16,21 +16,18 @@ constexpr int64_t kPanel = 256;
 
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
 
-inline __attribute__((always_inline)) Vector load(const float* from) {
+REPMTL_INLINE Vector load(const float* from) {
   Vector x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
-inline __attribute__((always_inline)) void store(const Vector& x, float* to) {
-  std::memcpy(to, &x, sizeof x);
-}
+REPMTL_INLINE void store(const Vector& x, float* to) { std::memcpy(to, &x, sizeof x); }
 
 // out (kRows, kVectors * kWidth) += sum_k a[r * row + k * step] b[k * kSmall + ...]
 template <int kVectors>
-inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t row, int64_t step,
-                                                         const float* b, int64_t count, float* out,
-                                                         int64_t out_row) {
+REPMTL_INLINE void multiply_tile(const float* a, int64_t row, int64_t step, const float* b,
+                                 int64_t count, float* out, int64_t out_row) {
   Vector sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < count; ++k) {
     Vector right[kVectors];
@@ -55,10 +52,9 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t
 
 // The same for columns [first, last), multiples of kWidth. Two vectors at a time, since machines
 // have few registers.
-inline __attribute__((always_inline)) void multiply_rows(const float* a, int64_t row, int64_t step,
-                                                         const float* b, int64_t count, float* out,
-                                                         int64_t out_row, int64_t first,
-                                                         int64_t last) {
+REPMTL_INLINE void multiply_rows(const float* a, int64_t row, int64_t step, const float* b,
+                                 int64_t count, float* out, int64_t out_row, int64_t first,
+                                 int64_t last) {
   int64_t j = first;
   for (; j + 2 * kWidth <= last; j += 2 * kWidth) {
     multiply_tile<2>(a, row, step, b + j, count, out + j, out_row);

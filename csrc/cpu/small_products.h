@@ -43,4 +43,14 @@ void small_gradient(const Shape& shape, const View<const float>* views, const Sm
                     const std::vector<int64_t>& wanted, const View<float>* outputs,
                     const ParallelFor& parallel_for);
 
+// The same two functions for a single position, whose Gram matrix is a number: products and sums of
+// rows of channels.
+void pooled_gram(const Shape& shape, const View<const float>* views, const float* scale,
+                 const float* anchors, const unsigned char* mask, float* norm, float* positive,
+                 float* projection, float* matrix, const ParallelFor& parallel_for);
+
+void pooled_gradient(const Shape& shape, const View<const float>* views, const SmallGradient& g,
+                     const std::vector<int64_t>& wanted, const View<float>* outputs,
+                     const ParallelFor& parallel_for);
+
 }  // namespace repmtl

@@ -20,6 +20,9 @@
 #define REPMTL_CLONES
 #endif
 
+// The body of a function with this mark has to be part of its caller, whose vector width it takes.
+#define REPMTL_INLINE inline __attribute__((always_inline))
+
 namespace repmtl {
 
 using bfloat16 = c10::BFloat16;

@@ -4,67 +4,114 @@
 #include <cmath>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "rows.h"
 #include "scale.h"
+#include "vectors.h"
 
 namespace repmtl {
 namespace {
 
-// Partial sums of a row that do not depend on each other.
-constexpr int64_t kLanes = 8;
 // Rows of one unit of work. Units do not depend on the number of threads, so sums don't either.
 constexpr int64_t kChunk = 256;
-// Elements of a row at a time: four such parts fit the first cache.
-constexpr int64_t kBlock = 1024;
+// Rows that are read side by side, and vectors of a row that are added before they become double.
+constexpr int kGroup = 4, kWide = 4;
+// Elements of a row that are copied at a time, and those that are read in place: their sums over
+// rows stay in the second cache.
+constexpr int64_t kCopied = 1024, kBlock = 8192;
 
-// Adds `rows` rows of `count` elements, `stride` apart, to `across` (count), the sums over rows,
-// and to `along` (rows), the sums of the rows. Raises `top` (kLanes), so that its maximum is at
-// least the largest |x|. Four numbers at a time are added in their own precision, and these sums in
-// double: where saliencies of opposite signs cancel, the entropy sees the remainder.
-template <bool kAcross, bool kAlong, typename A>
-inline __attribute__((always_inline)) void add_rows(const A* __restrict data, int64_t stride,
-                                                    int64_t rows, int64_t count,
-                                                    double* __restrict across,
-                                                    double* __restrict along, A* __restrict top) {
-  if (kAcross) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      const A *r0 = data + r * stride, *r1 = r0 + stride, *r2 = r1 + stride, *r3 = r2 + stride;
-      for (int64_t i = 0; i < count; ++i) across[i] += (r0[i] + r1[i]) + (r2[i] + r3[i]);
-    }
-    for (; r < rows; ++r) {
-      for (int64_t i = 0; i < count; ++i) across[i] += data[r * stride + i];
+// The next kVectors vectors of kRows rows. Up to four numbers are added in their own precision, and
+// these sums in double: where saliencies of opposite signs cancel, the entropy sees the remainder.
+template <int kRows, int kVectors, typename A>
+struct Piece {
+  Vector<A> x[kRows][kVectors];
+
+  REPMTL_INLINE Piece(const A* data, int64_t stride) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) x[r][v] = load(data + r * stride + v * kLanes);
     }
   }
-  if (kAlong) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* row = data + r * stride;
-      double sums[kLanes] = {};
-      int64_t i = 0;
-      for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-        for (int64_t j = i; j < i + kLanes; ++j) {
-          const A x0 = row[j], x1 = row[j + kLanes];
-          const A x2 = row[j + 2 * kLanes], x3 = row[j + 3 * kLanes];
-          sums[j - i] += (x0 + x1) + (x2 + x3);
-          const A a = std::max(std::fabs(x0), std::fabs(x1));
-          const A b = std::max(std::fabs(x2), std::fabs(x3));
-          top[j - i] = std::max(top[j - i], std::max(a, b));
-        }
-      }
-      for (; i + kLanes <= count; i += kLanes) {
-        for (int64_t j = i; j < i + kLanes; ++j) {
-          sums[j - i] += row[j];
-          top[j - i] = std::max(top[j - i], std::fabs(row[j]));
-        }
-      }
-      for (int64_t j = i; j < count; ++j) {
-        sums[j - i] += row[j];
-        top[j - i] = std::max(top[j - i], std::fabs(row[j]));
-      }
-      along[r] +=
-          ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+
+  // Adds the sums over rows to `sums`.
+  REPMTL_INLINE void add_across(double* sums) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<A> sum = x[0][v];
+      if constexpr (kRows == kGroup) sum = (x[0][v] + x[1][v]) + (x[2][v] + x[3][v]);
+      store(load(sums + v * kLanes) + widened(sum), sums + v * kLanes);
     }
+  }
+
+  // Adds the sums of the rows to `sums` (kRows), and raises `top` to the largest |x|.
+  REPMTL_INLINE void add_along(Vector<double>* sums, Vector<A>& top) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      Vector<A> sum = x[r][0], largest = magnitude(x[r][0]);
+      if constexpr (kVectors == kWide) {
+        sum = (x[r][0] + x[r][1]) + (x[r][2] + x[r][3]);
+        largest = larger(larger(largest, magnitude(x[r][1])),
+                         larger(magnitude(x[r][2]), magnitude(x[r][3])));
+      }
+      sums[r] += widened(sum);
+      top = larger(top, largest);
+    }
+  }
+};
+
+// Adds kRows rows of `count` elements, `stride` apart, to `across` (count), the sums over rows, and
+// to `along` (kRows), the sums of the rows. Raises `top` (kLanes) to the largest |x|.
+template <int kRows, bool kAcross, bool kAlong, typename A>
+REPMTL_INLINE void add_group(const A* data, int64_t stride, int64_t count, double* across,
+                             double* along, A* top) {
+  Vector<double> sums[kRows] = {};
+  Vector<A> largest = load(top);
+  int64_t i = 0;
+  const auto add = [&](const auto& piece) __attribute__((always_inline)) {
+    if (kAcross) piece.add_across(across + i);
+    if (kAlong) piece.add_along(sums, largest);
+  };
+  for (; i + kWide * kLanes <= count; i += kWide * kLanes) {
+    // The next rows in the order of memory, which processors don't guess from rows side by side.
+    const A* next = data + kRows * (stride + i);
+#pragma GCC unroll 16
+    for (size_t k = 0; k < kRows * kWide * kLanes; k += 64 / sizeof(A)) {
+      __builtin_prefetch(next + k, 0, 2);
+    }
+    add(Piece<kRows, kWide, A>(data + i, stride));
+  }
+  for (; i + kLanes <= count; i += kLanes) add(Piece<kRows, 1, A>(data + i, stride));
+  for (; i < count; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const A x = data[r * stride + i];
+      if (kAcross) across[i] += x;
+      if (kAlong) {
+        along[r] += x;
+        top[0] = std::max(top[0], std::fabs(x));
+      }
+    }
+  }
+  if (!kAlong) return;
+  store(larger(load(top), largest), top);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) along[r] += sum_of(sums[r]);
+}
+
+// The same for any number of rows.
+template <bool kAcross, bool kAlong, typename A>
+REPMTL_INLINE void add_rows(const A* data, int64_t stride, int64_t rows, int64_t count,
+                            double* across, double* along, A* top) {
+  int64_t r = 0;
+  for (; r + kGroup <= rows; r += kGroup) {
+    double* sums = kAlong ? along + r : nullptr;
+    add_group<kGroup, kAcross, kAlong>(data + r * stride, stride, count, across, sums, top);
+  }
+  for (; r < rows; ++r) {
+    double* sums = kAlong ? along + r : nullptr;
+    add_group<1, kAcross, kAlong>(data + r * stride, stride, count, across, sums, top);
   }
 }
 
@@ -99,30 +146,53 @@ acc_t<S> add_chunk(const Rows<S>& matrix, int64_t first, int64_t rows, int64_t l
     if (!across) function = add_along;
     function(data, stride, count, block, sums, row_sums, top);
   };
-  constexpr int64_t group = 4;
-  A buffer[group * kBlock];
-  for (int64_t begin = 0; begin < length; begin += kBlock) {
-    const int64_t block = std::min(kBlock, length - begin);
-    if constexpr (std::is_same_v<S, A>) {
-      if (matrix.direct()) {
-        // Rows that fit the cache, so that both kinds of sums read them once from memory.
-        const int64_t step = std::max<int64_t>(group, group * kBlock / block);
-        for (int64_t r = 0; r < rows; r += step) {
-          add(matrix.data + (first + r) * matrix.row_stride + begin, matrix.row_stride, r,
-              std::min(step, rows - r), begin, block);
-        }
-        continue;
+  if constexpr (std::is_same_v<S, A>) {
+    if (matrix.direct()) {
+      for (int64_t begin = 0; begin < length; begin += kBlock) {
+        add(matrix.data + first * matrix.row_stride + begin, matrix.row_stride, 0, rows, begin,
+            std::min(kBlock, length - begin));
       }
+      return *std::max_element(top, top + kLanes);
     }
-    for (int64_t r = 0; r < rows; r += group) {
-      const int64_t count = std::min(group, rows - r);
+  }
+  A buffer[kGroup * kCopied];
+  for (int64_t r = 0; r < rows; r += kGroup) {
+    const int64_t count = std::min<int64_t>(kGroup, rows - r);
+    for (int64_t begin = 0; begin < length; begin += kCopied) {
+      const int64_t block = std::min(kCopied, length - begin);
       for (int64_t k = 0; k < count; ++k) {
-        matrix.copy(first + r + k, begin, block, buffer + k * kBlock);
+        matrix.copy(first + r + k, begin, block, buffer + k * kCopied);
       }
-      add(buffer, kBlock, r, count, begin, block);
+      add(buffer, kCopied, r, count, begin, block);
     }
   }
   return *std::max_element(top, top + kLanes);
+}
+
+}  // namespace
+
+namespace {
+
+// The same for a single position: its channels are their own means.
+template <typename S>
+void pooled_statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions,
+                       acc_t<S>* channels, acc_t<S>* scale, const unsigned char* mask,
+                       const ParallelFor& parallel_for) {
+  using A = acc_t<S>;
+  const int64_t batch = shape.batch, C = shape.channels;
+  parallel_for(shape.tasks * batch, grain_of(C), [&](int64_t begin, int64_t end) {
+    std::vector<A> buffer(channels ? 0 : C);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i % batch;
+      A* row = channels ? channels + i * C : buffer.data();
+      rows_of(views[i / batch], b, false, mask ? mask + b : nullptr).copy(0, 0, C, row);
+      double sum = 0;
+      A top[kLanes] = {};
+      add_along(row, C, 1, C, nullptr, &sum, top);
+      if (positions) positions[i] = static_cast<A>(sum / static_cast<double>(C));
+      if (scale) scale[i] = power_of_two(*std::max_element(top, top + kLanes));
+    }
+  });
 }
 
 }  // namespace
@@ -131,6 +201,10 @@ template <typename S>
 void statistics(const Shape& shape, const View<const S>* views, acc_t<S>* positions,
                 acc_t<S>* channels, acc_t<S>* scale, const unsigned char* mask,
                 const ParallelFor& parallel_for) {
+  if (shape.positions == 1) {
+    pooled_statistics(shape, views, positions, channels, scale, mask, parallel_for);
+    return;
+  }
   using A = acc_t<S>;
   const int64_t tasks = shape.tasks, batch = shape.batch, C = shape.channels, N = shape.positions;
   struct Task {

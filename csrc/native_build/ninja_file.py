@@ -12,6 +12,8 @@ from native_build.tools import OLDEST_TORCH, compiler, gencode, nvcc
 
 FLAGS = [
     "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
+    # Nobody reads errno or the floating-point exceptions, which keep loops from becoming vectors.
+    "-fno-math-errno", "-fno-trapping-math",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
 ]  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

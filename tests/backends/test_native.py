@@ -14,7 +14,7 @@ import torch
 from cases import DEVICE, DTYPES, LOSSES, Case, judge, relative_error, value_and_grads
 from torch._subclasses import FakeTensorMode
 
-from repmtl_kernels import csa_loss, reference, tsr_loss
+from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
 from repmtl_kernels._ground.saliency import canonical_tasks
 from repmtl_kernels.backends.eager import contrast as eager_contrast
 from repmtl_kernels.backends.eager import stages as eager
@@ -38,6 +38,8 @@ SEVERAL_UNITS = [
     Case(2, 2, 300, (20, 60), "crop"),
     Case(2, 2, 600, (5, 5)),  # panels of 256 channels
     Case(5, 2, 70, (8, 8), "channels_last"),
+    Case(3, 4, 1100, (1, 1)),  # blocks of 512 channels
+    Case(3, 4, 1100, (1, 1), "crop"),
 ]
 
 
@@ -58,13 +60,38 @@ def test_several_units_of_work(case: Case, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("positions", [range(1, 65), range(0)], ids=("own", "library"))
-@pytest.mark.parametrize("case", [Case(2, 3, 96, (7, 7)), Case(3, 2, 9, (3,), "crop")], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 3, 96, (7, 7)), Case(3, 2, 9, (3,), "crop"),
+        Case(3, 4, 50, (1,)), Case(9, 2, 700, (1, 1), "crop"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_products_of_few_positions_by_own_code_and_by_the_library(monkeypatch, case, positions):
     monkeypatch.setattr(native, "small_positions", lambda: positions)
     judge(LOSSES[2], case, torch.float32, "native")
 
 
-@pytest.mark.parametrize("case", [SEVERAL_UNITS[0], Case(2, 40, 30, (4, 5))], ids=str)
+def test_pooled_samples_that_are_absent():
+    saliencies = [torch.randn(6, 700, requires_grad=True) for _ in range(3)]
+    mask = torch.tensor([True, False, True, True, False, True])
+    exact = [s.detach().double().requires_grad_() for s in saliencies]
+    with torch.no_grad():
+        for s in saliencies:
+            s[~mask] = torch.nan
+    total = rep_mtl_loss(saliencies, positions=mask, backend="native").total
+    expected = rep_mtl_loss(exact, positions=mask, backend="eager").total
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    grads = torch.stack(torch.autograd.grad(total, saliencies))
+    assert not grads[:, ~mask].any()
+    expected_grads = torch.stack(torch.autograd.grad(expected, exact))
+    assert relative_error(grads.double(), expected_grads) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "case", [SEVERAL_UNITS[0], Case(2, 40, 30, (4, 5)), Case(3, 90, 300, (1,))], ids=str
+)
 def test_any_number_of_threads_gives_the_same_bits(case: Case):
     saliencies = [t.detach() for t in case.make(torch.float32)]
     threads, runs = torch.get_num_threads(), []
@@ -89,7 +116,8 @@ def test_any_number_of_threads_gives_the_same_bits(case: Case):
 def test_blocks_of_the_contrast_give_the_same(monkeypatch):
     case = Case(2, 17, 24, (3,))
     whole = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
-    monkeypatch.setattr(eager_contrast, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
+    five_samples = 2 * 34 * 5
+    monkeypatch.setattr(eager_contrast, "products_at_a_time", lambda anchors: five_samples)
     value, grads = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
     torch.testing.assert_close(value, whole[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)

@@ -105,7 +105,8 @@ def test_contrast_of_the_stages_in_several_blocks(monkeypatch):
     monkeypatch.setattr(native, "in_one_call", lambda saliency: None)
     case = Case(2, 17, 24, (3,))
     whole = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
-    monkeypatch.setattr(eager_contrast, "CONTRAST_BLOCK", 2 * 34 * 5)  # five samples at a time
+    five_samples = 2 * 34 * 5
+    monkeypatch.setattr(eager_contrast, "products_at_a_time", lambda anchors: five_samples)
     value, grads = value_and_grads(csa_loss, case, case.make(torch.float64), backend="native")
     torch.testing.assert_close(value, whole[0], rtol=1e-14, atol=0)
     torch.testing.assert_close(grads, whole[1], rtol=1e-12, atol=1e-14)

@@ -8,6 +8,7 @@ from cases import BACKEND_DTYPES, DEVICE, TSR_FORMS, TSR_IDS, Case
 
 from repmtl_kernels._ground.saliency import canonical_tasks
 from repmtl_kernels.backends import choice, contract, peaks
+from repmtl_kernels.backends.eager import contrast as eager_contrast
 
 CASES = [
     Case(2, 3, 40, (4, 5)),
@@ -178,7 +179,7 @@ def test_contrast_of_some_samples_with_all(
     backend: str, shape: tuple, gathered: bool, monkeypatch: pytest.MonkeyPatch
 ):
     """Each part of the batch has the rows of the result for the whole batch."""
-    monkeypatch.setattr("repmtl_kernels.backends.eager.contrast.CONTRAST_BLOCK", 60)
+    monkeypatch.setattr(eager_contrast, "products_at_a_time", lambda anchors: 60)
     stages = choice.load(backend)
     a = torch.randn(shape, device=DEVICE)
     complete = stages.anchors(a, eps=0.0, with_grad=True)

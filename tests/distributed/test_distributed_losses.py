@@ -47,7 +47,7 @@ def check_blocks_of_rows_and_eps(rank: int) -> None:
     for backend in ("eager", "native"):
         if backend not in cpu_backends():
             continue
-        with mock.patch.object(eager_contrast, "CONTRAST_BLOCK", 2 * T * T * 9):
+        with mock.patch.object(eager_contrast, "products_at_a_time", lambda anchors: 2 * T * T * 9):
 
             def loss(saliencies, samples, backend=backend):
                 group = None if samples == slice(None) else dist.group.WORLD

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from repmtl_kernels import csa_loss, reference, rep_mtl_loss, tsr_loss
+from repmtl_kernels.backends.eager import contrast as eager_contrast
 
 SHAPES = [Case(2, 3, 24, (4, 4)), Case(3, 3, 9, (5, 4))]  # N side, C side
 
@@ -252,7 +253,7 @@ LOW_TEMPERATURES = [1e-2, 1e-3, 1e-5, 1e-7, 1e-30]
 def blocks(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether products of anchors are in memory all at once, or those of a few samples."""
     if request.param == "blocks":
-        monkeypatch.setattr("repmtl_kernels.backends.eager.contrast.CONTRAST_BLOCK", 1)
+        monkeypatch.setattr(eager_contrast, "products_at_a_time", lambda anchors: 1)
         if "triton" in BACKENDS:
             monkeypatch.setattr("repmtl_kernels.backends.triton.contrast.BUFFER", 1)
 

@@ -8,8 +8,20 @@ from torch import Tensor
 from repmtl_kernels.backends.contract import AllSamples, Anchors, Contrast
 from repmtl_kernels.backends.peaks import joined, peaks, share
 
-# Elements of one block of anchor products: bounds the memory of the contrast stage.
+# Products of anchors that are held at a time, unless the anchors themselves are more.
 CONTRAST_BLOCK = 1 << 22
+
+
+def products_at_a_time(anchors: int) -> int:
+    """Return how many products to hold, which bounds the memory of the contrast stage.
+
+    Products that no longer fit are computed twice. Where many ranks gather their anchors, those of
+    the own samples are fewer than the anchors, and are held.
+
+    Args:
+        anchors: The number of elements of all anchors.
+    """
+    return max(CONTRAST_BLOCK, anchors)
 
 
 def contrast(
@@ -28,7 +40,7 @@ def contrast(
         others = all_samples.unit.transpose(0, 1).reshape(-1, channels)
         first = all_samples.first
     total = len(others) // tasks
-    step = max(1, CONTRAST_BLOCK // (tasks * len(others)))
+    step = max(1, products_at_a_time(others.numel()) // (tasks * len(others)))
     blocks = range(0, batch, step)
 
     def similarity(b: int) -> tuple[Tensor, Tensor]:

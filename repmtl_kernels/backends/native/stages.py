@@ -111,7 +111,8 @@ def contrast(
     others, first = (u, 0) if all_samples is None else all_samples[:2]
     tasks, batch, _ = u.shape
     total = others.shape[1]
-    step = max(1, eager_contrast.CONTRAST_BLOCK // (tasks * tasks * total))
+    most = eager_contrast.products_at_a_time(others.numel())
+    step = max(1, most // (tasks * tasks * total))
     blocks = range(0, batch, step)
 
     def dots_of(b: int) -> Tensor:
@@ -195,7 +196,7 @@ def small_positions() -> range:
 
     They are small, but large enough to fill a vector.
     """
-    return range(16, 65) if native_library.load("cpu").small_products_are_fast() else range(0)
+    return range(1, 65) if native_library.load("cpu").small_products_are_fast() else range(0)
 
 
 def _is_small(tasks: int, channels: int, positions: int, dtype: torch.dtype) -> bool:
