@@ -215,7 +215,7 @@ KERNELS = {
     "affinity": compile_affinity,
     "masked": functools.partial(compile_stages, masked=True),
 }
-REPORTED = ("losses", "batch_norm")
+REPORTED = ("losses", "batch_norm", "affinity")
 
 
 def main() -> None:
