@@ -3,6 +3,10 @@
 The wheels are built from the source archive. One has the library for the CPU and the tag that its
 symbols allow. The other has no compiled code and fits any platform: pip takes it only where the
 first does not fit.
+
+libstdc++ is not linked into the library, although that would allow an older tag: exceptions of the
+library end in PyTorch, so both need the same one. An old image keeps the tag old
+(.github/workflows/dist.yml).
 """
 
 from __future__ import annotations
