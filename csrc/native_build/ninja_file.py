@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from native_build.libraries import CSRC, ROOT, files
@@ -16,6 +17,9 @@ FLAGS = [
     "-fno-math-errno", "-fno-trapping-math",
     f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000",
 ]  # fmt: skip
+# PyTorch's libraries export functions of libstdc++ that their compiler put into them. The linker
+# takes a function from the first library that has it, and only libstdc++ promises to keep it.
+STANDARD_FIRST = ["-lstdc++"] if sys.platform == "linux" else []
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 # Each rule removes its target first. Otherwise an earlier file would pass for the work of a
@@ -53,7 +57,7 @@ def ninja_file(sources: list[str], target: Path, torch: Path) -> str:
     variables = {
         "cxx": compiler(),
         "flags": [*flags, "-isystem", str(torch / "include")],
-        "libraries": [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"],
+        "libraries": [*STANDARD_FIRST, f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"],
     }
     if is_cuda:
         host = ["-ccbin", compiler()[-1]] if os.environ.get("CXX") else []

@@ -29,7 +29,10 @@ def why_not(library: Library) -> str | None:
     """Return why a library can't be built here or is not wanted, or None."""
     for skip in library.skipped_by:
         if is_set(skip):
-            return f"{skip} is set"
+            return (
+                f"{skip} is set (published wheels are built so; an install from source has the "
+                "library)"
+            )
     if os.name != "posix":
         return f"the native backend has no build for {sys.platform} yet"
     if (torch := torch_folder()) is None:

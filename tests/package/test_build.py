@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from release import symbols
 from repmtl_kernels.backends.native import files
 from repmtl_kernels.backends.native import library as native_library
 
@@ -165,6 +166,10 @@ def test_wheel_with_the_compiled_libraries(tree: Path, tmp_path: Path):
     assert ("repmtl_kernels/_native_cuda.so" in names) == cuda
     assert ("built without the native backend for CUDA" in done.stderr) == (not cuda)
     assert not [n for n in names if n.startswith("csrc")]
+    library = zipfile.ZipFile(wheel).extract("repmtl_kernels/_native_cpu.so", tmp_path)
+    if sys.platform == "linux" and shutil.which("nm"):
+        include = Path(torch.__file__).parent / "include"
+        assert not symbols.foreign(Path(library), include), "more than PyTorch's stable ABI"
     status, total = use(wheel, tmp_path / "installed")
     assert status == "ok" and float(total) > 0
 

@@ -17,7 +17,7 @@ DOCUMENTS = sorted(
 )
 MODULES = sorted(
     path
-    for folder in ("repmtl_kernels", "benchmarks", "tests")
+    for folder in ("repmtl_kernels", "benchmarks", "release", "tests")
     for path in (ROOT / folder).rglob("*.py")
 )
 

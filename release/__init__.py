@@ -1,0 +1,1 @@
+"""Builds, checks and numbers a release: ``make dist``, and what the release workflow runs."""
