@@ -3,11 +3,13 @@
 import copy
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cases import settled
+from libmtl_stand_in.LibMTL.architecture import HPS
 from torch import nn
 
 from repmtl_kernels import Levels, RepMTL
@@ -32,40 +34,16 @@ class Encoder(nn.Module):
         return z if self.gates is None else [gate * z for gate in self.gates]
 
 
-class Architecture(nn.Module):
-    """A stand-in for LibMTL's architectures: their heads get detached representations."""
-
-    def __init__(self, *, rep_grad, multi_input, per_task):
-        super().__init__()
-        self.task_name, self.task_num = TASKS, len(TASKS)
-        self.rep_grad, self.multi_input = rep_grad, multi_input
-        self.rep, self.rep_tasks = {}, {}
-        self.encoder = Encoder(per_task)
-        self.decoders = nn.ModuleDict(
-            {
-                t: nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 2, 1))
-                for t in TASKS
-            }
-        )
-
-    def forward(self, x, task=None):
-        z = self.encoder(x)
-        out = {}
-        for i, t in enumerate(TASKS):
-            if task in (None, t):
-                mine = z[i] if isinstance(z, list) else z
-                if self.multi_input or isinstance(z, list):
-                    self.rep[t] = mine
-                else:
-                    self.rep = mine
-                self.rep_tasks[t] = mine.detach().clone().requires_grad_()
-                out[t] = self.decoders[t](self.rep_tasks[t])
-        return out
+def decoder():
+    return nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 2, 1))
 
 
-class Model(Architecture, RepMTLWeighting):
+class Model(HPS, RepMTLWeighting):
+    """The model that LibMTL's Trainer makes."""
+
     def __init__(self, *, rep_grad=True, multi_input=False, per_task=False):
-        super().__init__(rep_grad=rep_grad, multi_input=multi_input, per_task=per_task)
+        encoder, decoders = partial(Encoder, per_task), nn.ModuleDict({t: decoder() for t in TASKS})
+        super().__init__(TASKS, encoder, decoders, rep_grad, multi_input, torch.device("cpu"))
         self.init_param()
         self.double()
 
