@@ -11,7 +11,8 @@ import ranks
 
 ROOT = Path(__file__).parents[2]
 
-# Script, the library that it needs, its last figure, and the bound that a trained model meets.
+# Script and options, the library that it needs, its last figure, and the bound that a trained model
+# meets.
 EXAMPLES = [
     ("plain_loop.py", None, r"held out: ([\d.]+)% of the pixels right", lambda share: share > 90),
     ("torchjd_aggregator.py", "torchjd", r"total ([\d.]+)", lambda total: total < 0.5),
@@ -20,6 +21,11 @@ EXAMPLES = [
     (
         "what_tasks_do.py", "vizdoom",
         r"segmentation: .* normals \+([\d.]+)", lambda cosine: cosine > 0.2,
+    ),
+    # The rates of the items alone have an AUC of 0.69.
+    (
+        "recommendation.py --batch 2048 --epochs 4", None,
+        r"Rep-MTL: click ([\d.]+)", lambda auc: auc > 0.73,
     ),
 ]  # fmt: skip
 
@@ -30,8 +36,9 @@ EXAMPLES = [
 def test_example(script, library, figure, good, tmp_path):
     if library is not None:
         pytest.importorskip(library)
+    name, *options = script.split()
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / script],
+        [sys.executable, ROOT / "examples" / name, *options],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"},
         capture_output=True,
