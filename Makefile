@@ -53,8 +53,10 @@ $(PACKAGE_STAMP): $(TORCH_STAMP) pyproject.toml setup.py $(CSRC)
 
 venv: $(PACKAGE_STAMP) ## the virtual environment, with the package and all that tests and benchmarks need
 
+# Each process takes one file after the other. The files with the longest tests come first; by
+# default one process would take all of these at once, and the other would have nothing left.
 test: lint ## lint, then the whole test suite on the CPU (Triton kernels under its interpreter)
-	@$(PYTEST)
+	@$(PYTEST) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(PACKAGE_STAMP) ## one quick case of each test of the package, in a minute
 	@$(PYTEST) --fast --ignore tests/bench

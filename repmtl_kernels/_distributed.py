@@ -130,6 +130,29 @@ def errors_shared(name: str, like: object) -> AbstractContextManager:
     return _errors_shared(name, like) if name else nullcontext()
 
 
+@contextmanager
+def _meeting(name: str, like: object, facts: Sequence[Fact]) -> Iterator[None]:
+    with _errors_shared(name, like):
+        yield
+    agree(name, facts, like)
+
+
+def meeting(name: str, like: object, facts: Sequence[Fact]) -> AbstractContextManager:
+    """Return a context that all ranks leave with the same facts, or with an error.
+
+    It exchanges one message: at its end, or at an error in it. A compiled region knows no values
+    and sends errors alone.
+
+    Args:
+        name: the group's, from :func:`name_of`.
+        like: as for :func:`errors_shared`.
+        facts: what must be the same on all ranks.
+    """
+    if not name or torch.compiler.is_compiling():
+        return errors_shared(name, like)
+    return _meeting(name, like, facts)
+
+
 def agree(
     name: str, facts: Sequence[Fact], like: object, own: Sequence[float] = ()
 ) -> list[list[float]]:

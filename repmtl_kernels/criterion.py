@@ -331,15 +331,24 @@ class RepMTL(LossModule):
             options = self._checked_options()
             if step is not None:
                 step = checked_step(step)
+            monitor = self.monitor if self.training else None
+            observer = monitor if monitor is not None and monitor.is_due(step, losses) else None
+            watching = "" if observer is None else observer.group_name(group)
         turn = options.turn(progress.number(step))
         on = self.training and any(turn.lambdas)
         applied = self.training and turn.weight > 0
         # The first call with something to agree on compares options even where it is without the
         # regulariser: ranks that don't count alike, or have other options, would not meet later.
         is_shared = applied and bool(turn.lambdas[1] or options.strength)
-        talks = group if is_shared or not progress.agreed else ""
+        talks = group if is_shared or not progress.agreed or watching == group else ""
+        apart = "" if observer is None or watching == talks else watching
+        facts = options.facts(progress.calls) if talks else []
+        facts_apart = observer.facts() if observer is not None else []
         # The same collectives in the same order on every rank, whatever is wrong on one of them.
-        with _distributed.errors_shared(talks, arguments):
+        with (
+            _distributed.meeting(apart, arguments, facts_apart),
+            _distributed.meeting(talks, arguments, facts),
+        ):
             tasks = Tasks(
                 losses,
                 representation,
@@ -352,8 +361,6 @@ class RepMTL(LossModule):
             real = has_values(total)
             if options.log_losses and real:
                 check_logarithms(tasks, options.log_offset, progress.without_log)
-            monitor = self.monitor if self.training and real else None
-            observer = monitor if monitor is not None and monitor.is_due(step, [total]) else None
             taken = applied or observer is not None
             scale = options.scale(total.device) if taken and real else None
             if on or observer is not None:
@@ -371,15 +378,16 @@ class RepMTL(LossModule):
                 take_saliencies(tasks, scale, create_graph=applied)
                 if applied and real:
                     first_calls.warn_of_no_means(tasks, progress, options)
-        if talks and not torch.compiler.is_compiling():  # a compiler knows no values
-            _distributed.agree(talks, options.facts(progress.calls), arguments)
+            if observer is not None:
+                form = observer.form(tasks, options.channel_dim)
+        if talks and not torch.compiler.is_compiling():
             progress.agreed = True
         if applied:
             regularizer = Regularizer(options, turn, tasks, scale, group, progress)
             total = total + regularizer.value(record)
         if observer is not None:
-            observer.observe(tasks, options.channel_dim, group, progress.last_ratio)
-        if monitor is not None:
+            observer.observe(tasks, form, options.channel_dim, watching, progress.last_ratio)
+        if monitor is not None and real:
             monitor.count(step)
         if taken and not applied:
             tasks.drop_saliencies()

@@ -7,6 +7,7 @@ image, segmentation, depth and surface normals. A map belongs to one split.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,16 @@ VIEWS = 18  # of each map
 SPLITS = {"train": 40, "validation": 8, "test": 20}
 
 
-def load(cache: Path | None = None) -> dict[str, np.ndarray]:
+def load(cache: Path | None = None, places: Sequence[Map] | None = None) -> dict[str, np.ndarray]:
     """Return all views, rendered on first use and read from the cache after that.
 
     The fields of ``View``, stacked; ``map`` and ``split`` ``(n,)``; ``class_names``, ``map_names``.
+    ``places``: the maps to render, with a cache of their own; None: all.
     ModuleNotFoundError: they have to be rendered, and a package is missing.
     """
     cache = cache or CACHE
     if not cache.exists():
-        views = render()
+        views = render(places or maps())
         write(cache, lambda path: _save(path, views))
     with np.load(cache) as archive:
         return dict(archive)
@@ -50,8 +52,8 @@ def maps() -> list[Map]:
     return [Map(n, *names[n], code) for n, code in zip(order, codes, strict=True)]
 
 
-def render() -> dict[str, np.ndarray]:
-    """Render all views, with a progress bar."""
+def render(places: Sequence[Map]) -> dict[str, np.ndarray]:
+    """Render all views of these maps, with a progress bar."""
     try:
         import vizdoom  # noqa: F401
         from tqdm import tqdm
@@ -61,7 +63,7 @@ def render() -> dict[str, np.ndarray]:
             "pip install vizdoom tqdm"
         ) from missing
     arrays = defaultdict(list)
-    for place in (bar := tqdm(maps(), desc="doom: rendering", unit="map")):
+    for place in (bar := tqdm(places, desc="doom: rendering", unit="map")):
         bar.set_postfix_str(place.name)
         for view in views_of(place, VIEWS):
             for key, value in view._asdict().items():

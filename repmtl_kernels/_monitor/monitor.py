@@ -43,7 +43,8 @@ class SaliencyMonitor(LossModule):
         sum(losses).backward()
 
     It takes saliencies on its turns alone, and keeps graph, gradients, random numbers and ``.grad``
-    as they were. Other calls cost a counter. No call waits for the device; :meth:`summary` does.
+    as they were. Other calls cost a counter. No call waits for the device, unless a ``group`` has
+    no backend for the CPU; :meth:`summary` does.
     Nothing is observed in ``eval()`` mode, under ``torch.no_grad()``, on meta or fake tensors, and
     while a CUDA graph is captured: a replay repeats the kernels alone and is not counted, so set
     ``every=1`` and make a call without the graph now and then. The first of the replicas that
@@ -133,21 +134,19 @@ class SaliencyMonitor(LossModule):
         self._check_options()
         if step is not None:
             step = checked_step(step)
-        there = _tensors(losses)
-        if not all(map(has_values, there)):
+        if not all(map(has_values, _tensors(losses))):
             return
-        if self.is_due(step, there):
-            group = _distributed.name_of(self.group)
-            shared = "" if self._record.agreed else group
-            with _distributed.errors_shared(shared, (losses, representation)):
+        if self.is_due(step, losses):
+            group = self.group_name("")
+            with _distributed.meeting(group, (losses, representation), self.facts()):
                 tasks = Tasks(losses, representation, absent=True)
                 self.check_observable(tasks[0].loss)
                 tasks.place(representation)
                 check_graph(tasks)
                 tasks.check_batch(present, positions, self.channel_dim)
                 take_saliencies(tasks, create_graph=False)
-                form = self._form(tasks, self.channel_dim)
-            self._observe(tasks, form, self.channel_dim, group, None)
+                form = self.form(tasks, self.channel_dim)
+            self.observe(tasks, form, self.channel_dim, group, None)
         self.count(step)
 
     def summary(self) -> SaliencySummary:
@@ -175,18 +174,33 @@ class SaliencyMonitor(LossModule):
 
     # For the criterion, which makes the call.
 
-    def is_due(self, step: int | None, losses: Sequence[Tensor]) -> bool:
+    def is_due(self, step: int | None, losses: TaskLosses) -> bool:
         """Return whether the call that is being made is observed.
 
-        Args:
-            step: of the call.
-            losses: tensors on the devices of the losses.
+        Ranks have to know it before the arguments are checked, so the losses may be anything.
         """
-        count = self._count
+        count, there = self._count, _tensors(losses)
         if not self._watches() or count.number(step) < count.calls or count.calls % self.every:
             return False
-        capturing = any(x.is_cuda for x in losses) and torch.cuda.is_current_stream_capturing()
+        if not all(map(has_values, there)):
+            return False
+        capturing = any(x.is_cuda for x in there) and torch.cuda.is_current_stream_capturing()
         return not capturing
+
+    def group_name(self, other: str) -> str:
+        """Return the name of the group that observes; ``other`` where the monitor has none."""
+        return other if self.group is None else _distributed.name_of(self.group)
+
+    def facts(self) -> list[Fact]:
+        """Return what all ranks of a group must share in an observed call."""
+        return [
+            Fact(
+                self._count.calls,
+                "the same number of monitored training calls before this one",
+                remedy=". Load the checkpoint on every rank, not on one",
+            ),
+            Fact(self.every, "the same every of the monitor"),
+        ]
 
     def count(self, step: int | None) -> None:
         """Remember that a call is done."""
@@ -202,27 +216,27 @@ class SaliencyMonitor(LossModule):
                 "monitor.eval() first"
             )
 
-    def observe(self, tasks: Tasks, channel_dim: int, group: str, ratio: Tensor | None) -> None:
+    def form(self, tasks: Tasks, channel_dim: int) -> Form:
+        """Return the form of the observations. Raise if this call does not have it."""
+        form = self._record.form
+        if form is None:
+            form = form_of(tasks, channel_dim)
+        check_form(form, tasks, channel_dim)
+        self._check_names(form)
+        return form
+
+    def observe(
+        self, tasks: Tasks, form: Form, channel_dim: int, group: str, ratio: Tensor | None
+    ) -> None:
         """Observe the call that is being made, from its saliencies.
 
         Args:
             tasks: with saliencies and masks.
+            form: from :meth:`form`.
             channel_dim: dimension of the channels.
-            group: the name of the criterion's group; it counts where the monitor has none.
+            group: from :meth:`group_name`. Its ranks have met in this call.
             ratio: that of the criterion; None: it is not known.
         """
-        group = group if self.group is None else _distributed.name_of(self.group)
-        with _distributed.errors_shared("" if self._record.agreed else group, tasks.saliencies()):
-            form = self._form(tasks, channel_dim)
-        self._observe(tasks, form, channel_dim, group, ratio)
-
-    def forget_step(self) -> None:
-        """Take the next call for one of another step than the last one's, whatever its number."""
-        self._count.step = None
-
-    def _observe(
-        self, tasks: Tasks, form: Form, channel_dim: int, group: str, ratio: Tensor | None
-    ) -> None:
         if group and not self._record.agreed:
             form = self._agree(form, tasks, group)
         sums = sums_of(tasks, form, channel_dim=channel_dim, backend=self.backend, ratio=ratio)
@@ -233,26 +247,16 @@ class SaliencyMonitor(LossModule):
             self._count.calls, sums.values(form), decay=float(self.decay), keep=self.keep
         )
 
-    def _form(self, tasks: Tasks, channel_dim: int) -> Form:
-        """Return the form of the observations. Raise if this call does not have it."""
-        form = self._record.form
-        if form is None:
-            form = form_of(tasks, channel_dim)
-        check_form(form, tasks, channel_dim)
-        self._check_names(form)
-        return form
+    def forget_step(self) -> None:
+        """Take the next call for one of another step than the last one's, whatever its number."""
+        self._count.step = None
 
     def _agree(self, form: Form, tasks: Tasks, group: str) -> Form:
         """Return the form with maps that have room for all ranks'. Raise if other things differ."""
         grids = []
         for grid in form.grids:
             facts = [
-                Fact(
-                    self._count.calls,
-                    "the same number of monitored training calls before this one",
-                    remedy=". Load the checkpoint on every rank, not on one",
-                ),
-                Fact(self.every, "the same every of the monitor"),
+                *self.facts(),
                 Fact(len(form.tasks), "the same number of tasks in the monitor"),
                 Fact(len(form.grids), "the same number of levels in the monitor"),
                 Fact(len(grid), "the same dimensions of positions in the monitor"),

@@ -55,6 +55,7 @@ class RepMTLWeighting(nn.Module):
         # part of the model's from the start, and `load_path` restores it.
         self.criterion = RepMTL()
         self._options: dict[str, Any] = {}
+        self._state_of_monitor: Tensor | None = None
 
     def backward(self, losses: Tensor, **weight_args: Any) -> np.ndarray:
         """Add the gradients of the total to all parameters' ``.grad``.
@@ -108,7 +109,16 @@ class RepMTLWeighting(nn.Module):
             self.criterion._progress = progress
             progress.agreed = False  # the ranks of a group compare the options again
             self._options = dict(options)
+            if self.criterion.monitor is not None and self._state_of_monitor is not None:
+                self.criterion.monitor.set_extra_state(self._state_of_monitor)
+            self._state_of_monitor = None
         return self.criterion
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        # A checkpoint comes before the first step, and the monitor with that step.
+        if self.criterion.monitor is None:
+            self._state_of_monitor = state_dict.get(f"{prefix}criterion.monitor._extra_state")
 
 
 def register(name: str = "RepMTL") -> str:

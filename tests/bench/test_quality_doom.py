@@ -112,17 +112,17 @@ def made(count: int = 6, size: tuple[int, int] = (4, 8)) -> dict[str, np.ndarray
 
 def test_views_are_rendered_once_and_cached(tmp_path, monkeypatch):
     rendered = []
-    monkeypatch.setattr(doom, "render", lambda: rendered.append(1) or made())
+    monkeypatch.setattr(doom, "render", lambda places: rendered.append(places) or made())
     cache = tmp_path / "of_studies" / "views.npz"
     first, second = doom.load(cache), doom.load(cache)
-    assert len(rendered) == 1 and list(cache.parent.iterdir()) == [cache]
+    assert rendered == [doom.maps()] and list(cache.parent.iterdir()) == [cache]
     for views in (first, second):
         assert views.keys() == made().keys()
         assert all((views[k] == v).all() for k, v in made().items())
 
 
 def test_the_data_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(doom, "render", made)
+    monkeypatch.setattr(doom, "render", lambda places: made())
     monkeypatch.setattr(doom, "CACHE", tmp_path / "views.npz")
     loaders.doom.cache_clear()
     data = loaders.load("doom", None, 0, size=[2, 4])

@@ -21,6 +21,7 @@ from benchmarks import memory
 from benchmarks.parts import distributed as cost
 from repmtl_kernels import (
     RepMTL,
+    SaliencyMonitor,
     _distributed,
     csa_loss,
 )
@@ -67,6 +68,19 @@ def check_bytes_of_a_step(rank: int) -> None:
     with Sent() as sent:
         csa_loss(saliencies).backward()
     assert sent.calls.total() == 0
+
+
+def check_calls_that_a_monitor_observes(rank: int) -> None:
+    """They cost one message and one sum, the others nothing."""
+    monitor = SaliencyMonitor(every=2)
+    criterion = RepMTL(0.5, 0.5, every=4, group="world", monitor=monitor)
+    sums_alone = {"_allgather_base_": 1, "allreduce_": 1}
+    for expected in (None, {}, sums_alone, {}):
+        z = torch.randn(4, C, requires_grad=True) * 1
+        with Sent() as sent:
+            criterion([z.square().sum(), z.sin().sum()], z)
+        assert expected is None or sent.calls == expected
+    assert monitor.summary().observations == 2
 
 
 def check_anchors_travel_during_the_gram_stage(rank: int) -> None:

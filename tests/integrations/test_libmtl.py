@@ -3,14 +3,17 @@
 import copy
 import sys
 import types
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from cases import settled
+from libmtl_stand_in.LibMTL.architecture import HPS
+from summaries import assert_same
 from torch import nn
 
-from repmtl_kernels import Levels, RepMTL
+from repmtl_kernels import Levels, RepMTL, SaliencyMonitor
 from repmtl_kernels._heads import preflight
 from repmtl_kernels.integrations.libmtl import RepMTLWeighting, register
 
@@ -32,40 +35,16 @@ class Encoder(nn.Module):
         return z if self.gates is None else [gate * z for gate in self.gates]
 
 
-class Architecture(nn.Module):
-    """A stand-in for LibMTL's architectures: their heads get detached representations."""
-
-    def __init__(self, *, rep_grad, multi_input, per_task):
-        super().__init__()
-        self.task_name, self.task_num = TASKS, len(TASKS)
-        self.rep_grad, self.multi_input = rep_grad, multi_input
-        self.rep, self.rep_tasks = {}, {}
-        self.encoder = Encoder(per_task)
-        self.decoders = nn.ModuleDict(
-            {
-                t: nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 2, 1))
-                for t in TASKS
-            }
-        )
-
-    def forward(self, x, task=None):
-        z = self.encoder(x)
-        out = {}
-        for i, t in enumerate(TASKS):
-            if task in (None, t):
-                mine = z[i] if isinstance(z, list) else z
-                if self.multi_input or isinstance(z, list):
-                    self.rep[t] = mine
-                else:
-                    self.rep = mine
-                self.rep_tasks[t] = mine.detach().clone().requires_grad_()
-                out[t] = self.decoders[t](self.rep_tasks[t])
-        return out
+def decoder():
+    return nn.Sequential(nn.Conv2d(6, 4, 3, padding=1), nn.Softplus(), nn.Conv2d(4, 2, 1))
 
 
-class Model(Architecture, RepMTLWeighting):
+class Model(HPS, RepMTLWeighting):
+    """The model that LibMTL's Trainer makes."""
+
     def __init__(self, *, rep_grad=True, multi_input=False, per_task=False):
-        super().__init__(rep_grad=rep_grad, multi_input=multi_input, per_task=per_task)
+        encoder, decoders = partial(Encoder, per_task), nn.ModuleDict({t: decoder() for t in TASKS})
+        super().__init__(TASKS, encoder, decoders, rep_grad, multi_input, torch.device("cpu"))
         self.init_param()
         self.double()
 
@@ -236,6 +215,42 @@ def test_options_change_and_the_count_goes_on(batch):
     resumed.load_state_dict(model.state_dict())
     resumed.backward(stacked_losses(resumed, *batch), every=2)
     assert not resumed.criterion.last.applied  # the fourth call; a new count would apply it
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_a_monitor_sees_the_steps_of_a_plain_loop(batch, kind):
+    """Some observations are of steps with the regulariser, and an option changes in between."""
+    model, monitors = Model(**kind), [SaliencyMonitor(every=2), SaliencyMonitor(every=2)]
+    plain, criterion = copy.deepcopy(model), RepMTL(**STRONG, every=3, monitor=monitors[1])
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, plain)]
+    for step in range(7):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        criterion.lambda_tsr = 0.9 if step < 4 else 0.5
+        options = {**STRONG, "lambda_tsr": criterion.lambda_tsr, "every": 3}
+        model.backward(stacked_losses(model, *batch), **options, monitor=monitors[0])
+        criterion(*attached_losses(plain, *batch)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    summary = monitors[0].summary()
+    assert summary.history.steps.tolist() == [0, 2, 4, 6] and summary.tasks == (*TASKS,)
+    assert_same(summary, monitors[1].summary(), 1e-9)
+
+
+def test_a_checkpoint_has_the_monitor(batch):
+    """LibMTL's Trainer loads it before the weighting knows of a monitor."""
+    whole, first, resumed = Model(), Model(), Model()
+    monitors = [SaliencyMonitor(every=2) for _ in range(3)]
+    for model in (whole, first):
+        model.load_state_dict(resumed.state_dict())
+    for model, monitor, steps in zip((whole, first), monitors, (5, 3), strict=False):
+        for _ in range(steps):
+            model.backward(stacked_losses(model, *batch), monitor=monitor)
+    resumed.load_state_dict(first.state_dict(), strict=False)
+    for _ in range(2):
+        resumed.backward(stacked_losses(resumed, *batch), monitor=monitors[2])
+    assert monitors[2].summary().history.steps.tolist() == [0, 2, 4]
+    assert_same(monitors[2].summary(), monitors[0].summary(), 1e-9)
 
 
 def test_frozen_heads_and_repeated_steps(batch):

@@ -20,10 +20,11 @@ from lightning_module import (
     module,
     steps_written_out,
 )
+from summaries import assert_same
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from repmtl_kernels import RepMTL, convert_second_order
+from repmtl_kernels import RepMTL, SaliencyMonitor, convert_second_order
 from repmtl_kernels.integrations.lightning import RepMTLModule
 
 # Lightning gives advice on loaders and loggers, which does not matter here.
@@ -81,6 +82,28 @@ def test_a_checkpoint_resumes_the_criterion(tmp_path):
     fit(first, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
     fit(resumed, tmp_path, max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
     assert_same_parameters(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_monitor_sees_the_steps_of_a_plain_loop(tmp_path, accumulate):
+    """Some observations are of batches with the regulariser, and validation has none."""
+    model = module(every=2, monitor=SaliencyMonitor(every=3))
+    batches = [*loader(), *loader()]
+    expected = steps_written_out(model, batches, accumulate=accumulate)
+    fit(model, tmp_path, max_epochs=2, accumulate_grad_batches=accumulate)
+    summary = model.criterion.monitor.summary()
+    assert summary.history.steps.tolist() == [0, 3, 6] and summary.tasks == TASKS
+    assert_same(summary, expected.criterion.monitor.summary(), 1e-9)
+
+
+def test_a_checkpoint_has_the_monitor(tmp_path):
+    whole, first, resumed = (module(monitor=SaliencyMonitor(every=3)).double() for _ in range(3))
+    fit(whole, tmp_path, max_epochs=2)
+    fit(first, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
+    fit(resumed, tmp_path, max_epochs=2, ckpt_path=tmp_path / "first.ckpt")
+    summary = resumed.criterion.monitor.summary()
+    assert summary.history.steps.tolist() == [0, 3, 6]
+    assert_same(summary, whole.criterion.monitor.summary(), 1e-9)
 
 
 def test_bfloat16_mixed(tmp_path):

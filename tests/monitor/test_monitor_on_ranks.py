@@ -138,6 +138,47 @@ def check_monitors_that_differ(rank: int) -> None:
         call(fresh)
 
 
+def check_an_error_after_the_ranks_have_agreed(rank: int) -> None:
+    """Calls without the regulariser and with it, and a monitor whose group is its own."""
+    parts = [s[own(rank)] for s in whole(4, 5)]
+
+    def call(caller, **changed) -> None:
+        z = torch.zeros_like(parts[0]).requires_grad_()
+        losses = [(s * z).sum() for s in parts]
+        if changed.pop("detached", False):
+            losses[1] = losses[1].detach()
+        caller(**{"losses": losses, "representation": z} | changed)
+
+    def watched(group: str | None) -> SaliencyMonitor:
+        return SaliencyMonitor(every=1, group=group)
+
+    others = r"group: ranks \[1\] of it have raised an error"
+    for caller in (
+        watched("world"),
+        RepMTL(0.5, 0.5, every=2, group="world", monitor=watched(None)),
+        RepMTL(0.5, 0.5, every=2, group="world", monitor=watched("world")),
+        RepMTL(0.5, 0.0, every=2, group="world", monitor=watched(None)),
+        RepMTL(0.5, 0.5, every=2, monitor=watched("world")),
+    ):
+        monitor = caller if isinstance(caller, SaliencyMonitor) else caller.monitor
+        call(caller)
+        for calls in (1, 2):
+            for changed, message in (
+                ({"representation": None}, "representation: expected"),
+                ({"detached": True}, r"losses\[1\]: expected a loss with a graph"),
+                ({"losses": "three"}, "losses: expected"),
+            ):
+                with pytest.raises((ValueError, TypeError), match=message if rank else others):
+                    call(caller, **changed if rank else {})
+            monitor.names = ("one", "name") if rank else None
+            with pytest.raises(ValueError, match="names: expected 3" if rank else others):
+                call(caller)
+            monitor.names = None
+            assert monitor._count.calls == calls
+            call(caller)
+        assert monitor.summary().history.steps.tolist() == [0, 1, 2]
+
+
 CHECKS = ranks.checks_in(globals())
 
 

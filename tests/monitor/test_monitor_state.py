@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import math
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import DEVICE
+from summaries import assert_same
 from torch import Tensor, nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from repmtl_kernels import Levels, RepMTL, SaliencyMonitor, SaliencySummary
+from repmtl_kernels import Levels, RepMTL, SaliencyMonitor
 from repmtl_kernels._monitor.state import as_text, from_text
 
 
@@ -31,27 +29,6 @@ def run(caller: nn.Module, numbers: range, levels: bool = False) -> None:
         if i % 3 == 1:
             losses["b"] = None
         caller(losses, shared)
-
-
-def parts(value: object) -> Iterator[tuple[str, object]]:
-    for field in dataclasses.fields(value):
-        part = getattr(value, field.name)
-        if dataclasses.is_dataclass(part):
-            yield from parts(part)
-        elif isinstance(part, dict):
-            yield from part.items()
-        else:
-            yield field.name, part
-
-
-def assert_same(first: SaliencySummary, second: SaliencySummary) -> None:
-    for (name, a), (other, b) in zip(parts(first), parts(second), strict=True):
-        assert name == other
-        if isinstance(a, Tensor):
-            assert a.dtype == b.dtype
-            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
-        else:
-            assert a == b or (math.isnan(a) and math.isnan(b)), name
 
 
 OPTIONS = {"every": 2, "keep": 3, "decay": 0.7}

@@ -182,13 +182,13 @@ def test_graph_gradients_and_random_numbers_stay_as_they_were() -> None:
 
 def test_saliencies_have_no_graph_and_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = SaliencyMonitor._observe
+    original = SaliencyMonitor.observe
 
     def spy(self, tasks, *arguments):
         seen.extend(tasks.saliencies())
         original(self, tasks, *arguments)
 
-    monkeypatch.setattr(SaliencyMonitor, "_observe", spy)
+    monkeypatch.setattr(SaliencyMonitor, "observe", spy)
     for caller in (SaliencyMonitor(), RepMTL(start=1, monitor=SaliencyMonitor())):
         call(caller)
     assert len(seen) == 4 and not any(s.requires_grad for s in seen)
