@@ -26,6 +26,7 @@ PARTS = (
     scaling.PART,
     quality.BENCH,
     quality.GROUPING,
+    quality.RECOMMENDATION,
     static.PART,
     predicted.PART,
     compatibility.PART,

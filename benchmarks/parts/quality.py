@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.output import captioned, groups, markdown, say
 from benchmarks.part import Part, Run
-from benchmarks.quality import config, tables
+from benchmarks.quality import config, recommendation, tables
 from benchmarks.quality import grouping_table as grouping
 from benchmarks.quality.studies import run_study
 
@@ -73,6 +73,18 @@ def grouping_table(result: dict) -> str:
     return captioned(grouping.table(result["rows"]), result, text)
 
 
+def recommendation_table(result: dict) -> str:
+    """Return the AUC of a ranker's tasks by criterion."""
+    text = (
+        "AUC on the last rows of each user, mean and standard deviation over "
+        f"{len(result['seeds'])} seeds, which draw the artificial log, the films not seen, and the "
+        "weights. Delta is the mean AUC of the tasks minus that of equal weighting with the same "
+        "seed: mean and 95 % interval. The rates of the items, a score that knows no user, are "
+        f"those of the training part. Batches of {result['training']['batch']:,} in bfloat16."
+    )
+    return captioned(recommendation.table(result["rows"]), result, text)
+
+
 PART = Part(
     "quality",
     "QUALITY: MultiMNIST, every method from the same weights on the same batches",
@@ -82,3 +94,4 @@ PART = Part(
 )
 BENCH = Part("quality_bench", tables={"accuracy": accuracy_table})
 GROUPING = Part("quality_grouping", tables={"grouping": grouping_table})
+RECOMMENDATION = Part("quality_recommendation", tables={"recommendation": recommendation_table})

@@ -125,9 +125,11 @@ def check_present(present: Tensor | None, tasks: int, batch: int, device: torch.
     if present.dtype != torch.bool:
         raise TypeError(f"present: expected a bool Tensor, got {present.dtype}")
     if tuple(present.shape) != (tasks, batch):
+        transposed = tuple(present.shape) == (batch, tasks)
+        remedy = "Transpose it" if transposed else "A mask of padding is given as positions="
         raise ValueError(
-            f"present: expected shape (T, B) = {(tasks, batch)}; got {tuple(present.shape)}. A "
-            "mask of padding is given as positions="
+            f"present: expected shape (T, B) = {(tasks, batch)}; got {tuple(present.shape)}. "
+            f"{remedy}"
         )
     if present.layout != torch.strided:
         raise TypeError(f"present: expected a strided tensor, got layout {present.layout}")

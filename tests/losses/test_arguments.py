@@ -140,6 +140,15 @@ def test_options(function, option, value, error):
         function(GOOD, **{option: value})
 
 
+@pytest.mark.parametrize(
+    "shape, remedy", [((2, 3), "Transpose it$"), ((2, 4), "padding is given as positions=$")]
+)
+def test_a_shape_of_present_has_its_remedy(shape, remedy):
+    message = rf"^present: expected shape \(T, B\) = \(3, 2\); got .*\. .*{remedy}"
+    with pytest.raises(ValueError, match=message):
+        csa_loss([*GOOD, GOOD[0]], present=torch.ones(shape, dtype=torch.bool))
+
+
 class _Incomparable:
     """Neither is it equal to anything, nor can it be shown."""
 

@@ -21,7 +21,7 @@ CHECKOUT = "REPMTL_LIBMTL"
 STAND_IN = ROOT / "tests" / "integrations" / "libmtl_stand_in"
 ON_RANKS = ("data_parallel.py", "sharded_encoder.py")
 # What several examples share. They are no programs.
-HELPERS = {"digits.py", "scenes.py", "sentences.py"}
+HELPERS = {"digits.py", "interactions.py", "scenes.py", "sentences.py"}
 
 # Script and options, the libraries that it needs, its last figure, and the bound that a trained
 # model meets.
@@ -36,6 +36,11 @@ PROGRAMS = [
     (
         "what_tasks_do.py --quick", ("vizdoom", "tqdm", "matplotlib"),
         r"segmentation: .* normals \+([\d.]+)", lambda cosine: cosine > 0.2,
+    ),
+    # The rates of the items alone have an AUC of 0.69.
+    (
+        "recommendation.py --batch 2048 --epochs 4", (),
+        r"Rep-MTL: click ([\d.]+)", lambda auc: auc > 0.73,
     ),
 ]  # fmt: skip
 
