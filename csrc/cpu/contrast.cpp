@@ -16,20 +16,6 @@ namespace {
 // Numbers that are added side by side.
 constexpr int64_t kWidth = 16;
 
-template <typename A>
-REPMTL_INLINE A dot_body(const A* x, const A* y, int64_t count) {
-  A sums[kWidth] = {};
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    for (int64_t j = 0; j < kWidth; ++j) sums[j] += x[i + j] * y[i + j];
-  }
-  for (int64_t j = 0; i < count; ++i, ++j) sums[j] += x[i] * y[i];
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
-  }
-  return sums[0];
-}
-
 // Returns the largest |x|, NaN left out.
 template <typename A>
 REPMTL_INLINE A largest_magnitude_body(const A* x, int64_t count) {
@@ -48,14 +34,6 @@ REPMTL_CLONES float largest_magnitude(const float* x, int64_t count) {
 
 REPMTL_CLONES double largest_magnitude(const double* x, int64_t count) {
   return largest_magnitude_body(x, count);
-}
-
-REPMTL_CLONES float dot(const float* x, const float* y, int64_t count) {
-  return dot_body(x, y, count);
-}
-
-REPMTL_CLONES double dot(const double* x, const double* y, int64_t count) {
-  return dot_body(x, y, count);
 }
 
 }  // namespace

@@ -4,29 +4,12 @@
 
 #include "rows.h"
 #include "small_products.h"
-#include "vectors.h"
 
 namespace repmtl {
 namespace {
 
 // Channels at a time: a row of them for each task stays in the first cache.
 constexpr int64_t kBlock = 512;
-
-// Returns sum x y, in vectors.
-REPMTL_CLONES float product(const float* x, const float* y, int64_t count) {
-  constexpr int kSums = 4;
-  Vector<float> sums[kSums] = {};
-  int64_t c = 0;
-  for (; c + kSums * kLanes <= count; c += kSums * kLanes) {
-#pragma GCC unroll 4
-    for (int k = 0; k < kSums; ++k) {
-      sums[k] += load(x + c + k * kLanes) * load(y + c + k * kLanes);
-    }
-  }
-  double sum = sum_of(widened((sums[0] + sums[1]) + (sums[2] + sums[3])));
-  for (; c < count; ++c) sum += x[c] * y[c];
-  return static_cast<float>(sum);
-}
 
 // Writes `count` scaled channels of sample b, from channel `begin` on; zeros if it is absent.
 void scaled_row(const View<const float>& view, int64_t b, const unsigned char* mask, float scale,
@@ -47,11 +30,11 @@ void pooled_gram(const Shape& shape, const View<const float>* views, const float
       for (int64_t t = 0; t < tasks; ++t) {
         const int64_t i = t * batch + b;
         scaled_row(views[t], b, mask ? mask + b : nullptr, scale[i], 0, C, row.data());
-        norm[i] = product(row.data(), row.data(), C);
+        norm[i] = dot(row.data(), row.data(), C);
         if (matrix) matrix[i] = norm[i];
         double sum = 0;
         for (int64_t k = 0; k < tasks; ++k) {
-          const float x = product(anchors + (k * batch + b) * C, row.data(), C);
+          const float x = dot(anchors + (k * batch + b) * C, row.data(), C);
           sum += static_cast<double>(x) * x;
           if (projection) projection[i * tasks + k] = x;
         }

@@ -1,5 +1,7 @@
 #include "rows.h"
 
+#include "vectors.h"
+
 namespace repmtl {
 namespace {
 
@@ -21,6 +23,22 @@ REPMTL_INLINE void copy_body(const A* __restrict from, const unsigned char* __re
     const A x = from[i];  // whatever the mask says: a loop with branches has no vectors
     to[i] = mask[i] ? x : A(0);
   }
+}
+
+template <typename A>
+REPMTL_INLINE A dot_body(const A* x, const A* y, int64_t count) {
+  constexpr int kSums = 4;
+  Vector<A> sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kLanes <= count; i += kSums * kLanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) {
+      sums[k] += load(x + i + k * kLanes) * load(y + i + k * kLanes);
+    }
+  }
+  double sum = sum_of(widened((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  for (; i < count; ++i) sum += x[i] * y[i];
+  return static_cast<A>(sum);
 }
 
 template <typename A>
@@ -54,6 +72,14 @@ REPMTL_CLONES void copy_present(const float* from, const unsigned char* mask, in
 REPMTL_CLONES void copy_present(const double* from, const unsigned char* mask, int64_t count,
                                 double* to) {
   copy_body(from, mask, count, to);
+}
+
+REPMTL_CLONES float dot(const float* x, const float* y, int64_t count) {
+  return dot_body(x, y, count);
+}
+
+REPMTL_CLONES double dot(const double* x, const double* y, int64_t count) {
+  return dot_body(x, y, count);
 }
 
 REPMTL_CLONES void add_row(const float* row, float weight, int64_t count, float* to) {

@@ -20,6 +20,10 @@ void keep(const unsigned char* mask, int64_t count, double* row);
 void copy_present(const float* from, const unsigned char* mask, int64_t count, float* to);
 void copy_present(const double* from, const unsigned char* mask, int64_t count, double* to);
 
+// Returns sum x y.
+float dot(const float* x, const float* y, int64_t count);
+double dot(const double* x, const double* y, int64_t count);
+
 // to (count) += weight * row (count)
 void add_row(const float* row, float weight, int64_t count, float* to);
 void add_row(const double* row, double weight, int64_t count, double* to);
