@@ -27,13 +27,26 @@ def check_losses(tasks: Tasks, progress: Progress, applied: bool) -> None:
         progress.checked_derivatives.update(task.key for task in new)
 
 
+ONE_POSITION = (
+    "over: 'space' compares the positions of a sample, and the representation has one: TSR is 0, "
+    "and so is its gradient. Use over='tasks', or lambda_tsr=0"
+)
+
+
 def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions) -> None:
-    """Warn of saliencies without means. Once for each task, since it waits for the device."""
+    """Warn of saliencies that TSR or CSA see nothing of.
+
+    Once for each task, since it waits for the device.
+    """
     new = [task for task in tasks if task.key not in progress.checked_means]
     if not new or is_transformed(tasks[0].loss):
         return
     if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
         return
+    if not progress.checked_means and options.lambda_tsr and options.over == "space":
+        dim = options.channel_dim
+        if any(s.numel() == s.shape[0] * s.shape[dim] for s in new[0].own_saliencies):
+            warnings.warn(ONE_POSITION, stacklevel=6)  # past forward and nn.Module's two frames
     progress.checked_means.update(task.key for task in new)
     for task in new:
         for saliency in task.own_saliencies:

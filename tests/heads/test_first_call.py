@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import ranks
@@ -13,6 +14,7 @@ from faulty_heads import FAULTY, Attention, B, D, between, tokens
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from repmtl_kernels import RepMTL
 from repmtl_kernels._heads import preflight
 from repmtl_kernels._heads.preflight import SecondDerivativeError
 from repmtl_kernels._training.tasks import Task
@@ -128,3 +130,27 @@ def test_explain_data_parallel_results_that_are_copies(option: str, tmp_path):
         check_losses({0: z.square().mean()}, [("representation", z)])  # heads outside
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "shape, options, warned",
+    [
+        ((D,), {"over": "space"}, True),
+        ((D, 1, 1), {"over": "space"}, True),
+        ((D, 1, 2), {"over": "space"}, False),
+        ((D,), {"over": "space", "lambda_tsr": 0.0}, False),
+        ((D,), {"over": "tasks"}, False),
+    ],
+)
+def test_one_position_leaves_tsr_over_positions_nothing(shape, options, warned):
+    z = torch.randn(B, *shape, device=DEVICE, requires_grad=True)
+    criterion = RepMTL(**{"lambda_tsr": 0.5, "lambda_csa": 0.5, **options})
+    for call in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            criterion([z.square().mean(), z.sin().mean()], z)
+        messages = [
+            str(w.message) for w in caught if "the representation has one" in str(w.message)
+        ]
+        assert len(messages) == (warned and call == 0), call
+        assert all(m.startswith("over: 'space' compares") for m in messages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,7 +143,8 @@ def test_one_position_is_a_tensor_without_positions():
     z, logits = network()(fields)
     losses = losses_of(logits, labels)
     criterion = RepMTL(0.5, 0.5, over="space")
-    criterion(losses, z)
+    with pytest.warns(UserWarning, match="^over: 'space' .* the representation has one"):
+        criterion(losses, z)
     assert criterion.last.tsr == 0
     criterion = RepMTL(0.5, 0.5)
     criterion(losses, z)
