@@ -33,6 +33,12 @@ ONE_POSITION = (
 )
 
 
+NAN_BEHIND_A_FINITE_LOSS = (
+    "finite, but its gradient at the representation has NaN. Labels of NaN that torch.where takes "
+    "out of the value stay in the gradient: replace them before the loss (nan_to_num)"
+)
+
+
 def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions) -> None:
     """Warn of saliencies that TSR or CSA see nothing of.
 
@@ -53,6 +59,10 @@ def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions
             # One sample's means may be a single number, and that small by chance.
             samples = max(1, ENOUGH // saliency[0].numel())
             part = saliency.detach()[:samples]
+            # With a scaler, saliencies overflow until it has found its scale.
+            if options.scaler is None and part.isnan().any() and task.loss.isfinite():
+                message = f"losses[{task.key!r}]: {NAN_BEHIND_A_FINITE_LOSS}"
+                warnings.warn(message, stacklevel=6)
             for missing in preflight.without_means(part, options.channel_dim):
                 if getattr(options, missing.option):
                     # Past forward and the two frames of nn.Module's call.

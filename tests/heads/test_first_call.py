@@ -154,3 +154,20 @@ def test_one_position_leaves_tsr_over_positions_nothing(shape, options, warned):
         ]
         assert len(messages) == (warned and call == 0), call
         assert all(m.startswith("over: 'space' compares") for m in messages)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_nan_behind_a_finite_loss_is_named(hidden: bool):
+    z = torch.randn(B, D, device=DEVICE, requires_grad=True)
+    labels = torch.randn(B, D, device=DEVICE)
+    labels[0] = torch.nan
+    off = (z - (labels if hidden else labels.nan_to_num())).square()
+    losses = {"a": z.sin().mean(), "b": torch.where(labels.isnan(), 0, off).mean()}
+    criterion = RepMTL(0.5, 0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        total = criterion(losses, z)
+    messages = [str(w.message) for w in caught if "but its gradient" in str(w.message)]
+    assert losses["b"].isfinite() and total.isnan() == hidden
+    assert len(messages) == hidden
+    assert all(m.startswith("losses['b']: finite, but") and "nan_to_num" in m for m in messages)

@@ -40,7 +40,7 @@ PROGRAMS = [
     # The rates of the items alone have an AUC of 0.69.
     (
         "recommendation.py --batch 2048 --epochs 4", (),
-        r"Rep-MTL: click ([\d.]+)", lambda auc: auc > 0.73,
+        r"Rep-MTL \(CSA alone\): click ([\d.]+)", lambda auc: auc > 0.73,
     ),
 ]  # fmt: skip
 

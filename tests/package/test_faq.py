@@ -89,6 +89,17 @@ def _():
     RepMTL(log_losses=True)(losses | {"b": losses["b"] - losses["b"].detach() - 0.25}, z)
 
 
+@case("My total is NaN")
+def _():
+    p = Problem()
+    p.depth[0] = torch.nan
+    z = p.encoder(p.x)
+    losses = p.losses(z)
+    off = (p.heads["b"](z) - p.depth).square()
+    losses["b"] = torch.where(p.depth.isnan(), 0, off).mean()
+    RepMTL()(losses, z)
+
+
 @case("Why is my weight falling?")
 def _():
     p, criterion = Problem(), RepMTL(every=1)

@@ -99,3 +99,17 @@ def test_auc_counts_pairs(example):
     difference = positive[:, None] - negative
     expected = (difference > 0).float().mean() + (difference == 0).float().mean() / 2
     assert example("recommendation").aucs(scores, labels) == pytest.approx([expected.item()])
+
+
+def test_the_block_of_the_guide_is_complete(monkeypatch, tmp_path, capsys):
+    guide = (EXAMPLES.parent / "docs" / "recommendation.md").read_text(encoding="utf-8")
+    block = guide.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(block, "recommendation.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    first, last = (
+        float(line.split("'click': ")[1].split(",")[0]) for line in (lines[0], lines[-1])
+    )
+    assert len(lines) == 3 and last < first
+    assert "click" in (tmp_path / "report.html").read_text(encoding="utf-8")
