@@ -68,7 +68,8 @@ def terms(findings: Findings) -> Iterator[Markup]:
     else:
         text = (
             "On the calls that apply it, the regulariser's gradient at the representation is "
-            f"{plain(summary.ratio, 3)} times as long as that of the tasks."
+            f"{plain(summary.ratio, 3)} times as long as that of the tasks. On average over all "
+            "calls it is a part of that: a quarter with every=4, the default."
         )
     yield element("p", text)
 
