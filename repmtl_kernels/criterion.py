@@ -377,7 +377,7 @@ class RepMTL(LossModule):
             if taken:
                 take_saliencies(tasks, scale, create_graph=applied)
                 if applied and real:
-                    first_calls.warn_of_no_means(tasks, progress, options)
+                    first_calls.warn_of_saliencies(tasks, progress, options)
             if observer is not None:
                 form = observer.form(tasks, options.channel_dim)
         if talks and not torch.compiler.is_compiling():

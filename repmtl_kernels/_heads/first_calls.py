@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -39,8 +40,8 @@ NAN_BEHIND_A_FINITE_LOSS = (
 )
 
 
-def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions) -> None:
-    """Warn of saliencies that TSR or CSA see nothing of.
+def warn_of_saliencies(tasks: Tasks, progress: Progress, options: CriterionOptions) -> None:
+    """Warn of saliencies that have NaN, or that TSR or CSA see nothing of.
 
     Once for each task, since it waits for the device.
     """
@@ -49,10 +50,12 @@ def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions
         return
     if tasks[0].loss.is_cuda and torch.cuda.is_current_stream_capturing():
         return
+    # Past forward and the two frames of nn.Module's call.
+    warn = functools.partial(warnings.warn, stacklevel=6)
     if not progress.checked_means and options.lambda_tsr and options.over == "space":
         dim = options.channel_dim
         if any(s.numel() == s.shape[0] * s.shape[dim] for s in new[0].own_saliencies):
-            warnings.warn(ONE_POSITION, stacklevel=6)  # past forward and nn.Module's two frames
+            warn(ONE_POSITION)
     progress.checked_means.update(task.key for task in new)
     for task in new:
         for saliency in task.own_saliencies:
@@ -61,9 +64,7 @@ def warn_of_no_means(tasks: Tasks, progress: Progress, options: CriterionOptions
             part = saliency.detach()[:samples]
             # With a scaler, saliencies overflow until it has found its scale.
             if options.scaler is None and part.isnan().any() and task.loss.isfinite():
-                message = f"losses[{task.key!r}]: {NAN_BEHIND_A_FINITE_LOSS}"
-                warnings.warn(message, stacklevel=6)
+                warn(f"losses[{task.key!r}]: {NAN_BEHIND_A_FINITE_LOSS}")
             for missing in preflight.without_means(part, options.channel_dim):
                 if getattr(options, missing.option):
-                    # Past forward and the two frames of nn.Module's call.
-                    warnings.warn(f"losses[{task.key!r}]: {missing}", stacklevel=6)
+                    warn(f"losses[{task.key!r}]: {missing}")

@@ -20,7 +20,7 @@ LIBMTL = "libmtl_checkout.py"
 CHECKOUT = "REPMTL_LIBMTL"
 STAND_IN = ROOT / "tests" / "integrations" / "libmtl_stand_in"
 ON_RANKS = ("data_parallel.py", "sharded_encoder.py")
-# What several examples share. They are no programs.
+# Several examples share these modules. They are no programs.
 HELPERS = {"digits.py", "interactions.py", "scenes.py", "sentences.py"}
 
 # Script and options, the libraries that it needs, its last figure, and the bound that a trained

@@ -194,7 +194,7 @@ def gram(
 def small_positions() -> range:
     """Return the numbers of positions for which our products on the CPU beat the library's.
 
-    They are small, but large enough to fill a vector.
+    They are few. A single one has its own sums over the channels.
     """
     return range(1, 65) if native_library.load("cpu").small_products_are_fast() else range(0)
 
